@@ -1,0 +1,161 @@
+"""Beam, panels, goniometer, scan and crystal of an experiment, as plain NumPy float64 values.
+
+Frames and signs are those of dxtbx/imgCIF (laboratory frame in mm and 1/Angstrom):
+
+* ``s0 = -direction / wavelength`` points along the beam; ``s1 = s0 + r`` with ``|s1| = |s0|``.
+* ``r(phi) = setting_rotation @ R(rotation_axis, phi) @ fixed_rotation @ A(phi) @ h``.
+* Pixel coordinates are continuous, (fast, slow), with the centre of the first pixel at (0.5, 0.5).
+* Frame coordinates ``z`` are continuous array indices: z = 0 at the start of the first frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Beam:
+    """Monochromatic beam.
+
+    Parameters
+    ----------
+    direction : Array, (3,)
+        Unit vector from the sample towards the source (dxtbx convention).
+    wavelength : float
+        [A]
+    polarization_normal : Array, (3,)
+        Normal of the polarization plane.
+    polarization_fraction : float
+        Fraction polarized in the plane; 0.5 is unpolarized.
+    """
+
+    direction: Array
+    wavelength: float
+    polarization_normal: Array = field(default_factory=lambda: np.array([0.0, 1.0, 0.0]))
+    polarization_fraction: float = 0.999
+
+    @property
+    def s0(self) -> Array:
+        """Incident beam vector, (3,) [1/A], pointing from the source to the sample."""
+        return -self.direction / np.linalg.norm(self.direction) / self.wavelength
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One flat detector panel.
+
+    ``mu`` [1/mm] and ``thickness`` [mm] give the parallax correction when ``parallax`` is true.
+    """
+
+    name: str
+    fast_axis: Array
+    slow_axis: Array
+    origin: Array
+    pixel_size: tuple[float, float]
+    image_size: tuple[int, int]  # (fast, slow) pixels
+    trusted_range: tuple[float, float] = (0.0, 1.0e9)
+    thickness: float = 0.0
+    mu: float = 0.0
+    material: str = ""
+    parallax: bool = False
+    gain: float = 1.0
+    type: str = "SENSOR_PAD"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(slow, fast): the shape of the panel's image array."""
+        return self.image_size[1], self.image_size[0]
+
+    @property
+    def d_matrix(self) -> Array:
+        """(3, 3) matrix whose columns are fast axis, slow axis and origin: lab = d @ (x, y, 1)."""
+        return np.stack([self.fast_axis, self.slow_axis, self.origin], axis=1)
+
+
+@dataclass(frozen=True)
+class Goniometer:
+    """Single-axis goniometer: ``S @ R(axis, phi) @ F``."""
+
+    rotation_axis: Array
+    fixed_rotation: Array = field(default_factory=lambda: np.eye(3))
+    setting_rotation: Array = field(default_factory=lambda: np.eye(3))
+
+    @property
+    def lab_axis(self) -> Array:
+        """Rotation axis in the laboratory frame, (3,), unit length."""
+        axis = self.setting_rotation @ self.rotation_axis
+        return axis / np.linalg.norm(axis)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Rotation scan.
+
+    ``image_range`` is 1-based and inclusive; ``oscillation`` is (start, width) of the first image
+    in degrees.
+    """
+
+    image_range: tuple[int, int]
+    oscillation: tuple[float, float]
+
+    @property
+    def n_images(self) -> int:
+        """Number of images."""
+        return self.image_range[1] - self.image_range[0] + 1
+
+    def phi_deg(self, z: Array) -> Array:
+        """Rotation angle [deg] at frame coordinate ``z`` (0 = start of the first image)."""
+        return self.oscillation[0] + self.oscillation[1] * np.asarray(z, dtype=float)
+
+
+@dataclass(frozen=True)
+class Crystal:
+    """Crystal setting.
+
+    ``A = U B`` maps Miller indices to 1/A at phi = 0 (columns a*, b*, c*). ``A_at_scan_points``,
+    when refined scan-varying, has one matrix per frame *boundary*: (n_images + 1, 3, 3).
+    """
+
+    A: Array
+    space_group: gemmi.SpaceGroup
+    A_at_scan_points: Array | None = None
+
+    @property
+    def unit_cell(self) -> gemmi.UnitCell:
+        """Unit cell of the static setting."""
+        real = np.linalg.inv(self.A)  # rows a, b, c
+        metric = real @ real.T
+        a, b, c = np.sqrt(np.diag(metric))
+        angles = (metric[1, 2] / (b * c), metric[0, 2] / (a * c), metric[0, 1] / (a * b))
+        return gemmi.UnitCell(a, b, c, *np.degrees(np.arccos(angles)))
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Where the frames are.
+
+    ``paths`` has one entry for a multi-image file (HDF5 master) and one per frame otherwise;
+    ``indices`` are the 0-based frame numbers inside the file (for a template: 0 .. n-1).
+    """
+
+    paths: tuple[str, ...]
+    indices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One sweep (or still) with everything known of its geometry."""
+
+    beam: Beam
+    panels: tuple[Panel, ...]
+    goniometer: Goniometer | None = None
+    scan: Scan | None = None
+    crystal: Crystal | None = None
+    images: ImageFiles | None = None
+    identifier: str = ""

@@ -1,0 +1,168 @@
+"""Tensors that cross module boundaries, with named shapes.
+
+Shape letters: S samples, B reflections in a batch, N observations, R unique reflections,
+D/H/W = frame, slow, fast inside a shoebox.
+
+:class:`IntensityTable` is the stage contract: the only thing that passes from ``integrator`` to
+``merge``, in memory with its graph (``joint``) or through a file (``staged``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """A frozen record of tensors that share their first axis."""
+
+    def __len__(self) -> int:
+        """Length of the first axis."""
+        return len(getattr(self, fields(self)[0].name))
+
+    def __getitem__(self, index: Tensor | slice) -> Self:
+        """Select along the first axis."""
+        return self._map(lambda t: t[index])
+
+    def to(self, device: torch.device | str) -> Self:
+        """Copy to a device."""
+        return self._map(lambda t: t.to(device))
+
+    def detach(self) -> Self:
+        """Cut the graph."""
+        return self._map(lambda t: t.detach())
+
+    def _map(self, function) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        )
+
+
+@dataclass(frozen=True)
+class ReflectionMetadata(TensorRecord):
+    """What is known of an observation before any photon is counted.
+
+    Parameters
+    ----------
+    refl_row : Tensor, (N,) int64
+        Row in the shoebox store.
+    miller_index : Tensor, (N, 3) int64
+        As observed, not mapped to the asymmetric unit.
+    experiment : Tensor, (N,) int64
+        Which experiment (sweep).
+    panel : Tensor, (N,) int64
+    xyz_px : Tensor, (N, 3)
+        Predicted (fast, slow, frame); see ``integrator.crystal.geometry`` for the origin.
+    xyz_mm : Tensor, (N, 3)
+        [mm, mm, rad]
+    s1 : Tensor, (N, 3)
+        Diffracted beam vector in the laboratory frame [1/A].
+    s0_crystal, s1_crystal : Tensor, (N, 3)
+        Unit vectors of the incident (towards the sample) and diffracted beam in the frame that
+        turns with the crystal (goniometer rotation undone).
+    d : Tensor, (N,)
+        Resolution [A].
+    lp : Tensor, (N,)
+        L/P correction that multiplies raw intensity (DIALS column ``lp``).
+    zeta : Tensor, (N,)
+        ``|e1 . m2|``: apparent rotation width is sigma_m / zeta.
+    frame_sigma : Tensor, (N,)
+        Standard deviation of the rocking curve in frames.
+    corner : Tensor, (N, 3) int64
+        (frame, slow, fast) array index of the first voxel of the box; may be negative.
+    """
+
+    refl_row: Tensor
+    miller_index: Tensor
+    experiment: Tensor
+    panel: Tensor
+    xyz_px: Tensor
+    xyz_mm: Tensor
+    s1: Tensor
+    s0_crystal: Tensor
+    s1_crystal: Tensor
+    d: Tensor
+    lp: Tensor
+    zeta: Tensor
+    frame_sigma: Tensor
+    corner: Tensor
+
+
+@dataclass(frozen=True)
+class ShoeboxBatch(TensorRecord):
+    """Shoeboxes of a batch of reflections.
+
+    Parameters
+    ----------
+    counts : Tensor, (B, D, H, W)
+        Photons; 0 where not valid.
+    is_valid : Tensor, (B, D, H, W) bool
+        Recorded, trusted and not claimed by a neighbour.
+    metadata : ReflectionMetadata
+    """
+
+    counts: Tensor
+    is_valid: Tensor
+    metadata: ReflectionMetadata
+
+    def __getitem__(self, index: Tensor | slice) -> ShoeboxBatch:
+        """Select along the first axis."""
+        return ShoeboxBatch(self.counts[index], self.is_valid[index], self.metadata[index])
+
+    def to(self, device: torch.device | str) -> ShoeboxBatch:
+        """Copy to a device."""
+        return ShoeboxBatch(
+            self.counts.to(device), self.is_valid.to(device), self.metadata.to(device)
+        )
+
+
+@dataclass(frozen=True)
+class IntensityTable(TensorRecord):
+    """One row per observation: the photon-count likelihood and where it was seen.
+
+    ``log L(J) = a log(J + beta) - t J`` up to a constant, J in photons: *a* effective counts,
+    *beta* effective background in units of J, *t* exposure. The maximum is ``a / t - beta``
+    (may be negative) with variance ``a / t^2``. Free of any prior on J.
+    """
+
+    miller_index: Tensor  # (N, 3) int64, as observed
+    experiment: Tensor  # (N,) int64
+    panel: Tensor  # (N,) int64
+    xyz_px: Tensor  # (N, 3)
+    xyz_mm: Tensor  # (N, 3)
+    s1: Tensor  # (N, 3)
+    s0_crystal: Tensor  # (N, 3)
+    s1_crystal: Tensor  # (N, 3)
+    d: Tensor  # (N,)
+    lp: Tensor  # (N,)
+    frame_sigma: Tensor  # (N,)
+    effective_counts: Tensor  # (N,) a >= 0
+    effective_background: Tensor  # (N,) beta > 0
+    exposure: Tensor  # (N,) t in (0, 1]
+    background: Tensor  # (N,) mean photons/pixel under the spot
+    flags: Tensor  # (N,) int64, bits of integrator.types.Flag
+    refl_row: Tensor  # (N,) int64, row in the shoebox store
+
+    @property
+    def intensity(self) -> Tensor:
+        """Maximum-likelihood photons, (N,)."""
+        return self.effective_counts / self.exposure - self.effective_background
+
+    @property
+    def intensity_variance(self) -> Tensor:
+        """Variance of :attr:`intensity`, (N,) [photons^2]."""
+        return self.effective_counts.clamp_min(1e-6) / self.exposure**2
+
+
+class Flag:
+    """Bits of ``IntensityTable.flags``."""
+
+    PARTIAL_EDGE = 1  # box cut by the panel or the scan edge
+    MASKED_CORE = 2  # some pixels that should hold signal are not valid
+    OVERLAPPED = 4  # a neighbour's spot reaches into the box
+    REJECTED = 8  # too little of the profile was recorded to be used
