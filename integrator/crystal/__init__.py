@@ -1,0 +1,1 @@
+"""Geometry, symmetry and intensity corrections; depends on nothing else of ours."""
