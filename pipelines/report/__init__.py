@@ -1,0 +1,1 @@
+"""report.html and the terminal tables, rebuilt from the files of a run directory."""

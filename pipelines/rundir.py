@@ -1,0 +1,282 @@
+"""The run directory: fixed file names, atomic writes, resuming, and how it all was made.
+
+::
+
+    config.yaml  config.diff.yaml  provenance.json  run.log
+    metrics.jsonl     one row per epoch
+    peaks.csv         epoch,chain,seqid,residue,atom,peak_sigma (the reference has epoch DIALS)
+    statistics.csv  compare.csv
+    checkpoints/epoch_0007.pt  latest  mtz/epoch_0007.mtz
+    merged.mtz  unmerged.mtz  integrated.refl  shoeboxes.h5  shoebox_examples.npz  report.html
+    dials/            files and logs of DIALS (`braggflux process`)
+
+Other programs depend on these names. Nothing in it is ever half written: files are written under
+a temporary name and renamed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from integrator.errors import UserError
+from pipelines import log, provenance
+from pipelines.config import RunConfig
+from pipelines.schema import nest
+
+PEAK_COLUMNS = ("epoch", "chain", "seqid", "residue", "atom", "peak_sigma")
+REFERENCE = "DIALS"
+#: What `process` may leave in a run directory before training starts.
+_PREPARED = {"dials", "run.log"}
+#: A resumed run may differ in these: none changes what an epoch computes.
+_FREE_ON_RESUME = {
+    "out",
+    "reference",
+    "dials.nproc",
+    "training.device",
+    "training.epochs",
+    "training.checkpoint_every",
+}
+
+
+@contextmanager
+def write_atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it on success, remove it on failure."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    with write_atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_rows(path: Path, rows: list[Mapping[str, Any]], columns: Iterable[str]) -> None:
+    """Replace a CSV file atomically; None becomes an empty field."""
+    with write_atomic(path) as temporary, temporary.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, or an empty list when there is none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+class RunDirectory:
+    """Paths and records of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.yaml"
+        self.config_difference = self.path / "config.diff.yaml"
+        self.provenance_file = self.path / "provenance.json"
+        self.log_file = self.path / "run.log"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.peaks_file = self.path / "peaks.csv"
+        self.statistics_file = self.path / "statistics.csv"
+        self.compare_file = self.path / "compare.csv"
+        self.checkpoints = self.path / "checkpoints"
+        self.latest_file = self.path / "latest"
+        self.mtz_folder = self.path / "mtz"
+        self.merged = self.path / "merged.mtz"
+        self.unmerged = self.path / "unmerged.mtz"
+        self.integrated_refl = self.path / "integrated.refl"
+        self.shoeboxes = self.path / "shoeboxes.h5"
+        self.shoebox_examples = self.path / "shoebox_examples.npz"
+        self.report = self.path / "report.html"
+        self.dials = self.path / "dials"
+
+    @classmethod
+    def create(cls, config: RunConfig, *, resume: bool = False) -> Self:
+        """Make the directory of ``config.out``, or open it again to go on.
+
+        Raises
+        ------
+        UserError
+            The folder holds something else, or a run and ``resume`` is false, or a run with
+            another configuration or other input files.
+        """
+        if config.out is None:
+            raise UserError("out is not given; put it on the command line as --out DIR")
+        config = config.resolved()
+        run = cls(config.out)
+        run.check_free(resume=resume)
+        inputs = provenance.input_records(config.input_files())
+        sessions: list[dict[str, Any]] = []
+        if run.config_file.is_file():
+            run._check_same(config, inputs)
+            sessions = run.read_provenance()["sessions"]
+        for folder in (run.path, run.checkpoints, run.mtz_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        log.attach_file(run.log_file)
+        run._write_config(config)
+        sessions.append(provenance.session_record())
+        run._write_provenance({"sessions": sessions, "inputs": inputs, "notes": {}})
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an existing run directory."""
+        run = cls(path)
+        if not run.config_file.is_file():
+            raise UserError(f"{path} is not a run directory of braggflux: it has no config.yaml")
+        return run
+
+    def check_free(self, *, resume: bool) -> None:
+        """Raise :class:`UserError` unless a run may start (or go on, with ``resume``) here."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; --out must name a folder")
+        if not self.path.is_dir():
+            return
+        found = {p.name for p in self.path.iterdir()}
+        if self.config_file.is_file():
+            if not resume:
+                raise UserError(
+                    f"{self.path} already holds a run; add --resume to go on with it, "
+                    "or choose another --out"
+                )
+        elif foreign := found - _PREPARED:
+            raise UserError(
+                f"{self.path} is not empty and not a run of braggflux "
+                f"(it has {sorted(foreign)[0]}); choose another --out"
+            )
+
+    def read_config(self) -> RunConfig:
+        """Read the configuration that the run was made with."""
+        return RunConfig.load(self.config_file)
+
+    def checkpoint(self, epoch: int) -> Path:
+        """Where the state after ``epoch`` is kept."""
+        return self.checkpoints / f"epoch_{epoch:04d}.pt"
+
+    def epoch_mtz(self, epoch: int) -> Path:
+        """Where the merged MTZ after ``epoch`` is."""
+        return self.mtz_folder / f"epoch_{epoch:04d}.mtz"
+
+    def mark_latest(self, epoch: int) -> None:
+        """Name the checkpoint of ``epoch`` as the one to resume from."""
+        write_text(self.latest_file, f"{self.checkpoint(epoch).name}\n")
+
+    def latest_checkpoint(self) -> Path | None:
+        """Checkpoint to resume from, or None before the first."""
+        if not self.latest_file.is_file():
+            return None
+        path = self.checkpoints / self.latest_file.read_text(encoding="utf-8").strip()
+        if not path.is_file():
+            raise UserError(
+                f"{self.latest_file} names {path.name}, which is not in {self.checkpoints}; "
+                "write the name of a file that is there into it, or start anew in another --out"
+            )
+        return path
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add the row of one epoch; a number that is not finite becomes null with a reason."""
+        reasons = dict(row.get("reasons", {}))
+        clean: dict[str, Any] = {}
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                reasons.setdefault(key, f"not finite: {value}")
+                value = None
+            clean[key] = value
+        if reasons:
+            clean["reasons"] = reasons
+        self._write_metrics([*self.read_metrics(), clean])
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl in order of epoch."""
+        if not self.metrics_file.is_file():
+            return []
+        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line]
+
+    def write_peaks(self, epoch: int | str, peaks: Iterable[Mapping[str, Any]]) -> None:
+        """Set the rows of one epoch (or ``"DIALS"``) in peaks.csv."""
+        rows = [r for r in self.read_peaks() if r["epoch"] != epoch]
+        rows += [{"epoch": epoch} | {k: p[k] for k in PEAK_COLUMNS[1:]} for p in peaks]
+        # The reference stays on top, whenever it was made.
+        rows.sort(key=lambda r: -1 if r["epoch"] == REFERENCE else r["epoch"])
+        write_rows(self.peaks_file, rows, PEAK_COLUMNS)
+
+    def read_peaks(self) -> list[dict[str, Any]]:
+        """Rows of peaks.csv: epoch int or ``"DIALS"``, peak_sigma float or None."""
+        return [
+            row
+            | {
+                "epoch": row["epoch"] if row["epoch"] == REFERENCE else int(row["epoch"]),
+                "peak_sigma": float(row["peak_sigma"]) if row["peak_sigma"] else None,
+            }
+            for row in read_rows(self.peaks_file)
+        ]
+
+    def rewind(self, epoch: int) -> None:
+        """Forget what was written after ``epoch`` (the checkpoint that a run resumes from)."""
+        self._write_metrics([r for r in self.read_metrics() if r["epoch"] <= epoch])
+        peaks = [r for r in self.read_peaks() if r["epoch"] == REFERENCE or r["epoch"] <= epoch]
+        write_rows(self.peaks_file, peaks, PEAK_COLUMNS)
+        for path in [*self.mtz_folder.glob("epoch_*.mtz"), *self.checkpoints.glob("epoch_*.pt")]:
+            if int(path.stem.removeprefix("epoch_")) > epoch:
+                path.unlink()
+
+    def read_provenance(self) -> dict[str, Any]:
+        """Sessions, input digests and notes."""
+        return json.loads(self.provenance_file.read_text(encoding="utf-8"))
+
+    def note(self, key: str, text: str) -> None:
+        """Keep a remark, e.g. why the reference is missing; tables and the report show it."""
+        record = self.read_provenance()
+        record["notes"][key] = text
+        self._write_provenance(record)
+
+    def finish(self) -> None:
+        """Record the end of this session."""
+        record = self.read_provenance()
+        record["sessions"][-1]["ended"] = provenance.now()
+        self._write_provenance(record)
+
+    def _check_same(self, config: RunConfig, inputs: dict[str, dict[str, Any]]) -> None:
+        changed = set(config.difference(self.read_config())) - _FREE_ON_RESUME
+        if changed:
+            raise UserError(
+                f"--resume with another configuration than {self.config_file}: "
+                f"{', '.join(sorted(changed))} changed; undo the change or choose another --out"
+            )
+        before = self.read_provenance()["inputs"]
+        for name, record in inputs.items():
+            if name in before and before[name]["sha256"] != record["sha256"]:
+                raise UserError(
+                    f"--resume with another input: {name} {record['path']} has changed since the "
+                    "run began; restore it or choose another --out"
+                )
+
+    def _write_config(self, config: RunConfig) -> None:
+        head = f"# braggflux {provenance.package_version()}"
+        text = config.annotated_yaml()
+        write_text(self.config_file, f"{head}, every option of this run\n{text}")
+        changes = nest(config.difference(RunConfig()))
+        text = yaml.safe_dump(changes, sort_keys=False) if changes else "{}\n"
+        write_text(self.config_difference, f"{head}, options that are not the default\n{text}")
+
+    def _write_provenance(self, record: dict[str, Any]) -> None:
+        write_text(self.provenance_file, json.dumps(record, indent=2) + "\n")
+
+    def _write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+        write_text(self.metrics_file, "".join(lines))
