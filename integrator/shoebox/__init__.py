@@ -1,0 +1,1 @@
+"""From frames to shoeboxes: prediction, spot extent, masks, extraction, minibatches."""
