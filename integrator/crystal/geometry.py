@@ -51,6 +51,8 @@ class Panel:
     """One flat detector panel.
 
     ``mu`` [1/mm] and ``thickness`` [mm] give the parallax correction when ``parallax`` is true.
+    Photons are ``(ADU - pedestal) / gain``. ``mask`` holds untrusted rectangles (fast0, slow0,
+    fast1, slow1) in pixels, half-open.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Panel:
     parallax: bool = False
     gain: float = 1.0
     type: str = "SENSOR_PAD"
+    pedestal: float = 0.0
+    mask: tuple[tuple[int, int, int, int], ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,20 @@
+"""DIALS files, read and written without DIALS: experiment lists and reflection tables."""
+
+from integrator.io.dials_experiments import read_experiments, write_experiments
+from integrator.io.dials_reflections import (
+    DialsFlag,
+    ReflectionTable,
+    match_experiments,
+    read_reflections,
+    write_reflections,
+)
+
+__all__ = [
+    "DialsFlag",
+    "ReflectionTable",
+    "match_experiments",
+    "read_experiments",
+    "read_reflections",
+    "write_experiments",
+    "write_reflections",
+]

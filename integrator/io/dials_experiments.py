@@ -1,0 +1,319 @@
+"""DIALS experiment lists (.expt), read and written without DIALS.
+
+An .expt file is JSON: a list of experiments, each naming by number one block in each of the lists
+``beam``, ``detector``, ``goniometer``, ``scan``, ``crystal``, ``imageset``, ``profile`` and
+``scaling_model``. Experiments may share blocks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import gemmi
+import numpy as np
+
+from integrator.crystal.geometry import Experiment, ImageFiles, Scan
+from integrator.errors import UserError
+from integrator.io import dials_models as models
+from integrator.io.atomic import replacing
+
+Block = dict[str, Any]
+
+# name of the list in the file -> (field of Experiment, decoder, encoder)
+_MODELS: dict[str, tuple[str, Callable, Callable]] = {
+    "beam": ("beam", models.decode_beam, models.encode_beam),
+    "detector": ("panels", models.decode_detector, models.encode_detector),
+    "goniometer": ("goniometer", models.decode_goniometer, models.encode_goniometer),
+    "scan": ("scan", models.decode_scan, models.encode_scan),
+    "crystal": ("crystal", models.decode_crystal, models.encode_crystal),
+}
+_PASSED_THROUGH = ("profile", "scaling_model")  # not ours to understand
+_MULTI_IMAGE_SUFFIXES = (".h5", ".nxs", ".hdf5", ".nexus")
+
+
+def read_experiments(path: str | Path) -> list[Experiment]:
+    """Read a DIALS .expt file.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Returns
+    -------
+    list of Experiment
+        In file order. Image paths are absolute (relative ones are relative to the file).
+
+    Raises
+    ------
+    UserError
+        When the file is missing, is not an experiment list, or holds a model that we cannot use.
+    """
+    document = _load(Path(path))
+    try:
+        return _decode(document, Path(path))
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"cannot use {path}: {type(error).__name__} {error}; "
+            "give an .expt file as written by DIALS"
+        ) from error
+
+
+def write_experiments(
+    path: str | Path,
+    experiments: Sequence[Experiment],
+    *,
+    source: str | Path | None = None,
+) -> None:
+    """Write a DIALS .expt file.
+
+    Parameters
+    ----------
+    path : str or Path
+    experiments : sequence of Experiment
+    source : str or Path, optional
+        The .expt that the experiments were read from. Blocks whose content did not change are
+        copied from it as they are, so that nothing DIALS knows is lost (hierarchy of panels,
+        goniometer axes, exposure times, profile and scaling models, covariances); only image
+        paths become absolute. Experiments are found in it by identifier, else by position.
+
+    Raises
+    ------
+    UserError
+        When the file cannot be written or ``source`` lacks one of the experiments.
+    """
+    originals: list[tuple[Block, Experiment]] = []
+    if source is not None:
+        read = read_experiments(source)
+        originals = list(zip(_blocks(_load(Path(source)), Path(source)), read, strict=True))
+    lists: dict[str, list[Block]] = {name: [] for name in (*_MODELS, "imageset", *_PASSED_THROUGH)}
+    entries = []
+    seen: dict[tuple[str, str], int] = {}
+    for number, experiment in enumerate(experiments):
+        original = _find_original(originals, experiment, number) if originals else None
+        entry: Block = {"__id__": "Experiment", "identifier": experiment.identifier}
+        for name, block in _encode(experiment, original).items():
+            key = (name, json.dumps(block, sort_keys=True))
+            if key not in seen:
+                seen[key] = len(lists[name])
+                lists[name].append(block)
+            entry[name] = seen[key]
+        entries.append(entry)
+    document = {"__id__": "ExperimentList", "experiment": entries, **lists}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(document, indent=1))
+
+
+def _load(path: Path) -> Block:
+    """Parse the JSON and check that it is an experiment list."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror}; give an existing .expt file"
+        ) from error
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(
+            f"{path} is not JSON ({error}); give an .expt file as written by DIALS"
+        ) from error
+    if not isinstance(document, dict) or document.get("__id__") != "ExperimentList":
+        raise UserError(
+            f"{path} is not a DIALS experiment list; give an .expt file as written by DIALS"
+        )
+    return document
+
+
+def _blocks(document: Block, path: Path) -> list[Block]:
+    """Blocks of each experiment by list name, with absolute image paths."""
+    result = []
+    for entry in document["experiment"]:
+        blocks = {}
+        for name in (*_MODELS, "imageset", *_PASSED_THROUGH):
+            if entry.get(name) is not None:
+                blocks[name] = document[name][entry[name]]
+        if "imageset" in blocks:
+            blocks["imageset"] = _with_absolute_paths(blocks["imageset"], path.parent)
+        result.append(blocks)
+    return result
+
+
+def _decode(document: Block, path: Path) -> list[Experiment]:
+    shared_scans = _scans_by_imageset(document)
+    experiments = []
+    decoded: dict[int, Any] = {}  # one object per block, however many experiments share it
+    for entry, blocks in zip(document["experiment"], _blocks(document, path), strict=True):
+        values: Block = {"identifier": entry.get("identifier", "")}
+        for name, (attribute, decode, _) in _MODELS.items():
+            if name in blocks:
+                key = id(blocks[name])
+                if key not in decoded:
+                    decoded[key] = decode(blocks[name])
+                values[attribute] = decoded[key]
+        if "imageset" in blocks:
+            whole = shared_scans.get(entry["imageset"])
+            values["images"] = _decode_images(blocks["imageset"], values.get("scan"), whole)
+        experiment = Experiment(**values)
+        _check_scan_points(experiment)
+        experiments.append(experiment)
+    return experiments
+
+
+def _check_scan_points(experiment: Experiment) -> None:
+    crystal, scan = experiment.crystal, experiment.scan
+    if crystal is None or crystal.A_at_scan_points is None:
+        return
+    points = len(crystal.A_at_scan_points)
+    if scan is None or points != scan.n_images + 1:
+        images = "no scan" if scan is None else f"{scan.n_images} images"
+        raise ValueError(f"the crystal has {points} scan points for {images}")
+
+
+def _scans_by_imageset(document: Block) -> dict[int, tuple[int, int]]:
+    """Image range of each image set: the union over the experiments that share it."""
+    ranges: dict[int, tuple[int, int]] = {}
+    for entry in document["experiment"]:
+        if entry.get("imageset") is None or entry.get("scan") is None:
+            continue
+        first, last = document["scan"][entry["scan"]]["image_range"]
+        known = ranges.get(entry["imageset"], (first, last))
+        ranges[entry["imageset"]] = (min(known[0], first), max(known[1], last))
+    return ranges
+
+
+def _decode_images(
+    block: Block, scan: Scan | None, whole: tuple[int, int] | None
+) -> ImageFiles | None:
+    """Files and frame numbers of an experiment's images.
+
+    ``whole`` is the range of image numbers that the image set covers; the experiment's scan may
+    be a part of it.
+    """
+    file_indices = block.get("single_file_indices")
+    if "template" not in block:
+        if "images" not in block:
+            return None  # MemImageSet
+        paths = tuple(block["images"])
+        if file_indices is not None and len(set(paths)) == 1:
+            return ImageFiles(paths[:1], tuple(file_indices))
+        return ImageFiles(paths, tuple(range(len(paths))))
+    template = block["template"]
+    if scan is None or whole is None:
+        return ImageFiles((template,), tuple(file_indices or ()))
+    numbers = range(scan.image_range[0], scan.image_range[1] + 1)
+    if "#" in template:
+        return ImageFiles(
+            tuple(_expand(template, n) for n in numbers), tuple(range(scan.n_images))
+        )
+    if file_indices is not None and len(file_indices) == whole[1] - whole[0] + 1:
+        return ImageFiles((template,), tuple(file_indices[n - whole[0]] for n in numbers))
+    return ImageFiles((template,), tuple(n - 1 for n in numbers))
+
+
+def _expand(template: str, number: int) -> str:
+    """Put an image number in place of the ``#`` of a template."""
+    return re.sub(r"#+", lambda run: str(number).zfill(len(run.group())), template, count=1)
+
+
+def _with_absolute_paths(block: Block, folder: Path) -> Block:
+    """Resolve every path of an image set as dxtbx does."""
+
+    def absolute(path: str | None) -> str | None:
+        if not path or "://" in path:
+            return path
+        expanded = os.path.expanduser(os.path.expandvars(path))
+        return os.path.abspath(os.path.join(folder, expanded))
+
+    result = dict(block)
+    for key in ("template", "mask", "gain", "pedestal", "dx", "dy"):
+        if key in result:
+            result[key] = absolute(result[key])
+    if "images" in result:
+        result["images"] = [absolute(path) for path in result["images"]]
+    return result
+
+
+def _find_original(
+    originals: list[tuple[Block, Experiment]], experiment: Experiment, number: int
+) -> tuple[Block, Experiment]:
+    if experiment.identifier:
+        for original in originals:
+            if original[1].identifier == experiment.identifier:
+                return original
+    if number < len(originals):
+        return originals[number]
+    raise UserError(
+        f"the source .expt has {len(originals)} experiments, none of them number {number} "
+        f"(identifier {experiment.identifier!r}); give the file the experiments came from"
+    )
+
+
+def _encode(experiment: Experiment, original: tuple[Block, Experiment] | None) -> Block:
+    """Blocks of one experiment, taken from the original where the content is the same."""
+    source_blocks, source = original or ({}, None)
+    blocks: Block = {}
+    for name, (attribute, _, encode) in _MODELS.items():
+        value = getattr(experiment, attribute)
+        if value is None:
+            continue
+        if source is not None and same(value, getattr(source, attribute)):
+            blocks[name] = source_blocks[name]
+        else:
+            blocks[name] = encode(value)
+    if experiment.images is not None:
+        if source is not None and same(experiment.images, source.images):
+            blocks["imageset"] = source_blocks["imageset"]
+        else:
+            blocks["imageset"] = _encode_images(experiment.images, experiment.scan)
+    blocks |= {name: source_blocks[name] for name in _PASSED_THROUGH if name in source_blocks}
+    return blocks
+
+
+def _encode_images(images: ImageFiles, scan: Scan | None) -> Block:
+    paths = [os.path.abspath(path) for path in images.paths]
+    block: Block = dict.fromkeys(("mask", "gain", "pedestal", "dx", "dy"))
+    block["params"] = {}
+    multi_image = len(paths) == 1 and paths[0].endswith(_MULTI_IMAGE_SUFFIXES)
+    if scan is None:
+        n = len(images.indices) if multi_image else 1
+        block |= {"__id__": "ImageSet", "images": paths * n}
+    else:
+        template = paths[0] if multi_image else _template(paths, scan)
+        block |= {"__id__": "ImageSequence", "template": template}
+    if multi_image:
+        block["single_file_indices"] = list(images.indices)
+    return block
+
+
+def _template(paths: list[str], scan: Scan) -> str:
+    """Find the digits of the file names that are the image number."""
+    folder, name = os.path.split(paths[0])
+    numbers = range(scan.image_range[0], scan.image_range[1] + 1)
+    for run in reversed(list(re.finditer(r"\d+", name))):
+        pattern = name[: run.start()] + "#" * len(run.group()) + name[run.end() :]
+        template = os.path.join(folder, pattern)
+        if [_expand(template, n) for n in numbers] == paths:
+            return template
+    raise UserError(
+        f"the {len(paths)} image files {paths[0]} ... do not count the images {numbers.start} to "
+        f"{numbers.stop - 1} in their names; rename them so that one template covers the scan"
+    )
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two geometry records hold equal values (arrays bit for bit)."""
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, np.ndarray):
+        return np.array_equal(first, second)
+    if isinstance(first, gemmi.SpaceGroup):
+        return first.xhm() == second.xhm()
+    if is_dataclass(first):
+        return all(same(getattr(first, f.name), getattr(second, f.name)) for f in fields(first))
+    if isinstance(first, tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
