@@ -1,8 +1,8 @@
-"""Every option of a run, with its default, meaning and range.
+"""Every option of a run, with its default and meaning.
 
-The fields below are the only place where an option is declared: YAML files, command-line flags,
-their help and ``configs/reference_full.yaml`` follow from them (``make reference-config`` rewrites
-that file after a change here).
+The dataclasses below (and those of ``integrator.config``) are the only place where an option is
+declared: YAML files, command-line flags, their help and ``configs/reference_full.yaml`` follow
+from them (``make reference-config`` rewrites that file after a change).
 
 Relative paths in a file or flag are relative to the current directory; a run directory's
 ``config.yaml`` holds absolute ones.
@@ -12,132 +12,118 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
+from integrator.config import IntegratorConfig
 from integrator.errors import UserError
-from pipelines.schema import Section, load_mapping, option
+from pipelines import schema
 
 REFERENCE_CONFIG = Path(__file__).parent / "configs" / "reference_full.yaml"
 
 
 @dataclass(frozen=True)
-class DialsConfig(Section):
+class DialsConfig:
     """Geometry and reference by an installed DIALS (`braggflux process` only)."""
 
-    section: ClassVar[str] = "dials"
+    # Raw images: an HDF5 master, or all frames of one or more sweeps.
+    images: tuple[Path, ...] = ()
+    # Space group of the crystal, e.g. P43212; found by indexing when null.
+    space_group: str | None = None
+    # a, b, c [A], alpha, beta, gamma [deg]; found by indexing when null.
+    unit_cell: tuple[float, float, float, float, float, float] | None = None
+    # Processes; null takes every core.
+    nproc: int | None = None
+    # Integrate, scale and merge with DIALS too, to set its results beside ours.
+    has_reference: bool = True
+    # More PHIL parameters for dials.import.
+    import_args: tuple[str, ...] = ()
+    # More PHIL parameters for dials.find_spots.
+    find_spots_args: tuple[str, ...] = ()
+    # More PHIL parameters for dials.index.
+    index_args: tuple[str, ...] = ()
+    # More PHIL parameters for dials.refine.
+    refine_args: tuple[str, ...] = ()
+    # More PHIL parameters for dials.integrate.
+    integrate_args: tuple[str, ...] = ()
+    # More PHIL parameters for dials.scale.
+    scale_args: tuple[str, ...] = ()
+    # More PHIL parameters for dials.merge.
+    merge_args: tuple[str, ...] = ()
 
-    images: tuple[Path, ...] = option(
-        (), "Raw images: an HDF5 master, or all frames of one or more sweeps."
-    )
-    space_group: str | None = option(None, "Space group of the crystal, e.g. P43212.")
-    unit_cell: tuple[float, float, float, float, float, float] | None = option(
-        None, "a, b, c [A], alpha, beta, gamma [deg]; found by indexing when null.", above=0
-    )
-    nproc: int | None = option(None, "Processes for DIALS; null takes every core.", at_least=1)
-    import_args: tuple[str, ...] = option((), "More PHIL parameters for dials.import.")
-    find_spots_args: tuple[str, ...] = option((), "More PHIL parameters for dials.find_spots.")
-    index_args: tuple[str, ...] = option((), "More PHIL parameters for dials.index.")
-    refine_args: tuple[str, ...] = option((), "More PHIL parameters for dials.refine.")
-    integrate_args: tuple[str, ...] = option((), "More PHIL parameters for dials.integrate.")
-    scale_args: tuple[str, ...] = option((), "More PHIL parameters for dials.scale.")
-    merge_args: tuple[str, ...] = option((), "More PHIL parameters for dials.merge.")
-    has_reference: bool = option(
-        True, "Integrate, scale and merge with DIALS too, to set its results beside ours."
-    )
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.unit_cell and min(self.unit_cell) <= 0:
+            raise ValueError(f"`unit_cell` must be six positive numbers, got {self.unit_cell}")
+        _at_least(self, 1, "nproc")
 
 
 @dataclass(frozen=True)
-class ExtractionConfig(Section):
+class ExtractionConfig:
     """Which reflections are cut out of the frames, and how large their boxes are."""
 
-    section: ClassVar[str] = "extraction"
-
-    d_min: float | None = option(
-        None, "High-resolution limit [A]; the detector's edge when null.", above=0
-    )
-    box: tuple[int, int, int] | None = option(
-        None,
-        "Box in frames, slow and fast pixels, odd numbers; measured from strong spots when null.",
-        at_least=1,
-    )
-    n_sigma: float = option(
-        3.0, "Half-width of a measured box in standard deviations of the spot.", above=0
-    )
+    # High-resolution limit [A]; the detector's edge when null.
+    d_min: float | None = None
+    # Box in frames, slow and fast pixels, odd numbers; measured from strong spots when null.
+    box: tuple[int, int, int] | None = None
+    # Half-width of a measured box in standard deviations of the spot.
+    n_sigma: float = 3.0
 
     def __post_init__(self) -> None:
-        """Boxes are centred on a voxel."""
-        super().__post_init__()
-        if self.box and any(side % 2 == 0 for side in self.box):
-            raise UserError(f"extraction.box must be odd numbers, got {self.box}")
+        """Check ranges."""
+        _positive(self, "d_min", "n_sigma")
+        if self.box and any(side < 1 or side % 2 == 0 for side in self.box):
+            raise ValueError(f"`box` must be three odd positive numbers, got {self.box}")
 
 
 @dataclass(frozen=True)
-class IntegratorConfig(Section):
-    """Network that turns a shoebox into the likelihood of its photon count."""
-
-    section: ClassVar[str] = "integrator"
-
-
-@dataclass(frozen=True)
-class MergeConfig(Section):
-    """Scales, structure factors and their priors."""
-
-    section: ClassVar[str] = "merge"
-
-
-@dataclass(frozen=True)
-class TrainingConfig(Section):
+class TrainingConfig:
     """Optimisation of the one objective."""
 
-    section: ClassVar[str] = "training"
-
-    coupling: Literal["joint", "staged"] = option(
-        "joint",
-        "joint: the merge's gradients reach the shoebox encoder; staged: integrate, then merge.",
-    )
-    epochs: int = option(12, "Passes over all observations.", at_least=1)
-    batch_size: int = option(2048, "Observations in a step.", at_least=1)
-    seed: int = option(0, "Same seed, same result on the CPU.", at_least=0)
-    device: str = option("auto", "auto (cuda where present, else cpu), cpu, cuda or cuda:N.")
-    checkpoint_every: int = option(
-        1, "Epochs between checkpoints; the last epoch always has one.", at_least=1
-    )
+    # joint: the merge's gradients reach the shoebox encoder; staged: integrate, then merge.
+    coupling: Literal["joint", "staged"] = "joint"
+    # Passes over all observations.
+    epochs: int = 12
+    # Observations in a step.
+    batch_size: int = 2048
+    # Same seed, same result on the CPU.
+    seed: int = 0
+    # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
+    device: str = "auto"
+    # Epochs between checkpoints; the last epoch always has one.
+    checkpoint_every: int = 1
 
     def __post_init__(self) -> None:
-        """Name the devices that exist as words; whether one is present is known at run time."""
-        super().__post_init__()
+        """Check ranges; whether a device is present is known at run time only."""
+        _at_least(self, 1, "epochs", "batch_size", "checkpoint_every")
+        _at_least(self, 0, "seed")
         kind, _, index = self.device.partition(":")
         if kind not in {"auto", "cpu", "cuda"} or (index and not index.isdigit()):
-            raise UserError(
-                f"training.device must be auto, cpu, cuda or cuda:N, got {self.device!r}"
-            )
+            raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 @dataclass(frozen=True)
-class RunConfig(Section):
+class RunConfig:
     """A whole run: what goes in, where it goes, and how."""
 
-    expt: Path | None = option(None, "DIALS experiments (.expt) with a refined crystal.")
-    refl: Path | None = option(
-        None, "DIALS reflections (.refl): refined, predicted or integrated."
-    )
-    model: Path | None = option(
-        None, "Model (PDB or mmCIF) for phases and sites of the anomalous map."
-    )
-    reference: Path | None = option(
-        None, "Merged MTZ of a conventional program, shown beside every epoch."
-    )
-    out: Path | None = option(None, "Run directory; made by the run.")
+    # DIALS experiments (.expt) with a refined crystal.
+    expt: Path | None = None
+    # DIALS reflections (.refl): refined, predicted or integrated.
+    refl: Path | None = None
+    # Model (PDB or mmCIF) for phases and sites of the anomalous map.
+    model: Path | None = None
+    # Merged MTZ of a conventional program, shown beside every epoch.
+    reference: Path | None = None
+    # Run directory; made by the run.
+    out: Path | None = None
     dials: DialsConfig = field(default_factory=DialsConfig)
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
-    merge: MergeConfig = field(default_factory=MergeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a YAML or JSON file; keys left out keep their defaults."""
-        return cls.from_mapping(load_mapping(path))
+        return schema.from_mapping(cls, schema.load_mapping(path))
 
     def resolved(self) -> Self:
         """Copy with absolute paths, so that it means the same from any directory."""
@@ -156,7 +142,7 @@ class RunConfig(Section):
         return {k: v for k, v in (named | images).items() if v is not None}
 
     def require(self, *names: str) -> None:
-        """Raise :class:`UserError` unless the named paths are given and their files exist."""
+        """Raise :class:`UserError` unless the named paths are given and every file exists."""
         for name in names:
             if getattr(self, name) is None:
                 raise UserError(
@@ -166,3 +152,17 @@ class RunConfig(Section):
             if not path.is_file():
                 problem = "is a folder, not a file" if path.is_dir() else "does not exist"
                 raise UserError(f"{what}: {path} {problem}")
+
+
+def _at_least(options: object, bound: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise ValueError(f"`{name}` must be at least {bound}, got {value}")
+
+
+def _positive(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"`{name}` must be positive, got {value}")

@@ -19,18 +19,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import yaml
 
 from integrator.errors import UserError
-from pipelines import log, provenance
+from merge.io.atomic import replacing
+from pipelines import log, provenance, schema
 from pipelines.config import RunConfig
-from pipelines.schema import nest
 
 PEAK_COLUMNS = ("epoch", "chain", "seqid", "residue", "atom", "peak_sigma")
 REFERENCE = "DIALS"
@@ -47,26 +45,15 @@ _FREE_ON_RESUME = {
 }
 
 
-@contextmanager
-def write_atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it on success, remove it on failure."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
-    with write_atomic(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_rows(path: Path, rows: list[Mapping[str, Any]], columns: Iterable[str]) -> None:
     """Replace a CSV file atomically; None becomes an empty field."""
-    with write_atomic(path) as temporary, temporary.open("w", newline="") as stream:
+    with replacing(path) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -252,7 +239,7 @@ class RunDirectory:
         self._write_provenance(record)
 
     def _check_same(self, config: RunConfig, inputs: dict[str, dict[str, Any]]) -> None:
-        changed = set(config.difference(self.read_config())) - _FREE_ON_RESUME
+        changed = set(schema.difference(config, self.read_config())) - _FREE_ON_RESUME
         if changed:
             raise UserError(
                 f"--resume with another configuration than {self.config_file}: "
@@ -268,9 +255,9 @@ class RunDirectory:
 
     def _write_config(self, config: RunConfig) -> None:
         head = f"# braggflux {provenance.package_version()}"
-        text = config.annotated_yaml()
+        text = schema.annotated_yaml(config)
         write_text(self.config_file, f"{head}, every option of this run\n{text}")
-        changes = nest(config.difference(RunConfig()))
+        changes = schema.nest(schema.difference(config, RunConfig()))
         text = yaml.safe_dump(changes, sort_keys=False) if changes else "{}\n"
         write_text(self.config_difference, f"{head}, options that are not the default\n{text}")
 

@@ -1,18 +1,21 @@
-"""Options as frozen dataclasses: one source for YAML files, command-line flags and their help.
+"""Frozen dataclasses as options: from YAML, JSON and flags, with checked types, and back.
 
-A section derives from :class:`Section` and declares each field with :func:`option`. Values are
-coerced and checked when the section is built, wherever they come from (code, YAML, a flag), so a
-wrong value is reported once, by key, with what is allowed. Files are plain YAML (JSON is a subset
-of it); no object tags.
+Works on any dataclass of plain fields and nested dataclasses; the comment above a field is its
+help. Types are checked here, ranges by the dataclass's own ``__post_init__`` (a ``ValueError``
+there becomes a one-line :class:`UserError` that names the section). Files are plain YAML, of which
+JSON is a subset; no object tags.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
 import types
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -20,97 +23,96 @@ from integrator.errors import UserError
 
 _TRUE, _FALSE, _NONE = {"true", "yes", "on"}, {"false", "no", "off"}, {"none", "null", ""}
 
+Options = TypeVar("Options")
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """Declare one option of a :class:`Section`.
 
-    Parameters
-    ----------
-    default : Any
-    help : str
-        One or two sentences: meaning and unit. Shown by ``--help`` and in the reference file.
-    above, at_least, at_most : float, optional
-        Allowed range of a number (``above`` excludes its bound); every entry of a tuple obeys it.
+def from_mapping(cls: type[Options], mapping: Any, section: str = "") -> Options:
+    """Build ``cls`` from nested plain values.
+
+    Raises
+    ------
+    UserError
+        A key does not exist, a value has the wrong type, or the class refuses a value.
     """
-    limits = {"above": above, "at_least": at_least, "at_most": at_most}
-    metadata = {"help": help, "limits": {k: v for k, v in limits.items() if v is not None}}
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Section:
-    """Base of all option groups; ``section`` is the prefix of its keys in messages."""
-
-    section: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        """Coerce and check every field; subclasses add checks of combinations."""
-        hints = get_type_hints(type(self))
-        for f in fields(self):
-            if is_dataclass(hints[f.name]):
-                continue
-            key = f"{self.section}.{f.name}".lstrip(".")
-            value = coerce(getattr(self, f.name), hints[f.name], key)
-            _check_limits(value, f.metadata.get("limits", {}), key)
-            object.__setattr__(self, f.name, value)
-
-    @classmethod
-    def from_mapping(cls, mapping: dict[str, Any]) -> Self:
-        """Build from nested plain values; keys that do not exist are an error."""
-        if not isinstance(mapping, dict):
-            raise UserError(
-                f"section {cls.section or 'at the top of the file'} must be a mapping of "
-                f"key: value, got {mapping!r}"
-            )
-        hints = get_type_hints(cls)
-        names = [f.name for f in fields(cls)]
-        if unknown := [str(k) for k in mapping if k not in names]:
-            where = f" in section {cls.section}" if cls.section else ""
-            raise UserError(
-                f"unknown configuration key{where}: {', '.join(sorted(unknown))}; "
-                f"valid keys are {', '.join(names)}"
-            )
-        values = {
-            k: hints[k].from_mapping(v or {}) if is_dataclass(hints[k]) else v
-            for k, v in mapping.items()
-        }
+    if not isinstance(mapping, dict):
+        raise UserError(f"section {section} must be a mapping of key: value, got {mapping!r}")
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]
+    if unknown := sorted(str(key) for key in mapping if key not in names):
+        where = f" in section {section}" if section else ""
+        valid = ", ".join(names) if names else "none"
+        raise UserError(
+            f"unknown configuration key{where}: {', '.join(unknown)}; valid keys are {valid}"
+        )
+    values = {}
+    for name, value in mapping.items():
+        key = f"{section}.{name}" if section else name
+        if is_dataclass(hints[name]):
+            values[name] = from_mapping(hints[name], {} if value is None else value, key)
+        else:
+            values[name] = coerce(value, hints[name], key)
+    try:
         return cls(**values)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{section}: {error}" if section else str(error)) from error
 
-    def to_mapping(self) -> dict[str, Any]:
-        """Nested plain values, ready for YAML or JSON."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
-    def difference(self, other: Section) -> dict[str, Any]:
-        """Entries of this section that differ from ``other``, as dotted key -> plain value."""
-        mine, theirs = flatten(self.to_mapping()), flatten(other.to_mapping())
-        return {k: v for k, v in mine.items() if v != theirs[k]}
+def to_mapping(options: Any) -> dict[str, Any]:
+    """Nested plain values, ready for YAML or JSON."""
+    return {f.name: _plain(getattr(options, f.name)) for f in fields(options)}
 
-    def updated(self, overrides: dict[str, Any]) -> Self:
-        """Copy with ``{"training.epochs": 3, ...}`` replaced, everything checked again."""
-        mapping = self.to_mapping()
-        valid = flatten(mapping)
-        for key, value in overrides.items():
-            if key not in valid:
-                raise UserError(
-                    f"unknown configuration key: {key}; valid keys are {', '.join(valid)}"
-                )
-            *parents, name = key.split(".")
-            node = mapping
-            for parent in parents:
-                node = node[parent]
-            node[name] = value
-        return self.from_mapping(mapping)
 
-    def annotated_yaml(self) -> str:
-        """YAML text with each option's help, type and range as comments."""
-        return "\n".join(_annotated_lines(self, 0)) + "\n"
+def difference(options: Any, other: Any) -> dict[str, Any]:
+    """Entries of ``options`` that ``other`` has not: {dotted key: plain value}."""
+    mine, theirs = flatten(to_mapping(options)), flatten(to_mapping(other))
+    return {k: v for k, v in mine.items() if v != theirs[k]}
+
+
+def updated(options: Options, overrides: dict[str, Any]) -> Options:
+    """Copy with ``{"training.epochs": 3, ...}`` replaced, everything checked again."""
+    mapping = to_mapping(options)
+    valid = flatten(mapping)
+    for key, value in overrides.items():
+        if key not in valid:
+            raise UserError(f"unknown configuration key: {key}; valid keys are {', '.join(valid)}")
+        *parents, name = key.split(".")
+        node = mapping
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return from_mapping(type(options), mapping)
+
+
+def annotated_yaml(options: Any) -> str:
+    """YAML text with each option's help and type as a comment."""
+    return "\n".join(_annotated_lines(options, 0)) + "\n"
+
+
+def find_option(cls: type, key: str) -> tuple[Any, str]:
+    """Type and help of a dotted key, e.g. ``training.epochs``."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        cls = get_type_hints(cls)[parent]
+    return get_type_hints(cls)[name], field_help(cls)[name]
+
+
+@cache
+def field_help(cls: type) -> dict[str, str]:
+    """Comment directly above each field of a dataclass, joined to one line."""
+    lines = inspect.getsource(cls).splitlines()
+    body = ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body
+    first = {n.target.id: n.lineno for n in body if isinstance(n, ast.AnnAssign)}
+    texts = {}
+    for name, line_number in first.items():
+        comment: list[str] = []
+        for line in reversed(lines[: line_number - 1]):
+            if not line.strip().startswith("#"):
+                break
+            comment.insert(0, line.strip().lstrip("# "))
+        texts[name] = " ".join(comment)
+    return texts
 
 
 def load_mapping(path: Path) -> dict[str, Any]:
@@ -127,16 +129,6 @@ def load_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise UserError(f"configuration {path} must be a mapping of key: value")
     return mapping
-
-
-def find_option(section: type[Section], key: str) -> tuple[Any, str]:
-    """Type and help of a dotted key, e.g. ``training.epochs``."""
-    owner = section
-    *parents, name = key.split(".")
-    for parent in parents:
-        owner = get_type_hints(owner)[parent]
-    found = next(f for f in fields(owner) if f.name == name)
-    return get_type_hints(owner)[name], found.metadata["help"]
 
 
 def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -260,39 +252,26 @@ def _wrong(key: str, value: Any, hint: Any) -> UserError:
     return UserError(f"{key} must be {type_name(hint)}, got {value!r}")
 
 
-def _check_limits(value: Any, limits: dict[str, float], key: str) -> None:
-    values = value if isinstance(value, tuple) else (value,)
-    passes = {
-        "above": lambda v, bound: v > bound,
-        "at_least": lambda v, bound: v >= bound,
-        "at_most": lambda v, bound: v <= bound,
-    }
-    for name, bound in limits.items():
-        if any(v is not None and not passes[name](v, bound) for v in values):
-            raise UserError(f"{key} must be {name.replace('_', ' ')} {bound}, got {value}")
-
-
 def _plain(value: Any) -> Any:
-    if isinstance(value, Section):
-        return value.to_mapping()
-    if isinstance(value, tuple):
+    if is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, tuple | list):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
 
-def _annotated_lines(section: Section, indent: int) -> list[str]:
-    pad, hints, lines = "  " * indent, get_type_hints(type(section)), []
-    for f in fields(section):
-        value = getattr(section, f.name)
-        if isinstance(value, Section):
-            title = (type(value).__doc__ or "").strip().splitlines()[0]
+def _annotated_lines(options: Any, indent: int) -> list[str]:
+    pad, lines = "  " * indent, []
+    hints, texts = get_type_hints(type(options)), field_help(type(options))
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if is_dataclass(value):
+            title = inspect.getdoc(type(value)).splitlines()[0]
             lines += ["", f"{pad}# {title}", f"{pad}{f.name}:" + ("" if fields(value) else " {}")]
             lines += _annotated_lines(value, indent + 1)
             continue
-        limits = f.metadata["limits"].items()
-        rule = "".join(f", {name.replace('_', ' ')} {bound}" for name, bound in limits)
         text = yaml.safe_dump(_plain(value), default_flow_style=True, width=1000)
         text = text.removesuffix("...\n").strip()
-        lines.append(f"{pad}# {f.metadata['help']} [{type_name(hints[f.name])}{rule}]")
+        lines.append(f"{pad}# {texts[f.name]} [{type_name(hints[f.name])}]")
         lines.append(f"{pad}{f.name}: {text}")
     return lines

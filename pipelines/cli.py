@@ -1,0 +1,114 @@
+"""``braggflux``: from detector photon counts to merged structure-factor amplitudes.
+
+Examples
+--------
+Raw images to a merged MTZ and a table of anomalous peaks, beside DIALS::
+
+    braggflux process master.h5 --model model.pdb --space-group P43212 --out run
+
+From the refined geometry of a DIALS project::
+
+    braggflux run refined.expt refined.refl --model model.pdb --out run
+
+``braggflux COMMAND --help`` explains a command with examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from integrator.errors import UserError
+from pipelines import log
+from pipelines.provenance import package_version
+
+#: Explicit, so that `--help` needs no search of the file system; in the order of a user's day.
+COMMANDS = ("process", "run", "extract", "peaks", "compare", "report", "simulate")
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+logger = logging.getLogger(__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in the one-line form of every other user error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Report wrong arguments."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of all commands."""
+    parser = _Parser(
+        prog="braggflux",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"braggflux {package_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"pipelines.commands.{name}")
+        command = commands.add_parser(
+            name,
+            help=module.__doc__.splitlines()[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.add_argument("--verbose", action="store_true", help="more messages")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code.
+
+    Returns
+    -------
+    int
+        0 on success, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+        log.configure(verbose=args.verbose)
+        args.run(args)
+    except UserError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        # The reader (e.g. `head`) has left; the interpreter must not complain while it closes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            return _fail(f"{error.strerror or error}; check free space and permissions")
+        return _fail(f"{error.filename}: {error.strerror}; check the path, space and permissions")
+    except KeyboardInterrupt:
+        _fail("interrupted; give the same command with --resume to go on (run, process)")
+        return EXIT_INTERRUPTED
+    finally:
+        log.detach_files()
+    return 0
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    logger.debug("failed", exc_info=True)
+    for handler in logging.getLogger().handlers:
+        # run.log must say why the run ended; the terminal gets the line below only.
+        if isinstance(handler, logging.FileHandler):
+            record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, line, None, None)
+            handler.handle(record)
+    sys.stderr.write(f"braggflux: error: {line}\n")
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

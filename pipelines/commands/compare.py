@@ -1,0 +1,48 @@
+"""Set a run's intensities, amplitudes and peaks beside DIALS' own.
+
+Observations are matched by Miller index and position; merged reflections by index and shell. With
+the truth of simulated frames both programs are compared with it. Writes RUN_DIR/compare.csv,
+rebuilds the report and prints the tables; what cannot be compared has a row with the reason.
+
+Examples:
+  braggflux compare run --integrated dials/integrated.refl --merged dials/merged.mtz
+  braggflux compare run --integrated dials/integrated.refl --merged dials/merged.mtz \\
+      --truth truth.mtz --true-counts true_counts.npz
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the run directory and the files to compare it with."""
+    parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--integrated", type=Path, metavar="REFL", help="DIALS integrated.refl")
+    parser.add_argument("--merged", type=Path, metavar="MTZ", help="DIALS merged.mtz")
+    parser.add_argument("--truth", type=Path, metavar="MTZ", help="true F(+), F(-)")
+    parser.add_argument(
+        "--true-counts",
+        type=Path,
+        metavar="NPZ",
+        help="true photons: arrays miller_index, xyz_px (fast, slow, frame), photons",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare, write and show."""
+    from pipelines.compare import compare, show
+    from pipelines.report.html import write_report
+    from pipelines.rundir import RunDirectory
+
+    run_directory = RunDirectory.open(args.run_directory)
+    rows = compare(
+        run_directory,
+        integrated=args.integrated,
+        merged=args.merged,
+        truth=args.truth,
+        true_counts=args.true_counts,
+    )
+    show(rows)
+    write_report(run_directory)

@@ -1,0 +1,45 @@
+"""Integrate and merge in one model, from the refined geometry of a DIALS project.
+
+Cuts shoeboxes out of the frames named in EXPT, trains integrator and merge together, and writes
+after every epoch a merged MTZ and the anomalous peak heights at the sites of the model.
+
+EXPT and REFL are DIALS files. With refined.refl the full set of reflections is predicted; an
+integrated or predicted table is taken as it is.
+
+Examples:
+  braggflux run refined.expt refined.refl --model model.pdb --out run
+  braggflux run refined.expt refined.refl --model model.pdb --out run --resume
+  braggflux run refined.expt refined.refl --model model.pdb --out run2 \\
+      --coupling staged --epochs 6 --d-min 2.0 --reference dials/merged.mtz
+  braggflux run --config run/config.yaml --out again
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipelines.flags import RUN_FLAGS, add_config_arguments, config_from_args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare positional files, options and --resume."""
+    parser.add_argument("expt", nargs="?", type=Path, metavar="EXPT", help="DIALS experiments")
+    parser.add_argument("refl", nargs="?", type=Path, metavar="REFL", help="DIALS reflections")
+    add_config_arguments(parser, RUN_FLAGS)
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out from its checkpoint"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the input, train, and show the peak table."""
+    given = {name: getattr(args, name) for name in ("expt", "refl")}
+    fixed = {name: str(path) for name, path in given.items() if path is not None}
+    config = config_from_args(args, RUN_FLAGS, fixed)
+    config.require("expt", "refl", "model", "out")
+
+    from pipelines.process import finish
+    from pipelines.run import run as run_pipeline
+
+    finish(run_pipeline(config, resume=args.resume))

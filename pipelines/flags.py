@@ -1,0 +1,74 @@
+"""Command-line flags that set options of :class:`pipelines.config.RunConfig`.
+
+A flag is a name and a dotted key; its help, type and default come from the option itself.
+Precedence: defaults, then ``--config FILE``, then flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from integrator.errors import UserError
+from pipelines import schema
+from pipelines.config import RunConfig
+
+RUN_FLAGS = {
+    "--model": "model",
+    "--out": "out",
+    "--reference": "reference",
+    "--coupling": "training.coupling",
+    "--epochs": "training.epochs",
+    "--batch-size": "training.batch_size",
+    "--device": "training.device",
+    "--seed": "training.seed",
+    "--d-min": "extraction.d_min",
+}
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
+    """Add ``flags`` (name -> dotted key), ``--config``, ``--set`` and nothing else."""
+    defaults = schema.flatten(schema.to_mapping(RunConfig()))
+    for flag, key in flags.items():
+        hint, text = schema.find_option(RunConfig, key)
+        default = "" if defaults[key] is None else f"; default {defaults[key]}"
+        parser.add_argument(
+            flag,
+            dest=_destination(key),
+            metavar=flag.lstrip("-").replace("-", "_").upper(),
+            help=f"{text} [{schema.type_name(hint)}{default}]".replace("%", "%%"),
+        )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML or JSON file of options; flags win"
+    )
+    parser.add_argument(
+        "--set",
+        dest="assignments",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any option by its key in the file, e.g. training.checkpoint_every=2; repeatable",
+    )
+
+
+def config_from_args(
+    args: argparse.Namespace, flags: Mapping[str, str], fixed: Mapping[str, object] | None = None
+) -> RunConfig:
+    """Combine defaults, ``--config``, ``--set``, flags and ``fixed`` (dotted key -> value)."""
+    config = RunConfig.load(args.config) if args.config else RunConfig()
+    overrides: dict[str, object] = {}
+    for assignment in args.assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set must be KEY=VALUE, got {assignment!r}")
+        overrides[key] = value
+    for key in flags.values():
+        value = getattr(args, _destination(key))
+        if value is not None:
+            overrides[key] = value
+    return schema.updated(config, overrides | dict(fixed or {}))
+
+
+def _destination(key: str) -> str:
+    return key.replace(".", "__")
