@@ -1,0 +1,1 @@
+"""Merged and unmerged reflections in and out of files."""

@@ -1,0 +1,220 @@
+"""Merged structure factors in MTZ files; unmerged ones are in :mod:`merge.io.unmerged_mtz`.
+
+Column names and types are those of CCP4 (``F(+)`` G, ``SIGF(+)`` L, ``I(+)`` K, ``SIGI(+)`` M,
+``F`` F, ``IMEAN`` J, sigmas Q, counts I), so that other programs find the data without being told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+
+from integrator.crystal.symmetry import is_in_asu
+from integrator.errors import UserError
+from merge.half_sets import HalfSet, mean_of_mates
+from merge.io.atomic import replacing
+from merge.io.merged_table import MergedTable, merged_table
+from merge.io.unmerged_mtz import (
+    UnmergedMtz,
+    UnmergedTable,
+    batch_offsets,
+    load_mtz,
+    read_unmerged_mtz,
+    write_unmerged_mtz,
+)
+
+__all__ = [
+    "DatasetNames",
+    "MergedMtz",
+    "MergedTable",
+    "UnmergedMtz",
+    "UnmergedTable",
+    "batch_offsets",
+    "merged_table",
+    "read_merged_mtz",
+    "read_unmerged_mtz",
+    "write_merged_mtz",
+    "write_unmerged_mtz",
+]
+
+Array = NDArray[np.float64]
+
+
+class DatasetNames(NamedTuple):
+    """The three names an MTZ file gives to a data set."""
+
+    project: str = "braggflux"
+    crystal: str = "crystal"
+    dataset: str = "dataset"
+
+
+@dataclass(frozen=True)
+class MergedMtz:
+    """What a merged MTZ file holds.
+
+    ``table`` has NaN in the columns the file lacks; half-set columns are read for names ``F1`` and
+    ``F2``.
+    """
+
+    table: MergedTable
+    cell: gemmi.UnitCell
+    space_group: gemmi.SpaceGroup
+    wavelength: float
+    history: tuple[str, ...]
+
+
+def write_merged_mtz(
+    path: str | Path,
+    table: MergedTable,
+    cell: gemmi.UnitCell,
+    space_group: gemmi.SpaceGroup,
+    wavelength: float,
+    *,
+    history: Sequence[str] = (),
+    names: DatasetNames = DatasetNames(),  # noqa: B008 - immutable
+    title: str = "",
+) -> None:
+    """Write ``F(+) SIGF(+) F(-) SIGF(-) I(+) ... F SIGF IMEAN SIGIMEAN N(+) N(-)`` and half sets.
+
+    Without Friedel mates kept apart: ``F SIGF IMEAN SIGIMEAN N`` and half sets.
+
+    Parameters
+    ----------
+    path : str or Path
+    table : MergedTable
+        Indices in the CCP4 asymmetric unit.
+    cell : gemmi.UnitCell
+    space_group : gemmi.SpaceGroup
+    wavelength : float
+        [A]
+    history : sequence of str
+        Lines of at most 80 characters; longer ones are cut.
+    names : DatasetNames
+    title : str
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
+    """
+    if not is_in_asu(table.miller_index, space_group).all():
+        raise ValueError("miller_index must lie in the CCP4 asymmetric unit")
+    columns = list(_columns(table))
+    mtz = gemmi.Mtz()  # no HKL_base: readers would take its wavelength 0 for the data's
+    dataset = mtz.add_dataset(names.dataset)
+    dataset.project_name, dataset.crystal_name = names.project, names.crystal
+    dataset.id, dataset.wavelength = 1, wavelength
+    mtz.title = title
+    mtz.spacegroup = space_group
+    mtz.set_cell_for_all(cell)
+    for label, kind, _ in columns:
+        mtz.add_column(label, kind, dataset_id=1)
+    mtz.set_data(np.column_stack([values for _, _, values in columns]).astype(np.float32))
+    mtz.sort()
+    mtz.history = [line[:80] for line in history]
+    with replacing(path) as temporary:
+        temporary.write_bytes(mtz.write_to_bytes())
+
+
+def _columns(table: MergedTable) -> Iterable[tuple[str, str, Array]]:
+    """(label, type, values) of every column, in the order of the contract."""
+    t = table
+    yield from ((axis, "H", t.miller_index[:, i]) for i, axis in enumerate("HKL"))
+    if t.is_anomalous:
+        yield from _mates("F", t.f_plus, t.sigma_f_plus, t.f_minus, t.sigma_f_minus)
+        yield from _mates("I", t.i_plus, t.sigma_i_plus, t.i_minus, t.sigma_i_minus)
+    yield from (("F", "F", t.f), ("SIGF", "Q", t.sigma_f))
+    yield from (("IMEAN", "J", t.i_mean), ("SIGIMEAN", "Q", t.sigma_i_mean))
+    if t.is_anomalous:
+        yield from (("N(+)", "I", t.n_plus), ("N(-)", "I", t.n_minus))
+    else:
+        yield "N", "I", t.n_plus
+    for name, half in t.half_sets.items():
+        yield from (
+            (name, {"F": "F", "I": "J"}[name[0]], half.mean),
+            (f"SIG{name}", "Q", half.sigma),
+        )
+        if t.is_anomalous:
+            yield from _mates(name, half.plus, half.sigma_plus, half.minus, half.sigma_minus)
+
+
+def _mates(
+    name: str, plus: Array, sigma_plus: Array, minus: Array, sigma_minus: Array
+) -> Iterable[tuple[str, str, Array]]:
+    value_type, sigma_type = {"F": "GL", "I": "KM"}[name[0]]
+    yield from ((f"{name}(+)", value_type, plus), (f"SIG{name}(+)", sigma_type, sigma_plus))
+    yield from ((f"{name}(-)", value_type, minus), (f"SIG{name}(-)", sigma_type, sigma_minus))
+
+
+def read_merged_mtz(path: str | Path) -> MergedMtz:
+    """Read ``F(+)/F(-)``, ``I(+)/I(-)``, or means only, from a merged MTZ file.
+
+    Indices are brought into the CCP4 asymmetric unit.
+
+    Raises
+    ------
+    UserError
+        Not a readable MTZ file, unmerged, or without the columns; the message names those found.
+    """
+    mtz = load_mtz(path)
+    if mtz.batches or "M/ISYM" in mtz.column_labels() or "M_ISYM" in mtz.column_labels():
+        raise UserError(
+            f"{path} is an unmerged MTZ file (it has batches or M/ISYM); merged data are needed: "
+            "give a merged file, or merge this one first with `braggflux merge`"
+        )
+    mtz.ensure_asu()
+    found = _Columns(mtz)
+    has_f, has_i = found.has_mates("F"), found.has_mates("I")
+    if not (has_f or has_i or "F" in found.data or "IMEAN" in found.data):
+        raise UserError(
+            f"{path} has none of the columns F(+)/F(-), I(+)/I(-), F/SIGF, IMEAN/SIGIMEAN; "
+            f"found {' '.join(mtz.column_labels())}; give a file with merged amplitudes or "
+            "intensities under these labels"
+        )
+    f, i = found.mates("F"), found.mates("I")
+    f_mean, i_mean = found.mean("F", f), found.mean("IMEAN", i)
+    table = MergedTable(
+        mtz.make_miller_array().astype(np.int32),
+        *f,
+        *i,
+        *f_mean,
+        *i_mean,
+        found.get("N(+)"),
+        found.get("N(-)"),
+        {n: HalfSet(*found.mean(n, found.mates(n)), *found.mates(n)) for n in found.half_sets()},
+        has_f or has_i,
+    )
+    wavelength = mtz.datasets[-1].wavelength if len(mtz.datasets) else 0.0
+    return MergedMtz(table, mtz.cell, mtz.spacegroup, wavelength, tuple(mtz.history))
+
+
+class _Columns:
+    """Columns of a merged file by label, missing ones as NaN."""
+
+    def __init__(self, mtz: gemmi.Mtz) -> None:
+        self._length = mtz.nreflections
+        self.data = {c.label: np.array(c, dtype=np.float64) for c in mtz.columns}
+
+    def get(self, label: str) -> Array:
+        return self.data.get(label, np.full(self._length, np.nan))
+
+    def has_mates(self, name: str) -> bool:
+        return {f"{p}{name}({m})" for p in ("", "SIG") for m in "+-"} <= self.data.keys()
+
+    def mates(self, name: str) -> tuple[Array, Array, Array, Array]:
+        labels = (f"{name}(+)", f"SIG{name}(+)", f"{name}(-)", f"SIG{name}(-)")
+        return tuple(self.get(label) for label in labels)
+
+    def mean(self, name: str, mates: tuple[Array, ...]) -> tuple[Array, Array]:
+        if name in self.data:
+            return self.get(name), self.get(f"SIG{name}")
+        return mean_of_mates(*mates)
+
+    def half_sets(self) -> list[str]:
+        return [name for name in ("F1", "F2") if name in self.data]
