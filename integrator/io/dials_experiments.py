@@ -57,7 +57,7 @@ def read_experiments(path: str | Path) -> list[Experiment]:
     document = _load(Path(path))
     try:
         return _decode(document, Path(path))
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"cannot use {path}: {type(error).__name__} {error}; "
             "give an .expt file as written by DIALS"
@@ -93,12 +93,14 @@ def write_experiments(
         originals = list(zip(_blocks(_load(Path(source)), Path(source)), read, strict=True))
     lists: dict[str, list[Block]] = {name: [] for name in (*_MODELS, "imageset", *_PASSED_THROUGH)}
     entries = []
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, str | int], int] = {}
     for number, experiment in enumerate(experiments):
         original = _find_original(originals, experiment, number) if originals else None
         entry: Block = {"__id__": "Experiment", "identifier": experiment.identifier}
-        for name, block in _encode(experiment, original).items():
-            key = (name, json.dumps(block, sort_keys=True))
+        copied, made = _encode(experiment, original)
+        for name, block in (copied | made).items():
+            # copied blocks stay as many as they were, new ones are shared when equal
+            key = (name, id(block) if name in copied else json.dumps(block))
             if key not in seen:
                 seen[key] = len(lists[name])
                 lists[name].append(block)
@@ -130,16 +132,14 @@ def _load(path: Path) -> Block:
 
 def _blocks(document: Block, path: Path) -> list[Block]:
     """Blocks of each experiment by list name, with absolute image paths."""
-    result = []
-    for entry in document["experiment"]:
-        blocks = {}
-        for name in (*_MODELS, "imageset", *_PASSED_THROUGH):
-            if entry.get(name) is not None:
-                blocks[name] = document[name][entry[name]]
-        if "imageset" in blocks:
-            blocks["imageset"] = _with_absolute_paths(blocks["imageset"], path.parent)
-        result.append(blocks)
-    return result
+    lists = {name: document.get(name, []) for name in (*_MODELS, *_PASSED_THROUGH)}
+    lists["imageset"] = [
+        _with_absolute_paths(block, path.parent) for block in document.get("imageset", [])
+    ]
+    return [
+        {name: lists[name][entry[name]] for name in lists if entry.get(name) is not None}
+        for entry in document["experiment"]
+    ]
 
 
 def _decode(document: Block, path: Path) -> list[Experiment]:
@@ -252,25 +252,24 @@ def _find_original(
     )
 
 
-def _encode(experiment: Experiment, original: tuple[Block, Experiment] | None) -> Block:
-    """Blocks of one experiment, taken from the original where the content is the same."""
+def _encode(
+    experiment: Experiment, original: tuple[Block, Experiment] | None
+) -> tuple[Block, Block]:
+    """Blocks of one experiment: those copied from the original, and those made anew."""
     source_blocks, source = original or ({}, None)
-    blocks: Block = {}
-    for name, (attribute, _, encode) in _MODELS.items():
+    encoders = {attribute: (name, encode) for name, (attribute, _, encode) in _MODELS.items()}
+    encoders["images"] = ("imageset", lambda images: _encode_images(images, experiment.scan))
+    copied = {name: source_blocks[name] for name in _PASSED_THROUGH if name in source_blocks}
+    made: Block = {}
+    for attribute, (name, encode) in encoders.items():
         value = getattr(experiment, attribute)
         if value is None:
             continue
         if source is not None and same(value, getattr(source, attribute)):
-            blocks[name] = source_blocks[name]
+            copied[name] = source_blocks[name]
         else:
-            blocks[name] = encode(value)
-    if experiment.images is not None:
-        if source is not None and same(experiment.images, source.images):
-            blocks["imageset"] = source_blocks["imageset"]
-        else:
-            blocks["imageset"] = _encode_images(experiment.images, experiment.scan)
-    blocks |= {name: source_blocks[name] for name in _PASSED_THROUGH if name in source_blocks}
-    return blocks
+            made[name] = encode(value)
+    return copied, made
 
 
 def _encode_images(images: ImageFiles, scan: Scan | None) -> Block:

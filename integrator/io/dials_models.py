@@ -225,7 +225,10 @@ def decode_crystal(block: Block) -> Crystal:
 
 def _space_group(hall: str) -> gemmi.SpaceGroup:
     """Find the tabulated setting that a Hall symbol (with or without basis change) generates."""
-    found = gemmi.find_spacegroup_by_ops(gemmi.symops_from_hall(hall.strip()))
+    try:
+        found = gemmi.find_spacegroup_by_ops(gemmi.symops_from_hall(hall.strip()))
+    except RuntimeError as error:
+        raise ValueError(f"Hall symbol {hall!r}: {error}") from error
     if found is None:
         raise ValueError(f"space group with Hall symbol {hall!r} is not a tabulated setting")
     return found

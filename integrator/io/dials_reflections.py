@@ -1,8 +1,8 @@
 """DIALS reflection tables (.refl), read and written without DIALS.
 
-The file is one MessagePack array ``["dials::af::reflection_table", 1, {identifiers, nrows, data}]``
-where ``data`` maps a column's name to ``[type, [rows, bytes]]``, the bytes being the packed
-little-endian values (for strings: a list of strings in place of the bytes).
+The file is one MessagePack array ``[magic, version, {identifiers, nrows, data}]``,
+where ``data`` maps a column name to ``[type, [rows, bytes]]``, the bytes being the packed
+little-endian values.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from integrator.io.atomic import replacing
 log = logging.getLogger(__name__)
 
 _MAGIC, _VERSION = "dials::af::reflection_table", 1
-_STRING = "std::string"
-_SHOEBOX = "Shoebox<>"
+# Shoeboxes are remade from the frames. Of strings DIALS 3 writes the memory of the C++ objects,
+# pointers included, which nobody can read back.
+_SKIPPED_TYPES = frozenset({"Shoebox<>", "std::string"})
 # type name in the file -> (dtype of an element, shape of a row)
 _TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "bool": ("?", ()),
@@ -49,8 +50,8 @@ class DialsFlag:
     OBSERVED = 1 << 1
     INDEXED = 1 << 2
     USED_IN_REFINEMENT = 1 << 3
-    REFERENCE_SPOT = 1 << 4
     STRONG = 1 << 5
+    REFERENCE_SPOT = 1 << 6
     DONT_INTEGRATE = 1 << 7
     INTEGRATED_SUM = 1 << 8
     INTEGRATED_PRF = 1 << 9
@@ -61,19 +62,18 @@ class DialsFlag:
     IN_POWDER_RING = 1 << 13
     FOREGROUND_INCLUDES_BAD_PIXELS = 1 << 14
     BACKGROUND_INCLUDES_BAD_PIXELS = 1 << 15
-    BAD_SHOEBOX = 1 << 16
-    BAD_SPOT = 1 << 17
-    USED_IN_MODELLING = 1 << 18
-    CENTROID_OUTLIER = 1 << 19
-    FAILED_DURING_BACKGROUND_MODELLING = 1 << 20
-    FAILED_DURING_SUMMATION = 1 << 21
-    FAILED_DURING_PROFILE_FITTING = 1 << 22
-    BAD_REFERENCE = 1 << 23
-    USER_EXCLUDED_IN_SCALING = 1 << 24
-    OUTLIER_IN_SCALING = 1 << 25
-    EXCLUDED_FOR_SCALING = 1 << 26
+    USED_IN_MODELLING = 1 << 16
+    CENTROID_OUTLIER = 1 << 17
+    FAILED_DURING_BACKGROUND_MODELLING = 1 << 18
+    FAILED_DURING_SUMMATION = 1 << 19
+    FAILED_DURING_PROFILE_FITTING = 1 << 20
+    BAD_REFERENCE = 1 << 21
+    USER_EXCLUDED_IN_SCALING = 1 << 22
+    OUTLIER_IN_SCALING = 1 << 23
+    EXCLUDED_FOR_SCALING = 1 << 24
     BAD_FOR_SCALING = USER_EXCLUDED_IN_SCALING | OUTLIER_IN_SCALING | EXCLUDED_FOR_SCALING
-    SCALED = 1 << 27
+    EXCLUDED_FOR_REFINEMENT = 1 << 25
+    SCALED = 1 << 26
 
 
 @dataclass
@@ -148,7 +148,7 @@ class ReflectionTable:
 def read_reflections(path: str | Path) -> ReflectionTable:
     """Read a DIALS .refl file (MessagePack, the format since DIALS 2.0).
 
-    Shoebox columns are skipped, with a note in the log.
+    Columns of shoeboxes and of strings are skipped, with a note in the log.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def read_reflections(path: str | Path) -> ReflectionTable:
         identifiers = {int(k): str(v) for k, v in content.get("identifiers", {}).items()}
         columns = {}
         for name, (kind, packed) in content["data"].items():
-            if kind == _SHOEBOX:
+            if kind in _SKIPPED_TYPES:
                 log.info("%s: column %s (%s) is skipped", path, name, kind)
                 continue
             columns[name] = _decode_column(name, kind, packed, rows)
@@ -184,9 +184,8 @@ def write_reflections(path: str | Path, table: ReflectionTable) -> None:
     """Write a DIALS .refl file.
 
     Column types follow from the arrays: bool, floating point (N,), (N, 2), (N, 3) and (N, 3, 3),
-    integer (N,), (N, 3) as Miller indices and (N, 6) as boxes, and strings. Unsigned integers and
-    the columns ``flags``, ``panel`` and ``partial_id`` become ``std::size_t``, other integers
-    ``int``.
+    integer (N,), (N, 3) as Miller indices and (N, 6) as boxes. Unsigned integers and the columns
+    ``flags``, ``panel`` and ``partial_id`` become ``std::size_t``, other integers ``int``.
 
     Parameters
     ----------
@@ -283,10 +282,6 @@ def _decode_column(name: str, kind: str, packed: Any, rows: int) -> NDArray[Any]
     count, content = packed
     if count != rows:
         raise ValueError(f"column {name} has {count} rows instead of {rows}")
-    if kind == _STRING:
-        if len(content) != rows:
-            raise ValueError(f"column {name} has {len(content)} rows instead of {rows}")
-        return np.array(content, dtype=np.str_) if rows else np.empty(0, dtype=np.str_)
     if kind not in _TYPES:
         raise ValueError(f"column {name} has the unknown type {kind!r}")
     dtype, shape = _TYPES[kind]
@@ -296,8 +291,6 @@ def _decode_column(name: str, kind: str, packed: Any, rows: int) -> NDArray[Any]
 
 def _encode_column(name: str, column: NDArray[Any]) -> tuple[str, tuple[int, Any]]:
     array = np.asarray(column)
-    if array.dtype.kind in "UO":
-        return _STRING, (len(array), [str(value) for value in array])
     kind = _column_type(name, array)
     dtype = _TYPES[kind][0]
     if array.dtype.kind in "iu" and len(array):
