@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.crystal.geometry import Crystal, Experiment
+from integrator.crystal.symmetry import to_asu
 from integrator.errors import UserError
 from merge.io.atomic import replacing
 
@@ -156,9 +157,10 @@ def write_unmerged_mtz(
         rot[rows] = 0.0 if scan is None else scan.phi_deg(table.xyz_px[rows, 2])
         for image in range(first, last + 1):
             mtz.batches.append(_batch_header(experiment, image, offset, dataset_of[number]))
+    asu = to_asu(table.miller_index, mtz.spacegroup)
     columns = [
-        *((axis, "H", table.miller_index[:, i]) for i, axis in enumerate("HKL")),
-        ("M/ISYM", "Y", np.ones(len(table))),
+        *((axis, "H", asu.miller_index[:, i]) for i, axis in enumerate("HKL")),
+        ("M/ISYM", "Y", asu.isym),
         ("BATCH", "B", batch),
         ("I", "J", table.intensity),
         ("SIGI", "Q", table.sigma),
@@ -172,7 +174,6 @@ def write_unmerged_mtz(
         mtz.add_column(label, kind, dataset_id=1)
     data = np.column_stack([values for _, _, values in columns])[keep]
     mtz.set_data(data.astype(np.float32))
-    mtz.switch_to_asu_hkl()
     mtz.sort(5)  # H K L M/ISYM BATCH
     mtz.history = [line[:80] for line in history]
     with replacing(path) as temporary:
