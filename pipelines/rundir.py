@@ -21,14 +21,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
 from integrator.errors import UserError
-from merge.io.atomic import replacing
+from integrator.io.atomic import replacing
 from pipelines import log, provenance, schema
 from pipelines.config import RunConfig
+
+if TYPE_CHECKING:
+    from pipelines.anomalous import SitePeak
 
 PEAK_COLUMNS = ("epoch", "chain", "seqid", "residue", "atom", "peak_sigma")
 REFERENCE = "DIALS"
@@ -194,10 +197,10 @@ class RunDirectory:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line]
 
-    def write_peaks(self, epoch: int | str, peaks: Iterable[Mapping[str, Any]]) -> None:
-        """Set the rows of one epoch (or ``"DIALS"``) in peaks.csv."""
+    def write_peaks(self, epoch: int | str, peaks: Iterable[SitePeak]) -> None:
+        """Set the rows of one epoch (or ``"DIALS"``) in peaks.csv; no height is an empty field."""
         rows = [r for r in self.read_peaks() if r["epoch"] != epoch]
-        rows += [{"epoch": epoch} | {k: p[k] for k in PEAK_COLUMNS[1:]} for p in peaks]
+        rows += [{"epoch": epoch} | {k: getattr(p, k) for k in PEAK_COLUMNS[1:]} for p in peaks]
         # The reference stays on top, whenever it was made.
         rows.sort(key=lambda r: -1 if r["epoch"] == REFERENCE else r["epoch"])
         write_rows(self.peaks_file, rows, PEAK_COLUMNS)

@@ -1,13 +1,14 @@
-"""Set a run's intensities, amplitudes and peaks beside DIALS' own.
+r"""Set a run's intensities, amplitudes and peaks beside DIALS' own.
 
 Observations are matched by Miller index and position; merged reflections by index and shell. With
 the truth of simulated frames both programs are compared with it. Writes RUN_DIR/compare.csv,
 rebuilds the report and prints the tables; what cannot be compared has a row with the reason.
 
-Examples:
-  braggflux compare run --integrated dials/integrated.refl --merged dials/merged.mtz
-  braggflux compare run --integrated dials/integrated.refl --merged dials/merged.mtz \\
-      --truth truth.mtz --true-counts true_counts.npz
+Examples
+--------
+braggflux compare run --integrated dials/integrated.refl --merged dials/merged.mtz
+braggflux compare run --integrated dials/integrated.refl --merged dials/merged.mtz \
+    --truth truth.mtz --true-counts true_counts.npz
 """
 
 from __future__ import annotations

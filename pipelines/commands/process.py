@@ -1,16 +1,17 @@
-"""Raw images to merged amplitudes, with DIALS for the geometry and as the reference.
+r"""Raw images to merged amplitudes, with DIALS for the geometry and as the reference.
 
 An installed DIALS imports the images, finds and indexes spots and refines the geometry; then
 `braggflux run` follows, and DIALS' own integration, scaling and merging is set beside it. DIALS'
 files and logs are in OUT/dials; a step that is done is not repeated by --resume. If DIALS cannot
 scale or merge the data, its row is missing with the reason and the run goes on.
 
-Examples:
-  braggflux process master.h5 --model model.pdb --space-group P43212 --out run
-  braggflux process sweep_*.cbf.gz --model model.pdb --out run \\
-      --unit-cell 5.428,8.141,12.038,90,90,90 --space-group P212121 \\
-      --index-args "detector.fix=all" \\
-      --integrate-args "min_spots.per_degree=5 min_spots.overall=10"
+Examples
+--------
+braggflux process master.h5 --model model.pdb --space-group P43212 --out run
+braggflux process sweep_*.cbf.gz --model model.pdb --out run \
+    --unit-cell 5.428,8.141,12.038,90,90,90 --space-group P212121 \
+    --index-args "detector.fix=all" \
+    --integrate-args "min_spots.per_degree=5 min_spots.overall=10"
 """
 
 from __future__ import annotations

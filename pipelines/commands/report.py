@@ -3,8 +3,9 @@
 Needs no model and no frames: everything is drawn from metrics.jsonl, peaks.csv, statistics.csv,
 compare.csv and the sample shoeboxes.
 
-Examples:
-  braggflux report run
+Examples
+--------
+braggflux report run
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Integrate and merge in one model, from the refined geometry of a DIALS project.
+r"""Integrate and merge in one model, from the refined geometry of a DIALS project.
 
 Cuts shoeboxes out of the frames named in EXPT, trains integrator and merge together, and writes
 after every epoch a merged MTZ and the anomalous peak heights at the sites of the model.
@@ -6,12 +6,13 @@ after every epoch a merged MTZ and the anomalous peak heights at the sites of th
 EXPT and REFL are DIALS files. With refined.refl the full set of reflections is predicted; an
 integrated or predicted table is taken as it is.
 
-Examples:
-  braggflux run refined.expt refined.refl --model model.pdb --out run
-  braggflux run refined.expt refined.refl --model model.pdb --out run --resume
-  braggflux run refined.expt refined.refl --model model.pdb --out run2 \\
-      --coupling staged --epochs 6 --d-min 2.0 --reference dials/merged.mtz
-  braggflux run --config run/config.yaml --out again
+Examples
+--------
+braggflux run refined.expt refined.refl --model model.pdb --out run
+braggflux run refined.expt refined.refl --model model.pdb --out run --resume
+braggflux run refined.expt refined.refl --model model.pdb --out run2 \
+    --coupling staged --epochs 6 --d-min 2.0 --reference dials/merged.mtz
+braggflux run --config run/config.yaml --out again
 """
 
 from __future__ import annotations

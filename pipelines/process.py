@@ -1,0 +1,81 @@
+"""Raw images to a compared, reported run: DIALS' geometry and reference around our own run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from integrator.errors import UserError
+from pipelines import log
+from pipelines.compare import compare, show
+from pipelines.config import RunConfig
+from pipelines.dials_chain import DialsChain, Reference
+from pipelines.report.html import write_report
+from pipelines.report.terminal import show_peaks
+from pipelines.run import run
+from pipelines.rundir import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+def process(config: RunConfig, *, resume: bool = False, truth: Path | None = None) -> RunDirectory:
+    """Run DIALS' geometry, our model, and DIALS' own integration to compare with.
+
+    The reference is made before training, so that every epoch's table can show it.
+
+    Parameters
+    ----------
+    config : RunConfig
+        ``dials.images``, ``model`` and ``out`` are needed; ``expt``, ``refl`` and ``reference``
+        are set here.
+    resume : bool
+        Keep finished DIALS steps and go on from the last checkpoint.
+    truth : Path, optional
+        MTZ with the true F(+), F(-) of simulated frames.
+
+    Returns
+    -------
+    RunDirectory
+    """
+    if not config.dials.images:
+        raise UserError("no images are given; name an HDF5 master file or all frames of a sweep")
+    config.require("model", "out")
+    directory = RunDirectory(config.out)
+    _check_start(directory, resume=resume)
+    chain = DialsChain(directory.dials, config.dials, config.extraction.d_min)
+    log.attach_file(directory.log_file)
+    expt, refl = chain.geometry()
+    reference = Reference(reason="not asked for (dials.has_reference is false)")
+    if config.dials.has_reference:
+        reference = chain.reference()
+    directory = run(
+        replace(config, expt=expt, refl=refl, reference=reference.merged), resume=resume
+    )
+    if reference.reason:
+        directory.note("reference", reference.reason)
+    return finish(directory, integrated=reference.integrated, truth=truth)
+
+
+def finish(
+    directory: RunDirectory, *, integrated: Path | None = None, truth: Path | None = None
+) -> RunDirectory:
+    """Compare with the reference, write the report and show the peak table."""
+    merged = directory.read_config().reference
+    if merged or integrated or truth:
+        show(compare(directory, integrated=integrated, merged=merged, truth=truth))
+    report = write_report(directory)
+    directory.finish()
+    show_peaks(directory)
+    logger.info("report: %s", report)
+    logger.info("merged: %s", directory.merged)
+    return directory
+
+
+def _check_start(directory: RunDirectory, *, resume: bool) -> None:
+    directory.check_free(resume=resume)
+    if directory.dials.is_dir() and not resume:
+        raise UserError(
+            f"{directory.path} already holds files of DIALS from a run that did not finish; add "
+            "--resume to keep its finished steps, or choose another --out"
+        )

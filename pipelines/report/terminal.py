@@ -1,0 +1,128 @@
+"""Tables on standard output: framed on a terminal, aligned plain text in a file or pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pipelines.rundir import REFERENCE, RunDirectory
+
+Cells = Sequence[Sequence[str]]
+
+#: More sites of one kind than this are shown as their mean.
+MAX_SINGLE_SITES = 5
+
+
+def write_table(
+    title: str,
+    header: Sequence[str],
+    rows: Cells,
+    *,
+    notes: Sequence[str] = (),
+    emphasis: Sequence[str] = (),
+) -> None:
+    """Print a table.
+
+    Parameters
+    ----------
+    title : str
+    header : sequence of str
+        The first column is aligned left, the others right.
+    rows : sequence of rows of str
+    notes : sequence of str
+        Lines under the table, e.g. why something is missing.
+    emphasis : sequence of str
+        First cells of rows that a terminal shows in bold.
+    """
+    if sys.stdout.isatty():
+        _write_framed(title, header, rows, emphasis)
+    else:
+        sys.stdout.write("\n".join(plain_table(title, header, rows)) + "\n")
+    for note in notes:
+        sys.stdout.write(f"  - {note}\n")
+    sys.stdout.write("\n")
+
+
+def plain_table(title: str, header: Sequence[str], rows: Cells) -> list[str]:
+    """Lines of an aligned table."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    rule = "  ".join("-" * width for width in widths)
+    lines = [title, _aligned(header, widths), rule]
+    return lines + [_aligned(row, widths) for row in rows]
+
+
+def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str]]:
+    """Arrange peaks.csv as epoch x site.
+
+    Sites are grouped by residue and atom name (iodides, sulfurs of cysteines, ...), the strongest
+    group first; a group of more than :data:`MAX_SINGLE_SITES` has one column, its mean.
+
+    Returns
+    -------
+    header, rows, notes : list
+        Epochs downwards, the reference last; a note says why the reference has no row.
+    """
+    peaks = run.read_peaks()
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for peak in peaks:
+        groups.setdefault((peak["residue"], peak["atom"]), []).append(peak)
+    strongest = sorted(groups.values(), key=lambda g: -max(p["peak_sigma"] or 0.0 for p in g))
+    columns = [column for group in strongest for column in _columns(group)]
+    epochs = [e for e in dict.fromkeys(p["epoch"] for p in peaks) if e != REFERENCE]
+    if any(p["epoch"] == REFERENCE for p in peaks):
+        epochs.append(REFERENCE)
+    rows = [[str(e), *(_mean_height(column, e) for _, column in columns)] for e in epochs]
+    notes = []
+    if (reason := run.read_provenance()["notes"].get("reference")) is not None:
+        notes.append(f"no {REFERENCE} row: {reason}")
+    return ["epoch", *(name for name, _ in columns)], rows, notes
+
+
+def show_peaks(run: RunDirectory, n_columns: int = 8) -> None:
+    """Print epoch x site, the leading columns of :func:`peaks_table`."""
+    header, rows, notes = peaks_table(run)
+    if len(header) - 1 > n_columns:
+        notes.append(f"weaker sites: {run.peaks_file}")
+    rows = [row[: n_columns + 1] for row in rows]
+    title = "Anomalous peak height [sigma of the map]"
+    write_table(title, header[: n_columns + 1], rows, notes=notes, emphasis=[REFERENCE])
+
+
+def _columns(group: list[dict]) -> list[tuple[str, list[dict]]]:
+    """Name and entries (of all epochs) of each column for one kind of site."""
+    sites: dict[tuple[str, str], list[dict]] = {}
+    for peak in group:
+        sites.setdefault((peak["chain"], peak["seqid"]), []).append(peak)
+    residue, atom = group[0]["residue"], group[0]["atom"]
+    if len(sites) > MAX_SINGLE_SITES:
+        return [(f"{residue} {atom}, mean of {len(sites)}", group)]
+    has_chains = len({seqid for _, seqid in sites}) < len(sites)
+    return [
+        (f"{residue} {chain if has_chains else ''}{seqid}", entries)
+        for (chain, seqid), entries in sites.items()
+    ]
+
+
+def _mean_height(column: list[dict], epoch: int | str) -> str:
+    heights = [p["peak_sigma"] for p in column if p["epoch"] == epoch]
+    known = [h for h in heights if h is not None]
+    return f"{sum(known) / len(known):.2f}" if known else "-"
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = zip(cells, widths, strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(c.rjust(w) for c, w in others)]).rstrip()
+
+
+def _write_framed(title: str, header: Sequence[str], rows: Cells, emphasis: Sequence[str]) -> None:
+    from rich.box import SIMPLE_HEAVY
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAVY)
+    for i, name in enumerate(header):
+        table.add_column(Text(name), justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(c) for c in row), style="bold" if row[0] in emphasis else None)
+    Console(file=sys.stdout).print(table)
