@@ -74,6 +74,7 @@ def predict_reflections(
     d_min: float | None = None,
     *,
     d_max: float | None = None,
+    padding_frames: float = 0.0,
     static: bool = False,
     geometry: DiffractionGeometry | None = None,
     dtype: torch.dtype = torch.float64,
@@ -87,6 +88,8 @@ def predict_reflections(
         With a crystal, a goniometer and a scan.
     d_min, d_max : float, optional
         Resolution limits [A]; by default all that the detector can see.
+    padding_frames : float
+        Predict so far before and after the scan, too.
     static : bool
         Ignore a scan-varying crystal.
     geometry : DiffractionGeometry, optional
@@ -116,7 +119,9 @@ def predict_reflections(
             f"be above {0.5 * experiment.beam.wavelength:.3f} A; give a larger --d-min"
         )
     hits = [
-        _crossings(geometry, torch.from_numpy(chunk).to(geometry.s0), d_min, d_max)
+        _crossings(
+            geometry, torch.from_numpy(chunk).to(geometry.s0), (d_min, d_max), padding_frames
+        )
         for chunk in _chunks(candidate_indices(experiment.crystal, 0.98 * d_min))
     ]
     hkl, phi, panel = (torch.cat(column) for column in zip(*hits, strict=True))
@@ -236,7 +241,10 @@ def _chunks(hkl: np.ndarray) -> list[np.ndarray]:
 
 
 def _crossings(
-    geometry: DiffractionGeometry, hkl: Tensor, d_min: float, d_max: float | None
+    geometry: DiffractionGeometry,
+    hkl: Tensor,
+    limits: tuple[float, float | None],
+    padding: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Crossings of the Ewald sphere on the scan that hit a panel: (hkl, phi, panel).
 
@@ -246,7 +254,7 @@ def _crossings(
     geometry = geometry.detach()
     varying = len(geometry.A) > 1
     middle = geometry.phi_start + 0.5 * geometry.n_images * geometry.phi_width
-    half_scan = 0.5 * geometry.n_images * geometry.phi_width.abs()
+    half_scan = (0.5 * geometry.n_images + padding) * geometry.phi_width.abs()
     margin = SCAN_MARGIN if varying else 0.0
     n_turns = math.ceil(float(half_scan + margin) / (2 * math.pi) - 0.5) if half_scan > 0 else 0
     found: list[tuple[Tensor, Tensor]] = []
@@ -262,17 +270,21 @@ def _crossings(
                 continue
             solved, reached = diffraction.solve_ewald(geometry, hkl[rows], root[rows], phi[rows])
             z = geometry.frame(solved)
-            keep = (reached.abs() <= 1) & (z >= 0) & (z < geometry.n_images)
+            keep = (reached.abs() <= 1) & (z >= -padding) & (z < geometry.n_images + padding)
             found.append((hkl[rows[keep]], solved[keep]))
     hkl = torch.cat([hkl[:0], *(f[0] for f in found)])
     phi = torch.cat([middle.new_zeros(0), *(f[1] for f in found)])
-    return _on_detector(geometry, hkl, phi, d_min, d_max)
+    return _on_detector(geometry, hkl, phi, limits)
 
 
 def _on_detector(
-    geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor, d_min: float, d_max: float | None
+    geometry: DiffractionGeometry,
+    hkl: Tensor,
+    phi: Tensor,
+    limits: tuple[float, float | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep crossings within the resolution limits whose ray hits a panel: (hkl, phi, panel)."""
+    d_min, d_max = limits
     r = diffraction.scattering_vector(geometry, hkl, phi)
     inv_d = r.norm(dim=1)
     panel = diffraction.choose_panel(geometry, geometry.s0 + r)

@@ -1,0 +1,360 @@
+"""Shoeboxes on disk: a versioned, chunked, self-describing HDF5 file.
+
+Layout (rows N are sorted by sweep and first frame)::
+
+    /                      attributes: format, version, software, box, extent, units, n_rows
+    /boxes/counts          (N, D, H, W) int, detector counts; 0 where not recorded
+    /boxes/mask            (N, D, H, W) uint8, bits of integrator.shoebox.mask.MaskBit
+    /reflections/<column>  fields of ReflectionMetadata, flags, entering, recorded_fraction
+    /background/<e>/panel_<p>/{sum,count}   (slow, fast) float32, per sweep
+    /background/<e>/frame_ratio             (n_frames,) background of a frame over the mean
+    /experiments           JSON text: wavelength, scan, cell, space group, gains, image files
+
+Compression is bitshuffle + LZ4, which the HDF5 filter registry knows and hdf5plugin brings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import h5py
+import hdf5plugin
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from integrator.errors import UserError
+from integrator.io.atomic import replacing
+from integrator.shoebox.mask import MaskBit
+from integrator.types import ReflectionMetadata, ShoeboxBatch
+
+FORMAT = "braggflux-shoeboxes"
+VERSION = 1
+UNITS = {
+    "counts": "detector counts; divide by the gain for photons",
+    "xyz_px": "pixels, pixels, frames",
+    "xyz_mm": "mm, mm, rad",
+    "s1": "1/A",
+    "d": "A",
+    "corner": "frame, slow, fast array index",
+}
+CHUNK_BYTES = 1 << 19
+INTEGER_COLUMNS = ("refl_row", "miller_index", "experiment", "panel", "corner")
+
+
+@dataclass(frozen=True)
+class BackgroundField:
+    """Mean background of one sweep.
+
+    Parameters
+    ----------
+    total, count : list of ndarray, (slow, fast)
+        Per panel: counts, and number of frames, where no spot was predicted.
+    frame_ratio : ndarray, (n_frames,)
+        Background of each frame relative to the mean.
+    """
+
+    total: list[NDArray[np.float32]]
+    count: list[NDArray[np.float32]]
+    frame_ratio: NDArray[np.float64]
+
+
+class ShoeboxWriter:
+    """Writes a store row block by row block; made by :func:`writing_store`."""
+
+    def __init__(
+        self, handle: h5py.File, n_rows: int, box: tuple[int, int, int], dtype: np.dtype
+    ) -> None:
+        self._handle = handle
+        shape = (n_rows, *box)
+        per_row = int(np.prod(box)) * np.dtype(dtype).itemsize
+        chunk = (min(max(CHUNK_BYTES // per_row, 1), n_rows), *box)
+        boxes = handle.create_group("boxes")
+        options = {"chunks": chunk, "compression": hdf5plugin.Bitshuffle(cname="lz4")}
+        self._counts = boxes.create_dataset("counts", shape, dtype, **options)
+        self._mask = boxes.create_dataset("mask", shape, np.uint8, **options)
+        self.chunk_rows = chunk[0]
+        self.dtype = np.dtype(dtype)
+
+    def write_boxes(self, first: int, counts: NDArray, mask: NDArray[np.uint8]) -> None:
+        """Write consecutive rows."""
+        if counts.size and counts.max() > np.iinfo(self.dtype).max:
+            raise UserError(
+                f"a count of {counts.max()} does not fit the {self.dtype} of the shoebox store: "
+                "the trusted range in the EXPT file is smaller than what the frames hold"
+            )
+        self._counts[first : first + len(counts)] = counts
+        self._mask[first : first + len(mask)] = mask
+
+    def write_columns(self, columns: Mapping[str, NDArray]) -> None:
+        """Write the columns of all reflections."""
+        group = self._handle.create_group("reflections")
+        for name, values in columns.items():
+            group.create_dataset(name, data=values, compression="gzip", compression_opts=1)
+            if name in UNITS:
+                group[name].attrs["units"] = UNITS[name]
+
+    def write_background(self, experiment: int, field: BackgroundField) -> None:
+        """Write the background statistic of a sweep."""
+        group = self._handle.create_group(f"background/{experiment}")
+        group["frame_ratio"] = field.frame_ratio
+        for panel, (total, count) in enumerate(zip(field.total, field.count, strict=True)):
+            for name, image in (("sum", total), ("count", count)):
+                group.create_dataset(
+                    f"panel_{panel}/{name}", data=image.astype(np.float32), compression="gzip"
+                )
+
+    def write_header(self, attributes: Mapping[str, object], experiments: Sequence[dict]) -> None:
+        """Write what describes the file."""
+        self._handle["experiments"] = json.dumps(list(experiments))
+        self._handle.attrs.update(
+            {"format": FORMAT, "version": VERSION, "n_rows": len(self._counts), **attributes}
+        )
+        self._handle["boxes/counts"].attrs["units"] = UNITS["counts"]
+
+
+@contextmanager
+def writing_store(
+    path: str | Path, n_rows: int, box: tuple[int, int, int], dtype: np.dtype
+) -> Iterator[ShoeboxWriter]:
+    """Write a store that appears under its name only when the block succeeds.
+
+    Parameters
+    ----------
+    path : str or Path
+    n_rows : int
+    box : (int, int, int)
+        (frames, slow, fast)
+    dtype : numpy.dtype
+        Of the counts.
+
+    Yields
+    ------
+    ShoeboxWriter
+    """
+    with replacing(path) as temporary, h5py.File(temporary, "w") as handle:
+        yield ShoeboxWriter(handle, n_rows, box, dtype)
+
+
+class ShoeboxStore:
+    """Shoeboxes of one or several sweeps.
+
+    Open with :meth:`open`; also a context manager.
+
+    Parameters
+    ----------
+    path : str or Path
+
+    Attributes
+    ----------
+    box : (int, int, int)
+        (frames, slow, fast).
+    experiments : list of dict
+        What the header tells of each sweep.
+    attributes : dict
+        Of the file: extent, d_min, software version ...
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._handle = _open_checked(self.path)
+        try:
+            self._counts = self._handle["boxes/counts"]
+            self._mask = self._handle["boxes/mask"]
+            self.experiments: list[dict] = json.loads(self._handle["experiments"][()])
+            self.attributes = dict(self._handle.attrs)
+            if not len(self._counts) == len(self._mask) == self.attributes["n_rows"]:
+                raise KeyError("n_rows")
+            self._columns = {k: v[()] for k, v in self._handle["reflections"].items()}
+            self._metadata = _metadata(self._columns, torch.float32)
+        except (KeyError, OSError, json.JSONDecodeError) as error:
+            self._handle.close()
+            raise UserError(
+                f"{self.path} is an incomplete shoebox store ({error}): make it again with "
+                "braggflux extract"
+            ) from error
+        self.box: tuple[int, int, int] = tuple(int(n) for n in self._counts.shape[1:])
+        self._gain = self._row_gain()
+        self._cache: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> ShoeboxStore:
+        """Open a store.
+
+        Raises
+        ------
+        UserError
+            When the file is missing, truncated, of another format or of another version.
+        """
+        return cls(path)
+
+    def __len__(self) -> int:
+        """Return the number of reflections."""
+        return len(self._counts)
+
+    def __enter__(self) -> ShoeboxStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that are read together at no extra cost."""
+        return self._counts.chunks[0]
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the boxes are held in memory."""
+        return self._cache is not None
+
+    def metadata(self, dtype: torch.dtype = torch.float32) -> ReflectionMetadata:
+        """Everything known of the reflections before counting, (N,) rows."""
+        return self._metadata if dtype == torch.float32 else _metadata(self._columns, dtype)
+
+    def column(self, name: str) -> NDArray:
+        """Return a column of ``/reflections``, (N, ...): ``flags``, ``entering`` ..."""
+        return self._columns[name]
+
+    @property
+    def flags(self) -> Tensor:
+        """Bits of ``integrator.types.Flag``, (N,) int64."""
+        return torch.from_numpy(self._columns["flags"].astype(np.int64))
+
+    def cache_in_memory(self, byte_limit: int = 4 << 30) -> bool:
+        """Hold all boxes in memory, if they fit.
+
+        Counts are kept as 16-bit integers where they allow it.
+
+        Returns
+        -------
+        bool
+            Whether they are held now.
+        """
+        if self._cache is not None:
+            return True
+        fits_16 = int(self.attributes["max_count"]) <= np.iinfo(np.uint16).max
+        dtype = np.uint16 if fits_16 else np.int32
+        voxels = len(self) * int(np.prod(self.box))
+        if voxels * (np.dtype(dtype).itemsize + 1) > byte_limit:
+            return False
+        counts = np.empty(self._counts.shape, dtype)
+        mask = np.empty(self._mask.shape, np.uint8)
+        for start in range(0, len(self), 32 * self.chunk_rows):
+            part = slice(start, start + 32 * self.chunk_rows)
+            counts[part], mask[part] = self._counts[part], self._mask[part]
+        # torch indexes signed integers only, in all versions
+        counts = counts.view(np.int16) if fits_16 else counts
+        self._cache = torch.from_numpy(counts), torch.from_numpy(mask)
+        return True
+
+    def read_raw(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Read counts (B, D, H, W) int32 and mask bits (B, D, H, W) uint8, rows in any order."""
+        if self._cache is not None:
+            counts = self._cache[0][rows].to(torch.int32)
+            if self._cache[0].dtype == torch.int16:
+                counts = counts & 0xFFFF  # the sign bit of the stored 16 bits is a count
+            return counts, self._cache[1][rows]
+        if isinstance(rows, slice):
+            counts, mask = self._counts[rows], self._mask[rows]
+        else:
+            # HDF5 wants increasing rows without repeats
+            unique, back = np.unique(rows.numpy(), return_inverse=True)
+            counts, mask = self._read_sorted(unique)
+            counts, mask = counts[back], mask[back]
+        return torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(mask)
+
+    def read(self, rows: Tensor | slice, *, exclude: int = MaskBit.OVERLAPPED) -> ShoeboxBatch:
+        """Shoeboxes of some rows, in the order given.
+
+        Parameters
+        ----------
+        rows : Tensor, (B,) int64, or slice
+        exclude : int
+            Mask bits that make a recorded voxel invalid; 0 keeps voxels of neighbours.
+        """
+        counts, mask = self.read_raw(rows)
+        is_valid = (mask & MaskBit.VALID).bool() & (mask & exclude == 0)
+        photons = counts.float() * is_valid
+        if self._gain is not None:
+            photons = photons / self._gain[rows][:, None, None, None]
+        return ShoeboxBatch(photons, is_valid, self._metadata[rows])
+
+    def iterate(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Iterator[ShoeboxBatch]:
+        """All rows in batches; shuffled when a generator is given."""
+        order = torch.arange(len(self))
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+        for start in range(0, len(self), batch_size):
+            yield self.read(order[start : start + batch_size])
+
+    def background(self, experiment: int) -> BackgroundField:
+        """Background statistic of a sweep."""
+        group = self._handle[f"background/{experiment}"]
+        panels = [group[f"panel_{p}"] for p in range(len(group) - 1)]
+        return BackgroundField(
+            [p["sum"][()] for p in panels],
+            [p["count"][()] for p in panels],
+            group["frame_ratio"][()],
+        )
+
+    def _read_sorted(self, rows: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+        """Rows in increasing order, chunk by chunk: h5py's own selections are slow."""
+        counts = np.empty((len(rows), *self.box), self._counts.dtype)
+        mask = np.empty((len(rows), *self.box), np.uint8)
+        chunk = rows // self.chunk_rows
+        for number in np.unique(chunk):
+            here = np.nonzero(chunk == number)[0]
+            low, high = rows[here[0]], rows[here[-1]] + 1
+            counts[here] = self._counts[low:high][rows[here] - low]
+            mask[here] = self._mask[low:high][rows[here] - low]
+        return counts, mask
+
+    def _row_gain(self) -> Tensor | None:
+        """Look up the counts per photon of each row, (N,); None where it is 1 everywhere."""
+        gains = [experiment["gain"] for experiment in self.experiments]
+        if all(gain == 1 for panels in gains for gain in panels):
+            return None
+        width = max(map(len, gains))
+        table = torch.tensor([[*panels, *[1.0] * (width - len(panels))] for panels in gains])
+        return table[self._metadata.experiment, self._metadata.panel]
+
+
+def _metadata(columns: Mapping[str, NDArray], dtype: torch.dtype) -> ReflectionMetadata:
+    def tensor(name: str) -> Tensor:
+        kind = torch.int64 if name in INTEGER_COLUMNS else dtype
+        return torch.from_numpy(columns[name]).to(kind)
+
+    return ReflectionMetadata(**{f.name: tensor(f.name) for f in fields(ReflectionMetadata)})
+
+
+def _open_checked(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise UserError(f"no shoebox store {path}: make one with braggflux extract")
+    try:
+        handle = h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a readable HDF5 file (truncated?): make it again with "
+            "braggflux extract"
+        ) from error
+    found, version = handle.attrs.get("format"), handle.attrs.get("version")
+    if found != FORMAT or version != VERSION:
+        handle.close()
+        what = f"version {version}" if found == FORMAT else f"format {found!r}"
+        raise UserError(
+            f"{path} has {what}, but this program reads {FORMAT} version {VERSION}: make it "
+            "again with braggflux extract"
+        )
+    return handle

@@ -1,0 +1,120 @@
+"""Background between the spots: one image per sweep and one factor per frame.
+
+A later model takes ``image(pixel) * ratio(frame)`` as its prior mean. The image is the mean over
+the frames on which no spot is predicted at the pixel. The ratio compares a frame's background
+pixels with the image at the same places; which pixels these were is remembered per tile only, so
+that one pass suffices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from integrator.crystal.geometry import Experiment
+from integrator.io.shoebox_store import BackgroundField
+from integrator.shoebox.canvas import FrameCanvas
+
+MAX_TILES = 4096
+"""Over all panels: bounds the memory of the per-frame sums."""
+
+
+class BackgroundAccumulator:
+    """Sums of counts outside of predicted spots.
+
+    Parameters
+    ----------
+    canvas : FrameCanvas
+        Holds the frame when :meth:`add` is called.
+    n_images : int
+    is_watched : sequence of ndarray, (slow, fast) bool
+        Pixels of each panel where all spots are known: beyond the resolution limit, spots that
+        nobody predicted would pass for background.
+    """
+
+    def __init__(
+        self, canvas: FrameCanvas, n_images: int, is_watched: Sequence[NDArray[np.bool_]]
+    ) -> None:
+        self._canvas = canvas
+        self._is_watched = np.zeros(canvas.size, dtype=bool)
+        for panel, watched in enumerate(is_watched):
+            canvas.panel_view(self._is_watched, panel)[...] = watched
+        self._total = np.zeros(canvas.size, dtype=np.int64)
+        self._count = np.zeros(canvas.size, dtype=np.int32)
+        self._tile = _tiles(canvas)
+        n_tiles = int(self._tile.max()) + 1
+        self._frame_total = np.zeros((n_images, n_tiles))
+        self._frame_count = np.zeros((n_images, n_tiles))
+
+    def add(self, frame: int, is_dark: NDArray[np.bool_]) -> None:
+        """Add a frame's pixels where ``is_dark`` (size of the canvas) and recorded."""
+        counts = self._canvas.counts
+        pixels = np.nonzero(is_dark & self._is_watched & (counts >= 0))[0]
+        values, tiles = counts[pixels], self._tile[pixels]
+        self._total[pixels] += values
+        self._count[pixels] += 1
+        n_tiles = self._frame_total.shape[1]
+        self._frame_total[frame] = np.bincount(tiles, weights=values, minlength=n_tiles)
+        self._frame_count[frame] = np.bincount(tiles, minlength=n_tiles)
+
+    def result(self) -> BackgroundField:
+        """Return the statistic of all frames added."""
+        with np.errstate(invalid="ignore"):
+            mean = self._frame_total.sum(0) / self._frame_count.sum(0)  # NaN where never seen
+        expected = self._frame_count @ np.nan_to_num(mean)
+        observed = self._frame_total.sum(1)
+        ratio = np.divide(observed, expected, out=np.ones_like(observed), where=expected > 0)
+        panels = range(len(self._canvas.panel_shapes))
+        return BackgroundField(
+            [self._canvas.panel_view(self._total, p).astype(np.float32) for p in panels],
+            [self._canvas.panel_view(self._count, p).astype(np.float32) for p in panels],
+            ratio,
+        )
+
+
+def pixel_inv_d(experiment: Experiment, panel: int) -> NDArray[np.float64]:
+    """1/d at the pixel centres of a panel, (slow, fast) [1/A].
+
+    ``1/d^2 = 2 |s0|^2 (1 - cos 2theta)``, cosine and distance being polynomials in x and y.
+    """
+    geometry, s0 = experiment.panels[panel], experiment.beam.s0
+    x = (np.arange(geometry.image_size[0]) + 0.5) * geometry.pixel_size[0]
+    y = (np.arange(geometry.image_size[1]) + 0.5)[:, None] * geometry.pixel_size[1]
+    gram = geometry.d_matrix.T @ geometry.d_matrix
+    along = x * (geometry.fast_axis @ s0) + y * (geometry.slow_axis @ s0) + geometry.origin @ s0
+    distance2 = x * x + y * y + 2 * (x * gram[0, 2] + y * gram[1, 2]) + gram[2, 2]
+    cos = along / np.sqrt(distance2 * (s0 @ s0))
+    return np.sqrt(2 * (s0 @ s0) * (1 - cos).clip(0))
+
+
+def mean_image(
+    total: NDArray[np.float32], count: NDArray[np.float32], smoothing_px: float = 2.0
+) -> NDArray[np.float32]:
+    """Background of a panel [counts/pixel], (slow, fast).
+
+    A Gaussian average of counts over one of frames: pixels weigh by how often they were seen, and
+    gaps are filled from their surroundings; 0 where nothing is near.
+    """
+    counts = ndimage.gaussian_filter(total.astype(np.float64), smoothing_px, mode="constant")
+    frames = ndimage.gaussian_filter(count.astype(np.float64), smoothing_px, mode="constant")
+    return np.divide(counts, frames, out=np.zeros_like(counts), where=frames > 1e-9).astype(
+        np.float32
+    )
+
+
+def _tiles(canvas: FrameCanvas) -> NDArray[np.int32]:
+    """Give each canvas pixel the number of its tile; the padding is in tile 0, never dark."""
+    area = sum(slow * fast for slow, fast in canvas.panel_shapes)
+    side = max(16, math.ceil(math.sqrt(area / MAX_TILES)))
+    tile = np.zeros(canvas.size, dtype=np.int32)
+    first = 0
+    for panel, (slow, fast) in enumerate(canvas.panel_shapes):
+        across = -(-fast // side)
+        rows, columns = np.arange(slow) // side, np.arange(fast) // side
+        canvas.panel_view(tile, panel)[...] = first + rows[:, None] * across + columns
+        first += across * (-(-slow // side))
+    return tile

@@ -1,0 +1,119 @@
+"""Minibatches of shoeboxes, and the split that keeps some images for validation.
+
+Reflections of one image share its beam and its background; a held-out set must therefore be
+chosen by image, not by reflection. Blocks of consecutive frames are held out, since a reflection
+spreads over several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from integrator.io.shoebox_store import ShoeboxStore
+from integrator.types import Flag, ReflectionMetadata, ShoeboxBatch
+
+POOL_CHUNKS = 32
+"""Chunks of the file that are shuffled together when the store does not fit in memory."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows for training and rows held out, both increasing, (N,) int64."""
+
+    train: Tensor
+    held_out: Tensor
+
+
+def split_by_image(
+    metadata: ReflectionMetadata, fraction: float, *, seed: int, block_frames: int = 10
+) -> Split:
+    """Hold out whole blocks of frames.
+
+    Parameters
+    ----------
+    metadata : ReflectionMetadata
+    fraction : float
+        Of the blocks, in [0, 1); at least one block when positive and there are several.
+    seed : int
+        Same seed, same split.
+    block_frames : int
+        Frames in a block.
+
+    Returns
+    -------
+    Split
+        Positions in ``metadata``.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the held-out fraction must be in [0, 1), got {fraction}")
+    block = torch.div(metadata.xyz_px[:, 2], block_frames, rounding_mode="floor").long()
+    key = torch.stack([metadata.experiment, block], dim=1)
+    blocks, member = torch.unique(key, dim=0, return_inverse=True)
+    n_out = min(max(round(fraction * len(blocks)), int(fraction > 0)), len(blocks) - 1)
+    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
+    is_out = torch.zeros(len(blocks), dtype=torch.bool)
+    is_out[order[:n_out]] = True
+    held_out = is_out[member]
+    return Split(torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0])
+
+
+class ShoeboxDataset:
+    """Rows of a store in shuffled or natural order.
+
+    Parameters
+    ----------
+    store : ShoeboxStore
+    rows : Tensor, (N,) int64, optional
+        A subset, increasing; by default every reflection that is not rejected.
+    byte_limit : int
+        The store is held in memory if it needs no more.
+    """
+
+    def __init__(
+        self, store: ShoeboxStore, rows: Tensor | None = None, *, byte_limit: int = 4 << 30
+    ) -> None:
+        self.store = store
+        if rows is None:
+            rows = torch.nonzero(store.flags & Flag.REJECTED == 0)[:, 0]
+        self.rows = rows
+        store.cache_in_memory(byte_limit)
+
+    def __len__(self) -> int:
+        """Return the number of reflections."""
+        return len(self.rows)
+
+    def n_batches(self, batch_size: int) -> int:
+        """Batches in one epoch."""
+        return -(-len(self) // batch_size)
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator | None = None
+    ) -> Iterator[ShoeboxBatch]:
+        """One epoch; every row once.
+
+        Parameters
+        ----------
+        batch_size : int
+            The last batch may be smaller.
+        generator : torch.Generator, optional
+            Shuffles; the same state gives the same batches.
+        """
+        order = self.rows if generator is None else self._shuffled(generator)
+        for start in range(0, len(order), batch_size):
+            yield self.store.read(order[start : start + batch_size])
+
+    def _shuffled(self, generator: torch.Generator) -> Tensor:
+        if self.store.is_cached:
+            return self.rows[torch.randperm(len(self.rows), generator=generator)]
+        # From disk, rows of a chunk cost one read together: chunks are shuffled, then rows inside
+        # pools of chunks.
+        chunk = self.rows // self.store.chunk_rows
+        numbers, member = torch.unique(chunk, return_inverse=True)
+        rank = torch.randperm(len(numbers), generator=generator)
+        pool = rank[member] // POOL_CHUNKS
+        shuffled = torch.randperm(len(self.rows), generator=generator)
+        return self.rows[shuffled[torch.argsort(pool[shuffled], stable=True)]]

@@ -1,0 +1,352 @@
+"""Cut shoeboxes out of the frames in one pass.
+
+Rows are sorted by their first frame, so that the boxes open on a frame are consecutive rows, all
+are filled with one gather, and finished ones leave for the file in order. Memory holds one frame,
+the open boxes, and images of the background statistic.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from integrator.crystal.geometry import Experiment
+from integrator.errors import UserError
+from integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
+from integrator.shoebox.background import BackgroundAccumulator, pixel_inv_d
+from integrator.shoebox.canvas import FrameCanvas
+from integrator.shoebox.extent import SpotExtent, frame_sigma
+from integrator.shoebox.mask import MaskBit, MaskSettings, SpotMap, Spots, window_half
+from integrator.shoebox.predict import Prediction
+from integrator.types import Flag, ReflectionMetadata
+
+if TYPE_CHECKING:
+    from integrator.io.images import FrameSource
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+MIN_RECORDED = 0.1
+"""Share of a Gaussian spot that must be recorded for a reflection to be usable."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One experiment with its frames and the reflections to cut.
+
+    Parameters
+    ----------
+    experiment : Experiment
+    frames : FrameSource
+    prediction : Prediction
+        Reflections to cut, centroids on the frames.
+    neighbours : Prediction, optional
+        Further spots that reach the frames: before and after the scan, beyond the resolution
+        limit. They overlap boxes and are no background.
+    """
+
+    experiment: Experiment
+    frames: FrameSource
+    prediction: Prediction
+    neighbours: Prediction | None = None
+
+
+def extract_shoeboxes(
+    sweeps: Sequence[Sweep],
+    extent: SpotExtent,
+    store_path: str | Path,
+    *,
+    settings: MaskSettings | None = None,
+    attributes: dict[str, object] | None = None,
+    progress: Progress | None = None,
+) -> ShoeboxStore:
+    """Write the shoeboxes of all sweeps to a store; every frame is read once.
+
+    Parameters
+    ----------
+    sweeps : sequence of Sweep
+    extent : SpotExtent
+        Shared by all sweeps, which share the box.
+    store_path : str or Path
+    settings : MaskSettings, optional
+    attributes : dict, optional
+        Further attributes of the file (software version, d_min ...).
+    progress : callable, optional
+        Called with (frames done, frames in all).
+
+    Returns
+    -------
+    ShoeboxStore
+        Opened.
+
+    Raises
+    ------
+    UserError
+        Without reflections, or when no voxel of any box was recorded.
+    """
+    settings = settings or MaskSettings()
+    n_rows = sum(len(sweep.prediction) for sweep in sweeps)
+    if n_rows == 0:
+        raise UserError(
+            "no reflection falls on the frames: check that the EXPT and REFL files belong "
+            "together, or give a smaller --d-min"
+        )
+    total = sum(sweep.frames.n_images for sweep in sweeps)
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    with writing_store(store_path, n_rows, extent.box, _count_type(sweeps)) as writer:
+        columns, first, max_count = [], 0, 0
+        for number, sweep in enumerate(sweeps):
+            cutter = _SweepCutter(sweep, extent, settings, writer, first)
+            for frame in range(sweep.frames.n_images):
+                cutter.add_frame(frame)
+                tick()
+            columns.append(cutter.finish(number))
+            max_count = max(max_count, cutter.max_count)
+            first += len(sweep.prediction)
+        merged = {k: np.concatenate([c[k] for c in columns]) for k in columns[0]}
+        if not merged["recorded_fraction"].any():
+            raise UserError(
+                "no pixel of any shoebox was recorded: all are masked, overloaded or outside of "
+                "the frames; check the pixel mask and the trusted range of the images"
+            )
+        writer.write_columns(merged)
+        writer.write_header(
+            {
+                "extent": np.array([extent.sigma_x_px, extent.sigma_y_px, extent.sigma_m_deg]),
+                "extent_units": "pixels, pixels, degrees",
+                "box": np.array(extent.box),
+                "max_count": max_count,
+                **{f"mask_{name}_sigma": value for name, value in asdict(settings).items()},
+                **(attributes or {}),
+            },
+            [describe_experiment(sweep.experiment) for sweep in sweeps],
+        )
+    return ShoeboxStore.open(store_path)
+
+
+def describe_experiment(experiment: Experiment) -> dict[str, object]:
+    """Summarise a sweep for the header of the store, as JSON values."""
+    crystal, scan = experiment.crystal, experiment.scan
+    images = experiment.images
+    return {
+        "identifier": experiment.identifier,
+        "wavelength": experiment.beam.wavelength,
+        "n_images": scan.n_images,
+        "image_range": list(scan.image_range),
+        "oscillation_deg": list(scan.oscillation),
+        "unit_cell": list(crystal.unit_cell.parameters),
+        "space_group": crystal.space_group.xhm(),
+        "gain": [panel.gain for panel in experiment.panels],
+        "panel_shapes": [list(panel.shape) for panel in experiment.panels],
+        "pixel_size_mm": [list(panel.pixel_size) for panel in experiment.panels],
+        "images": list(images.paths) if images else [],
+    }
+
+
+def _count_type(sweeps: Sequence[Sweep]) -> np.dtype:
+    """Smallest integer that holds every trusted count."""
+    highest = max(p.trusted_range[1] for sweep in sweeps for p in sweep.experiment.panels)
+    return np.dtype(np.uint16 if highest <= np.iinfo(np.uint16).max else np.int32)
+
+
+class _OpenBoxes:
+    """Ring buffer of the rows that are not yet complete, written out in order."""
+
+    def __init__(
+        self, writer: ShoeboxWriter, first_row: int, first_frame: NDArray[np.int64],
+        box: tuple[int, int, int], n_images: int,
+    ) -> None:  # fmt: skip
+        self._writer, self._first_row, self._box = writer, first_row, box
+        frames = np.arange(n_images)
+        self.begin = np.searchsorted(first_frame, frames - box[0] + 1)  # still open on a frame
+        self.end = np.searchsorted(first_frame, frames, side="right")  # opened by then
+        open_rows = int((self.end - self.begin).max())
+        self._chunk = writer.chunk_rows
+        # rows wait until a whole chunk of the file is complete, also those opened later
+        self._size = open_rows + 2 * self._chunk + 1
+        self.counts = np.zeros((self._size, *box), dtype=writer.dtype)
+        self.mask = np.zeros((self._size, *box), dtype=np.uint8)
+        self._written = 0
+
+    def slots(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where rows lie in the buffers."""
+        return rows % self._size
+
+    def flush(self, complete: int) -> None:
+        """Write rows below ``complete`` and free their slots."""
+        rows = np.arange(self._written, complete)
+        for part in np.split(rows, range(self._chunk, len(rows), self._chunk)):
+            slots = self.slots(part)
+            counts, mask = self.counts[slots], self.mask[slots]
+            self._writer.write_boxes(self._first_row + int(part[0]), counts, mask)
+            self.counts[slots] = 0
+            self.mask[slots] = 0
+        self._written = complete
+
+    def flush_whole_chunks(self, complete: int) -> None:
+        """Write as many complete rows as fill chunks of the file."""
+        # the first row of a later sweep need not start a chunk
+        end = (self._first_row + complete) // self._chunk * self._chunk - self._first_row
+        if end > self._written:
+            self.flush(end)
+
+
+class _SweepCutter:
+    """Fills the boxes of one sweep frame by frame."""
+
+    def __init__(
+        self, sweep: Sweep, extent: SpotExtent, settings: MaskSettings,
+        writer: ShoeboxWriter, first_row: int,
+    ) -> None:  # fmt: skip
+        self._experiment, self._frames = sweep.experiment, sweep.frames
+        self._settings, self._writer, self._first_row = settings, writer, first_row
+        self._n_images = sweep.frames.n_images
+        box = extent.box
+        half = np.array(box) // 2
+        corner = np.floor(sweep.prediction.xyz_px.numpy()[:, ::-1]).astype(np.int64) - half
+        order = np.lexsort((corner[:, 2], corner[:, 1], sweep.prediction.panel, corner[:, 0]))
+        self._corner = corner[order]
+        self._prediction = sweep.prediction[torch.from_numpy(order)]
+        self._spots = _spots(self._prediction, extent, sweep.experiment)
+        margin = max(*box[1:], *(2 * h for h in window_half(self._spots, settings.foreground))) + 3
+        self._canvas = FrameCanvas(sweep.frames.panel_shapes, margin)
+        known = self._spots
+        if sweep.neighbours is not None:
+            known = known.join(_spots(sweep.neighbours, extent, sweep.experiment))
+        self._map = SpotMap(self._canvas, known, settings.foreground, self._n_images)
+        self._usable = sweep.frames.static_mask()
+        self._highest = [p.trusted_range[1] for p in sweep.experiment.panels]
+        self._background = BackgroundAccumulator(
+            self._canvas, self._n_images, _where_spots_are_known(sweep)
+        )
+        self._open = _OpenBoxes(writer, first_row, self._corner[:, 0], box, self._n_images)
+        # squared distances of the voxels of each box along slow, fast and frame
+        self._terms = [
+            self._spots.axis_terms(axis, self._corner[:, 2 - axis], box[2 - axis])
+            for axis in range(3)
+        ]
+        self._recorded = np.zeros(len(corner))
+        self._flags = _edge_flags(self._corner, self._prediction.panel.numpy(), sweep.frames, box)
+        self.max_count = 0
+
+    def add_frame(self, frame: int) -> None:
+        """Read a frame and put its voxels into the open boxes."""
+        canvas, boxes = self._canvas, self._open
+        canvas.load(self._frames.read(frame), self._usable, self._highest)
+        self._map.update(frame)
+        self._background.add(frame, self._map.nearest > self._settings.foreground**2)
+        rows = np.arange(boxes.begin[frame], boxes.end[frame])
+        if len(rows):
+            self._fill(frame, rows)
+        boxes.flush_whole_chunks(int(boxes.begin[frame]))
+
+    def _fill(self, frame: int, rows: NDArray[np.int64]) -> None:
+        corner, boxes = self._corner[rows], self._open
+        step = frame - corner[:, 0]
+        shape = boxes.counts.shape[2:]
+        panel = self._spots.panel[rows]
+        index = self._canvas.windows(panel, corner[:, 1], corner[:, 2], shape)
+        counts, nearest = self._canvas.counts[index], self._map.nearest[index]
+        fast, slow, along = (terms[rows] for terms in self._terms)
+        along = np.take_along_axis(along, step[:, None], axis=1)
+        own = slow[:, :, None] + fast[:, None, :] + along[:, :, None]
+        valid = counts >= 0
+        settings = self._settings
+        # The map holds this spot too, computed in another order: a rounding error is no neighbour
+        is_overlapped = (nearest <= settings.overlap**2) & (nearest < own * (1 - 1e-4) - 1e-6)
+        mask = (
+            valid * np.uint8(MaskBit.VALID)
+            | (valid & (nearest > settings.foreground**2)) * np.uint8(MaskBit.BACKGROUND)
+            | (own <= settings.foreground**2) * np.uint8(MaskBit.FOREGROUND)
+            | is_overlapped * np.uint8(MaskBit.OVERLAPPED)
+        )
+        slots = boxes.slots(rows)
+        boxes.counts[slots, step] = np.where(valid, counts, 0)
+        boxes.mask[slots, step] = mask
+        self.max_count = max(self.max_count, int(counts.max()))
+        axes = (1, 2)
+        self._recorded[rows] += (np.exp(-0.5 * own) * valid).sum(axis=axes)
+        lost_core = ((own <= settings.core**2) & ~valid).any(axis=axes)
+        self._flags[rows[lost_core]] |= Flag.MASKED_CORE
+        self._flags[rows[is_overlapped.any(axis=axes)]] |= Flag.OVERLAPPED
+
+    def finish(self, experiment: int) -> dict[str, NDArray]:
+        """Write what is left and return the columns of the sweep."""
+        self._open.flush(len(self._corner))
+        self._writer.write_background(experiment, self._background.result())
+        whole = np.ones(len(self._corner))
+        for terms in self._terms:
+            whole *= np.exp(-0.5 * terms).sum(axis=1)
+        recorded = (self._recorded / whole).clip(0, 1)
+        self._flags[recorded < MIN_RECORDED] |= Flag.REJECTED
+        core = self._settings.core * self._spots.sigma[:, 2]
+        z = self._spots.centre[:, 2]
+        # voxel centres of frames that were never exposed
+        outside = (np.ceil(z - core - 0.5) < 0) | (np.floor(z + core - 0.5) >= self._n_images)
+        self._flags[outside] |= Flag.MASKED_CORE
+        return {
+            **self._metadata_columns(experiment),
+            "flags": self._flags,
+            "entering": self._prediction.entering.numpy(),
+            "recorded_fraction": recorded,
+        }
+
+    def _metadata_columns(self, experiment: int) -> dict[str, NDArray]:
+        n = len(self._corner)
+        known = {
+            "refl_row": np.arange(self._first_row, self._first_row + n),
+            "experiment": np.full(n, experiment),
+            "frame_sigma": self._spots.sigma[:, 2],
+            "corner": self._corner,
+        }
+        names = (f.name for f in fields(ReflectionMetadata))
+        return {
+            name: known[name] if name in known else getattr(self._prediction, name).numpy()
+            for name in names
+        }
+
+
+def _spots(prediction: Prediction, extent: SpotExtent, experiment: Experiment) -> Spots:
+    """Ellipsoids of predicted spots; pixels and frames of finite width broaden them."""
+    zeta = prediction.zeta.numpy().astype(np.float64)
+    along = frame_sigma(extent.sigma_m_deg, zeta, experiment.scan.oscillation[1])
+    across = np.hypot([extent.sigma_x_px, extent.sigma_y_px], np.sqrt(1 / 12))
+    sigma = np.column_stack([np.broadcast_to(across, (len(zeta), 2)), along])
+    centre = prediction.xyz_px.numpy().astype(np.float64)
+    return Spots(prediction.panel.numpy(), centre, sigma)
+
+
+def _where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
+    """Pixels inside of the resolution limit of all known spots, per panel."""
+    known = sweep.prediction if sweep.neighbours is None else sweep.neighbours
+    d_min = float(torch.cat([known.d, sweep.prediction.d]).min())
+    panels = range(len(sweep.experiment.panels))
+    return [pixel_inv_d(sweep.experiment, panel) < 0.97 / d_min for panel in panels]
+
+
+def _edge_flags(
+    corner: NDArray[np.int64],
+    panel: NDArray[np.int64],
+    frames: FrameSource,
+    box: tuple[int, int, int],
+) -> NDArray[np.int64]:
+    """Flag boxes that reach over the edge of the panel or of the scan, (N,) int64."""
+    shapes = np.array(frames.panel_shapes, dtype=np.int64)[panel]
+    limit = np.column_stack([np.full(len(corner), frames.n_images), shapes])
+    is_cut = ((corner < 0) | (corner + np.array(box) > limit)).any(axis=1)
+    return np.where(is_cut, Flag.PARTIAL_EDGE, 0).astype(np.int64)

@@ -1,0 +1,164 @@
+"""Which voxels belong to which spot.
+
+A spot is an ellipsoid around its predicted centroid with the measured standard deviations
+(fast, slow, frame); distances are counted in those. Neighbours are decided in three dimensions:
+on every frame, each pixel knows the distance to the nearest spot, so that a neighbour counts only
+where it truly reaches, in rotation angle too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from integrator.shoebox.canvas import FrameCanvas
+
+FloatArray = NDArray[np.float32]
+
+
+class MaskBit:
+    """Bits of a voxel in the shoebox store (those of DIALS' shoebox masks)."""
+
+    VALID = 1  # recorded, not masked, not overloaded
+    BACKGROUND = 2  # valid, and outside of every predicted spot
+    FOREGROUND = 4  # inside of the reflection's own ellipsoid, recorded or not
+    OVERLAPPED = 32  # inside of a neighbour's ellipsoid and nearer to it
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """Sizes of the ellipsoids in standard deviations.
+
+    Parameters
+    ----------
+    foreground : float
+        Own spot, and what is kept out of the background statistic.
+    overlap : float
+        How far a neighbour reaches.
+    core : float
+        Voxels that must be recorded for the spot to be whole.
+    """
+
+    foreground: float = 4.0
+    overlap: float = 3.0
+    core: float = 2.5
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Predicted spots of a sweep.
+
+    Parameters
+    ----------
+    panel : ndarray, (N,) int64
+    centre, sigma : ndarray, (N, 3)
+        (fast, slow, frame) centroid, and standard deviation including the width of pixel or
+        frame [pixels, pixels, frames].
+    """
+
+    panel: NDArray[np.int64]
+    centre: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+
+    def join(self, other: Spots) -> Spots:
+        """Join two sets, these first."""
+        return Spots(
+            np.concatenate([self.panel, other.panel]),
+            np.concatenate([self.centre, other.centre]),
+            np.concatenate([self.sigma, other.sigma]),
+        )
+
+    def axis_terms(self, axis: int, first: NDArray[np.int64], length: int) -> FloatArray:
+        """Squared distances along one axis of the voxels ``first .. first + length - 1``.
+
+        Returns
+        -------
+        ndarray, (N, length) float32
+        """
+        return squared_steps(self.centre[:, axis], self.sigma[:, axis], first, length)
+
+
+def squared_steps(
+    centre: NDArray[np.float64],
+    sigma: NDArray[np.float64],
+    first: NDArray[np.int64],
+    length: int,
+) -> FloatArray:
+    """``((voxel centre - centre) / sigma)^2`` along one axis, (N, length)."""
+    position = first[:, None] + (np.arange(length) + 0.5)
+    return (((position - centre[:, None]) / sigma[:, None]) ** 2).astype(np.float32)
+
+
+class SpotMap:
+    """Squared distance of every pixel of a frame to the nearest spot.
+
+    Parameters
+    ----------
+    canvas : FrameCanvas
+        Its margin must exceed the half window by two pixels.
+    spots : Spots
+    reach : float
+        Distances above this many standard deviations are not told apart (infinite).
+    n_images : int
+        Frames of the sweep.
+
+    Attributes
+    ----------
+    nearest : ndarray, (canvas.size,) float32
+        For the frame of the last :meth:`update`.
+    """
+
+    def __init__(self, canvas: FrameCanvas, spots: Spots, reach: float, n_images: int) -> None:
+        self.nearest = np.full(canvas.size, np.inf, dtype=np.float32)
+        self._tensor = torch.from_numpy(self.nearest)  # shares memory
+        self._canvas, self._spots, self._reach = canvas, spots, reach
+        half = window_half(spots, reach)
+        self._shape = (2 * half[1] + 1, 2 * half[0] + 1)
+        self._fast = np.floor(spots.centre[:, 0]).astype(np.int64) - half[0]
+        self._slow = np.floor(spots.centre[:, 1]).astype(np.int64) - half[1]
+        self._fast_terms = spots.axis_terms(0, self._fast, self._shape[1])
+        self._slow_terms = spots.axis_terms(1, self._slow, self._shape[0])
+        self._rows, self._starts = _rows_per_frame(spots, reach, n_images)
+        self._touched: torch.Tensor | None = None
+
+    def update(self, frame: int) -> None:
+        """Recompute :attr:`nearest` for a frame."""
+        if self._touched is not None:
+            self._tensor[self._touched] = torch.inf
+        rows = self._rows[self._starts[frame] : self._starts[frame + 1]]
+        spots = self._spots
+        along = ((frame + 0.5 - spots.centre[rows, 2]) / spots.sigma[rows, 2]) ** 2
+        plane = self._slow_terms[rows][:, :, None] + self._fast_terms[rows][:, None, :]
+        squared = plane + along.astype(np.float32)[:, None, None]
+        index = self._canvas.windows(
+            spots.panel[rows], self._slow[rows], self._fast[rows], self._shape
+        )
+        inside = squared <= self._reach**2
+        self._touched = torch.from_numpy(index[inside])
+        self._tensor.scatter_reduce_(0, self._touched, torch.from_numpy(squared[inside]), "amin")
+
+
+def window_half(spots: Spots, reach: float) -> tuple[int, int]:
+    """Half size (fast, slow) of the windows that hold every spot's ellipse."""
+    largest = spots.sigma[:, :2].max(axis=0)
+    fast, slow = np.ceil(reach * largest).astype(int)
+    return int(fast), int(slow)
+
+
+def _rows_per_frame(
+    spots: Spots, reach: float, n_images: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Spots lit on each frame: rows sorted by frame, and where each frame starts (n + 1,)."""
+    extent = reach * spots.sigma[:, 2]
+    low = np.ceil(spots.centre[:, 2] - extent - 0.5).clip(0, n_images).astype(np.int64)
+    high = np.floor(spots.centre[:, 2] + extent - 0.5).clip(-1, n_images - 1).astype(np.int64)
+    length = (high - low + 1).clip(0)
+    rows = np.repeat(np.arange(len(low)), length)
+    step = np.arange(len(rows)) - np.repeat(np.cumsum(length) - length, length)
+    frame = np.repeat(low, length) + step
+    order = np.argsort(frame, kind="stable")
+    starts = np.searchsorted(frame[order], np.arange(n_images + 1))
+    return rows[order], starts

@@ -1,0 +1,270 @@
+"""Extraction from beginning to end: predict, measure the spots, cut the boxes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.spatial import cKDTree
+
+from integrator.crystal.geometry import Experiment
+from integrator.errors import UserError
+from integrator.io.dials import DialsFlag, ReflectionTable, match_experiments
+from integrator.io.images import FrameSource, open_frames
+from integrator.io.shoebox_store import ShoeboxStore
+from integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
+from integrator.shoebox.extract import Progress, Sweep, extract_shoeboxes
+from integrator.shoebox.mask import MaskSettings
+from integrator.shoebox.predict import (
+    Prediction,
+    detector_limit,
+    predict_reflections,
+    prediction_from_columns,
+)
+
+logger = logging.getLogger(__name__)
+
+NEIGHBOUR_RESOLUTION = 0.9
+"""Spots are predicted to this part of the smallest d of the list, to know all its neighbours."""
+
+
+def run_extraction(
+    experiments: Sequence[Experiment],
+    d_min: float | None,
+    out: str | Path,
+    *,
+    d_max: float | None = None,
+    reflections: ReflectionTable | None = None,
+    extent_override: SpotExtent | None = None,
+    n_sigma: float = 4.0,
+    settings: MaskSettings | None = None,
+    frame_source: Callable[[Experiment], FrameSource] = open_frames,
+    progress: Progress | None = None,
+) -> ShoeboxStore:
+    """Predict reflections, measure the spot size and write the shoebox store.
+
+    Parameters
+    ----------
+    experiments : sequence of Experiment
+        Sweeps; they share one box, the largest needed.
+    d_min : float or None
+        Resolution limit [A]; ``None`` for all that the detector records.
+    out : str or Path
+        The store.
+    d_max : float, optional
+        Low-resolution limit [A].
+    reflections : ReflectionTable, optional
+        A predicted or integrated table gives the positions. Any other (strong, indexed, refined)
+        must agree with the experiments, and the full set is predicted.
+    extent_override : SpotExtent, optional
+        Instead of measuring.
+    n_sigma : float
+        Half size of the box in standard deviations of the spot.
+    settings : MaskSettings, optional
+    frame_source : callable
+        Opens the frames of an experiment.
+    progress : callable, optional
+        Called with (frames done, frames in all) during the extraction.
+
+    Returns
+    -------
+    ShoeboxStore
+        Opened.
+
+    Raises
+    ------
+    UserError
+        See the steps; also when ``d_min`` is beyond what the detector records.
+    """
+    settings = settings or MaskSettings()
+    predictions = _positions(experiments, d_min, d_max, reflections)
+    with ExitStack() as stack:
+        sweeps = []
+        for experiment, prediction in zip(experiments, predictions, strict=True):
+            frames = stack.enter_context(frame_source(experiment))
+            _check_frames(experiment, frames)
+            sweeps.append(Sweep(experiment, frames, prediction))
+        extent = extent_override or _largest(
+            [measure_extent(s.frames, s.experiment, s.prediction, n_sigma=n_sigma) for s in sweeps]
+        )
+        logger.info(
+            "%d reflections, boxes of %d frames x %d x %d pixels",
+            sum(map(len, predictions)),
+            *extent.box,
+        )
+        return extract_shoeboxes(
+            [_with_neighbours(sweep, extent, settings) for sweep in sweeps],
+            extent,
+            out,
+            settings=settings,
+            attributes={
+                "software": f"braggflux {_version()}",
+                "d_min": d_min if d_min is not None else min(map(detector_limit, experiments)),
+            },
+            progress=progress,
+        )
+
+
+def is_full_set(table: ReflectionTable) -> bool:
+    """Whether a table holds all reflections, not only the strong ones.
+
+    An integrated table has integration flags; a predicted one has no strong spot at all.
+    """
+    if "xyzcal.px" not in table or "flags" not in table:
+        return False
+    predicted_only = not table.has_flag(DialsFlag.STRONG | DialsFlag.OBSERVED).any()
+    return bool(table.has_flag(DialsFlag.INTEGRATED).any() or predicted_only)
+
+
+def _positions(
+    experiments: Sequence[Experiment],
+    d_min: float | None,
+    d_max: float | None,
+    reflections: ReflectionTable | None,
+) -> list[Prediction]:
+    if not experiments:
+        raise UserError("the EXPT file holds no experiment: give an indexed or refined one")
+    if reflections is not None and len(reflections) == 0:
+        raise UserError(
+            f"{reflections.source} holds no reflection: give the table that belongs to the EXPT"
+        )
+    if d_min is not None:
+        limit = min(map(detector_limit, experiments))
+        if d_min < limit:
+            raise UserError(
+                f"d_min of {d_min:g} A is beyond the detector, whose corners record "
+                f"{limit:.2f} A: give --d-min {np.ceil(limit * 100) / 100:.2f} or larger"
+            )
+    if reflections is not None and is_full_set(reflections):
+        return _from_table(experiments, reflections, d_min, d_max)
+    predictions = [predict_reflections(e, d_min, d_max=d_max) for e in experiments]
+    if reflections is not None:
+        _require_agreement(experiments, reflections, predictions)
+    return predictions
+
+
+def _from_table(
+    experiments: Sequence[Experiment],
+    table: ReflectionTable,
+    d_min: float | None,
+    d_max: float | None,
+) -> list[Prediction]:
+    """Positions of a full table, those on the frames and within the resolution limits."""
+    number = match_experiments(table, experiments)
+    predictions = []
+    for i, experiment in enumerate(experiments):
+        record = prediction_from_columns(experiment, table.select(number == i).columns)
+        xyz = record.xyz_px
+        sizes = [p.image_size for p in experiment.panels]
+        upper = xyz.new_tensor([(*size, experiment.scan.n_images) for size in sizes])
+        keep = ((xyz >= 0) & (xyz < upper[record.panel])).all(1)
+        keep &= (record.d >= (d_min or 0.0)) & (record.d <= (d_max or np.inf))
+        predictions.append(record[keep])
+    if not any(map(len, predictions)):
+        raise UserError(
+            f"none of the {len(table)} reflections of {table.source} falls on the frames within "
+            "the resolution limits: give the EXPT file of the same DIALS step, or a smaller d_min"
+        )
+    return predictions
+
+
+def _require_agreement(
+    experiments: Sequence[Experiment], table: ReflectionTable, predictions: Sequence[Prediction]
+) -> None:
+    """Refuse a table whose spots are not where its indices are predicted."""
+    table.require(["miller_index", "xyzobs.px.value"], "tells where spots were observed")
+    number = match_experiments(table, experiments)
+    n_seen = n_near = 0
+    for i, (experiment, prediction) in enumerate(zip(experiments, predictions, strict=True)):
+        rows = table.select(number == i)
+        index = rows["miller_index"].astype(float)
+        inv_d = np.linalg.norm(index @ experiment.crystal.A.T, axis=1)
+        wanted = np.nonzero((inv_d > 0) & (inv_d <= 1 / float(prediction.d.min())))[0][:5000]
+        distance = _distance_to_same_index(
+            index[wanted],
+            rows["xyzobs.px.value"][wanted],
+            prediction,
+            _tolerance(experiment),
+        )
+        n_seen += len(wanted)
+        n_near += int(np.isfinite(distance).sum())
+    if n_near < 0.5 * n_seen or n_seen == 0:
+        raise UserError(
+            f"only {n_near} of {n_seen} spots of {table.source} lie within 5 pixels and 2 degrees "
+            "of where the EXPT file predicts their index: give the EXPT and REFL files of the "
+            "same DIALS step"
+        )
+
+
+def _with_neighbours(sweep: Sweep, extent: SpotExtent, settings: MaskSettings) -> Sweep:
+    """Add the spots around the list: they reach into its boxes and are no background."""
+    listed, width = sweep.prediction, sweep.experiment.scan.oscillation[1]
+    spread = frame_sigma(extent.sigma_m_deg, listed.zeta.numpy(), width)
+    around = predict_reflections(
+        sweep.experiment,
+        max(NEIGHBOUR_RESOLUTION * float(listed.d.min()), detector_limit(sweep.experiment)),
+        padding_frames=settings.foreground * float(np.quantile(spread, 0.99)),
+    )
+    scale = _tolerance(sweep.experiment)
+    distance = _distance_to_same_index(
+        around.miller_index.numpy(), around.xyz_px.numpy(), listed, scale
+    )
+    return replace(sweep, neighbours=around[torch.from_numpy(np.isinf(distance))])
+
+
+def _tolerance(experiment: Experiment) -> np.ndarray:
+    """(fast, slow, frame) within which a position is that of the same reflection.
+
+    Equal indices are far apart otherwise: five pixels and two degrees tell a foreign table
+    without troubling an imperfect refinement.
+    """
+    return np.array([5.0, 5.0, max(2.0 / abs(experiment.scan.oscillation[1]), 2.0)])
+
+
+def _distance_to_same_index(
+    hkl: np.ndarray, xyz: np.ndarray, known: Prediction, scale: np.ndarray
+) -> np.ndarray:
+    """Distance in units of ``scale`` to a known spot of the same index, (N,); else infinite."""
+    far = 1e6  # keeps other indices out of reach
+    tree = cKDTree(np.hstack([known.miller_index.numpy() * far, known.xyz_px.numpy() / scale]))
+    query = np.hstack([hkl * far, xyz / scale])
+    return tree.query(query, distance_upper_bound=np.sqrt(3.0))[0]
+
+
+def _check_frames(experiment: Experiment, frames: FrameSource) -> None:
+    if frames.n_images != experiment.scan.n_images:
+        raise UserError(
+            f"the images hold {frames.n_images} frames, but the scan of the EXPT file has "
+            f"{experiment.scan.n_images}: give the images that the EXPT file was made from"
+        )
+    shapes = [tuple(shape) for shape in frames.panel_shapes]
+    expected = [panel.shape for panel in experiment.panels]
+    if shapes != expected:
+        raise UserError(
+            f"the images have panels of (slow, fast) {shapes}, but the EXPT file describes "
+            f"{expected}: give the images that the EXPT file was made from"
+        )
+    if not any(mask.any() for mask in frames.static_mask()):
+        raise UserError(
+            "all pixels of the images are masked: check the pixel mask of the image files"
+        )
+
+
+def _largest(extents: Sequence[SpotExtent]) -> SpotExtent:
+    """Take the largest of each number, so that the box holds the spots of every sweep."""
+    names = [f.name for f in fields(SpotExtent) if f.name != "box"]
+    sigmas = {name: max(getattr(e, name) for e in extents) for name in names}
+    return SpotExtent(**sigmas, box=tuple(np.max([e.box for e in extents], axis=0).tolist()))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("braggflux")
+    except metadata.PackageNotFoundError:  # a source tree that is not installed
+        return "unknown"
