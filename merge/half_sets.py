@@ -165,7 +165,7 @@ def weighted_merge(
         )
     weight = 1.0 / np.asarray(variance, float)
     n_obs = np.bincount(refl_id, minlength=n_refl)
-    total = np.bincount(refl_id, weights=weight, minlength=n_refl)
+    total = np.bincount(refl_id, weights=weight, minlength=n_refl).astype(float)  # int if N = 0
     total[n_obs == 0] = np.nan
     mean = np.bincount(refl_id, weights=weight * intensity, minlength=n_refl) / total
     return mean, total**-0.5, n_obs
