@@ -1,0 +1,220 @@
+"""Merged MTZ files: columns, Friedel mates, and what other programs read from them."""
+
+from __future__ import annotations
+
+import gemmi
+import numpy as np
+import pytest
+
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from integrator.errors import UserError
+from merge.io import mtz as mtz_io
+
+CELL = gemmi.UnitCell(42.0, 42.0, 58.0, 90, 90, 90)
+SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
+WAVELENGTH = 1.0375
+CONTRACT = (
+    "H K L F(+) SIGF(+) F(-) SIGF(-) I(+) SIGI(+) I(-) SIGI(-) F SIGF IMEAN SIGIMEAN N(+) N(-)"
+).split()
+HALVES = [
+    f"{prefix}F{half}{mate}"
+    for half in (1, 2)
+    for mate in ("", "(+)", "(-)")
+    for prefix in ("", "SIG")
+]
+
+
+def made(anomalous: bool = True, halves: bool = True):
+    rng = np.random.default_rng(5)
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, 3.0, anomalous)
+    n = len(asu)
+    f, sigma_f = rng.uniform(5, 50, n), rng.uniform(0.5, 2, n)
+    half_sets = {f"F{k}": (f + rng.standard_normal(n), 1.4 * sigma_f) for k in (1, 2)}
+    n_obs = rng.integers(0, 5, n)
+    values = {"f": f, "sigma_f": sigma_f, "i": f**2, "sigma_i": 2 * f * sigma_f, "n_obs": n_obs}
+    table = mtz_io.merged_table(asu, **values, half_sets=half_sets if halves else None)
+    return asu, values, table
+
+
+@pytest.fixture
+def written(tmp_path):
+    asu, values, table = made()
+    path = tmp_path / "merged.mtz"
+    mtz_io.write_merged_mtz(
+        path,
+        table,
+        CELL,
+        SPACE_GROUP,
+        WAVELENGTH,
+        history=["made by a test", "x" * 100],
+        names=mtz_io.DatasetNames("project", "crystal", "peak"),
+    )
+    return asu, values, table, path
+
+
+def test_columns_types_and_header_follow_the_contract(written):
+    *_, path = written
+    mtz = gemmi.read_mtz_file(str(path))
+    assert mtz.column_labels() == CONTRACT + HALVES
+    types = {c.label: c.type for c in mtz.columns}
+    assert "".join(types[label] for label in CONTRACT) == "HHHGLGLKMKMFQJQII"
+    assert "".join(types[label] for label in HALVES) == "FQGLGL" * 2
+    assert mtz.spacegroup.hm == "P 43 21 2"
+    np.testing.assert_allclose(mtz.cell.parameters, CELL.parameters)
+    assert [(d.project_name, d.crystal_name, d.dataset_name) for d in mtz.datasets] == [
+        ("project", "crystal", "peak")
+    ]
+    assert mtz.datasets[0].wavelength == pytest.approx(WAVELENGTH)
+    assert "made by a test" in mtz.history
+    hkl = mtz.make_miller_array()
+    assert np.array_equal(hkl, hkl[np.lexsort(hkl.T[::-1])])
+    in_asu = gemmi.ReciprocalAsu(SPACE_GROUP)
+    assert all(in_asu.is_in(h) for h in hkl.tolist())
+
+
+def test_friedel_mates_stand_side_by_side(written):
+    asu, values, table, _ = written
+    operations = SPACE_GROUP.operations()
+    row_of = {tuple(h): k for k, h in enumerate(asu.miller_index.tolist())}
+    assert len(table) == len({tuple(h) for h in asu.asu_index[values["n_obs"] > 0].tolist()})
+    for r, h in enumerate(table.miller_index.tolist()):
+        plus = row_of[tuple(h)]
+        minus = row_of.get(tuple(-x for x in h))
+        assert (minus is None) == operations.is_reflection_centric(h)
+        for row, f, n in (
+            (plus, table.f_plus[r], table.n_plus[r]),
+            (minus, table.f_minus[r], table.n_minus[r]),
+        ):
+            if row is None or values["n_obs"][row] == 0:
+                assert np.isnan(f)
+                assert np.isnan(n)
+            else:
+                assert f == values["f"][row]
+                assert n == values["n_obs"][row]
+
+
+def test_mean_is_weighted_by_precision(written):
+    *_, table, _ = written
+    both = np.isfinite(table.f_plus) & np.isfinite(table.f_minus)
+    weights = np.stack([table.sigma_f_plus[both], table.sigma_f_minus[both]]) ** -2
+    expected = np.average(np.stack([table.f_plus[both], table.f_minus[both]]), 0, weights)
+    np.testing.assert_allclose(table.f[both], expected)
+    single = np.isfinite(table.i_plus) & ~np.isfinite(table.i_minus)
+    np.testing.assert_allclose(table.i_mean[single], table.i_plus[single])
+    np.testing.assert_allclose(table.sigma_i_mean[single], table.sigma_i_plus[single])
+
+
+def test_round_trip_keeps_every_value(written):
+    *_, table, path = written
+    read = mtz_io.read_merged_mtz(path)
+    order = np.lexsort(table.miller_index.T[::-1])
+    assert np.array_equal(read.table.miller_index, table.miller_index[order])
+    for name in ("f_plus", "sigma_f_minus", "i_plus", "sigma_i_minus", "f", "i_mean", "n_minus"):
+        np.testing.assert_allclose(
+            getattr(read.table, name), getattr(table, name)[order], rtol=1e-6, err_msg=name
+        )
+    for half in ("F1", "F2"):
+        np.testing.assert_allclose(
+            read.table.half_sets[half].minus, table.half_sets[half].minus[order], rtol=1e-6
+        )
+    assert read.wavelength == pytest.approx(WAVELENGTH)
+    assert read.space_group == SPACE_GROUP
+    assert read.history[0] == "made by a test"
+
+
+def test_reciprocalspaceship_reads_the_file(written):
+    rs = pytest.importorskip("reciprocalspaceship")
+    *_, table, path = written
+    data = rs.read_mtz(str(path))
+    assert len(data) == len(table)
+    assert str(data.dtypes["F(+)"]) == "FriedelSFAmplitude"
+    assert str(data.dtypes["SIGI(-)"]) == "StddevFriedelI"
+    h = tuple(table.miller_index[0].tolist())
+    assert float(data.loc[h, "F"]) == pytest.approx(table.f[0], rel=1e-6)
+
+
+def test_without_anomalous_there_are_only_means(tmp_path):
+    _, _, table = made(anomalous=False)
+    mtz_io.write_merged_mtz(tmp_path / "m.mtz", table, CELL, SPACE_GROUP, WAVELENGTH)
+    mtz = gemmi.read_mtz_file(str(tmp_path / "m.mtz"))
+    labels = "H K L F SIGF IMEAN SIGIMEAN N F1 SIGF1 F2 SIGF2".split()
+    assert mtz.column_labels() == labels
+    read = mtz_io.read_merged_mtz(tmp_path / "m.mtz")
+    assert not read.table.is_anomalous
+    np.testing.assert_allclose(np.sort(read.table.f), np.sort(table.f), rtol=1e-6)
+
+
+@pytest.mark.realdata
+def test_reads_what_dials_merge_writes(shared):
+    read = mtz_io.read_merged_mtz(shared / "data/hewl_nai/dials_merged.mtz")
+    centric = np.asarray(read.space_group.operations().centric_flag_array(read.table.miller_index))
+    assert len(read.table) == 8537
+    assert np.isfinite(read.table.f_plus[centric]).all()
+    assert not np.isfinite(read.table.f_minus[centric]).any()
+    pairs = np.isfinite(read.table.f_plus) & np.isfinite(read.table.f_minus)
+    assert pairs.sum() == 6830
+    assert read.wavelength == pytest.approx(1.03752, abs=1e-5)
+
+
+def test_indices_outside_the_asymmetric_unit_are_mapped_with_their_mates(written, tmp_path):
+    """A file in another asymmetric unit: F(+) and F(-) change places for inverted indices."""
+    *_, path = written
+    mtz = gemmi.read_mtz_file(str(path))
+    data = np.array(mtz)
+    data[:, :3] *= -1
+    mtz.set_data(data)
+    mtz.write_to_file(str(tmp_path / "inverted.mtz"))
+    read = mtz_io.read_merged_mtz(tmp_path / "inverted.mtz").table
+    original = mtz_io.read_merged_mtz(path).table
+    where = {tuple(h): k for k, h in enumerate(read.miller_index.tolist())}
+    order = [where[tuple(h)] for h in original.miller_index.tolist()]
+    pairs = np.isfinite(original.f_plus) & np.isfinite(original.f_minus)
+    np.testing.assert_array_equal(read.f_plus[order][pairs], original.f_minus[pairs])
+
+
+def test_user_errors_name_what_was_found(written, tmp_path):
+    *_, path = written
+    with pytest.raises(UserError, match="does not exist"):
+        mtz_io.read_merged_mtz(tmp_path / "none.mtz")
+    cut = tmp_path / "cut.mtz"
+    cut.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match="not a complete MTZ file"):
+        mtz_io.read_merged_mtz(cut)
+    text = tmp_path / "text.mtz"
+    text.write_text("not an MTZ file")
+    with pytest.raises(UserError, match="not a complete MTZ file"):
+        mtz_io.read_merged_mtz(text)
+    mtz = gemmi.read_mtz_file(str(path))
+    for label in [c for c in mtz.column_labels()[3:] if c != "N(+)"]:
+        mtz.remove_column(mtz.column_labels().index(label))
+    mtz.write_to_file(str(tmp_path / "counts.mtz"))
+    with pytest.raises(UserError, match=r"none of the columns F\(\+\).*found H K L N\(\+\)"):
+        mtz_io.read_merged_mtz(tmp_path / "counts.mtz")
+
+
+def test_unwritable_output_leaves_nothing(written, tmp_path):
+    _, _, table, _ = written
+    target = tmp_path / "none" / "merged.mtz"
+    with pytest.raises(UserError, match="cannot write"):
+        mtz_io.write_merged_mtz(target, table, CELL, SPACE_GROUP, WAVELENGTH)
+    assert not target.parent.exists()
+
+
+def test_a_failed_write_keeps_the_old_file(written, tmp_path, monkeypatch):
+    _, _, table, path = written
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(UserError, match="No space left"):
+        mtz_io.write_merged_mtz(path, table, CELL, SPACE_GROUP, WAVELENGTH)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_half_set_names_must_say_what_they_hold():
+    asu, values, _ = made(halves=False)
+    with pytest.raises(ValueError, match="half-set name"):
+        mtz_io.merged_table(asu, **values, half_sets={"X1": (values["f"], values["sigma_f"])})
