@@ -1,0 +1,210 @@
+"""NXmx and Eiger HDF5: frames as photon counts per panel, with mask codes made -1.
+
+See the NeXus application definition NXmx and the Dectris Eiger file writer ("nearly NXmx", whose
+mask and cut-off are in ``detectorSpecific``). Geometry is not read here: DIALS does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from integrator.errors import UserError
+from integrator.io.hdf5_frames import FrameStack
+
+INVALID = -1
+_LARGEST = np.iinfo(np.int32).max
+
+
+class NxmxFrames:
+    """Frames of an NXmx master file, cut into panels.
+
+    Parameters
+    ----------
+    path : str or Path
+        Master file.
+    panel_names : sequence of str
+        Names of the panels wanted, in order. dxtbx names a panel after the path of its
+        ``NXdetector_module``; with other names the modules are taken in file order. One panel of
+        the size of the whole image takes it all, whatever the modules.
+    panel_shapes : sequence of (int, int)
+        (slow, fast) of each panel.
+    needed : sequence of int, optional
+        Frame numbers that will be read; see :class:`FrameStack`.
+
+    Attributes
+    ----------
+    n_images : int
+    saturation_value : float or None
+        Counts above it are not trusted.
+
+    Raises
+    ------
+    UserError
+        When files are missing or damaged, or the panels are not those of the file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        panel_names: Sequence[str],
+        panel_shapes: Sequence[tuple[int, int]],
+        needed: Sequence[int] | None = None,
+    ) -> None:
+        self._stack = FrameStack(path, needed)
+        try:
+            self.n_images = self._stack.n_images
+            self._detector = self._find_detector()
+            self._panels = self._find_panels(list(panel_names), list(panel_shapes))
+            self._largest, self._codes = self._mask_codes()
+            self.saturation_value = self._number(
+                "saturation_value", "detectorSpecific/countrate_correction_count_cutoff"
+            )
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files."""
+        self._stack.close()
+
+    def read(self, number: int) -> list[NDArray[np.int32]]:
+        """Return the counts of frame ``number`` (0-based), one (slow, fast) array per panel.
+
+        -1 where the detector says that there is no count: a mask code of the stored type
+        (2^n - 1 and 2^n - 2 of n bits unsigned; of ``bit_depth_image`` bits too when the frame is
+        stored with more), a negative value, not a number.
+        """
+        raw = self._stack.read(number)
+        if raw.dtype.kind == "f":
+            raw = np.where(np.isfinite(raw), np.rint(raw), INVALID)
+        image = raw.astype(np.int32)
+        image[raw > self._largest] = INVALID
+        if raw.dtype.kind != "u":
+            image[raw < 0] = INVALID
+        for code in self._codes:
+            image[raw == code] = INVALID
+        return [image[panel] for panel in self._panels]
+
+    def pixel_mask(self) -> list[NDArray[np.bool_]]:
+        """Return whether pixels are good, per panel: ``pixel_mask`` is zero, or absent."""
+        mask = self._member("pixel_mask")
+        if mask is None:
+            mask = self._member("detectorSpecific/pixel_mask")
+        if not isinstance(mask, h5py.Dataset) or mask.size < 2:
+            good = np.ones(self._stack.shape, dtype=bool)
+            return [good[panel] for panel in self._panels]
+        if mask.size != np.prod(self._stack.shape):
+            raise UserError(
+                f"{self._stack.path}: the pixel mask is {mask.shape}, the frames are "
+                f"{self._stack.shape}; use the master file that belongs to the frames"
+            )
+        good = mask[()].reshape(self._stack.shape) == 0
+        return [good[panel] for panel in self._panels]
+
+    def _find_detector(self) -> h5py.Group | None:
+        """Return the first NXdetector of the first entry that has an instrument."""
+        for entry in self._stack.master.values():
+            instrument = entry.get("instrument") if isinstance(entry, h5py.Group) else None
+            if not isinstance(instrument, h5py.Group):
+                continue
+            for group in instrument.values():
+                if _is_class(group, "NXdetector"):
+                    return group
+            return instrument.get("detector")
+        return None
+
+    def _find_panels(
+        self, names: list[str], shapes: list[tuple[int, int]]
+    ) -> list[tuple[int | slice, ...]]:
+        """Return the part of the frame array that each panel is."""
+        shape = self._stack.shape
+        modules = self._modules()
+        if len(names) == 1 and shapes[0] == shape:
+            cuts = [(slice(None), slice(None))]
+        elif set(names) <= modules.keys():
+            cuts = [modules[name] for name in names]
+        elif len(modules) == len(names):
+            cuts = list(modules.values())
+        elif len(shape) == 3 and shape[0] == len(names):
+            cuts = [(i, slice(None), slice(None)) for i in range(len(names))]
+        else:
+            cuts = []
+        image = np.broadcast_to(np.int8(0), shape)
+        if [image[cut].shape for cut in cuts] != shapes:
+            raise UserError(
+                f"{self._stack.path}: frames of {shape} with {len(modules)} modules do not fit "
+                f"the {len(shapes)} panels of {sorted(set(shapes))} pixels of the .expt; give the "
+                "images that it was made from"
+            )
+        return cuts
+
+    def _modules(self) -> dict[str, tuple[int | slice, ...]]:
+        """Return the part of a frame that each NXdetector_module is, by its path."""
+        modules: dict[str, tuple[int | slice, ...]] = {}
+        if self._detector is None:
+            return modules
+        for name, group in self._detector.items():
+            if not _is_class(group, "NXdetector_module"):
+                continue
+            origin = np.ravel(group["data_origin"][()]).astype(int).tolist()
+            size = np.ravel(group["data_size"][()]).astype(int).tolist()
+            cut = [slice(o, o + s) for o, s in zip(origin, size, strict=True)]
+            if len(cut) == 3:  # a leading panel dimension
+                cut[0] = origin[0]
+            modules[f"{self._detector.name}/{name}"] = tuple(cut)
+        return modules
+
+    def _mask_codes(self) -> tuple[int, tuple[int, ...]]:
+        """Return the largest value that may be a count, and codes below it."""
+        dtype = self._stack.dtype
+        if dtype.kind == "f":
+            return _LARGEST, ()
+        largest = min(int(np.iinfo(dtype).max) - (2 if dtype.kind == "u" else 1), _LARGEST)
+        depth = self._number("bit_depth_image", "detectorSpecific/bit_depth_image")
+        if depth is None or depth >= dtype.itemsize * 8:
+            return largest, ()
+        return largest, (2 ** int(depth) - 1, 2 ** int(depth) - 2)
+
+    def _member(self, path: str) -> h5py.Dataset | h5py.Group | None:
+        """Return an object below the detector, through any links."""
+        found = self._detector
+        for name in path.split("/"):
+            if not isinstance(found, h5py.Group):
+                return None
+            found = self._stack.follow(found, name)
+        return found
+
+    def _number(self, *paths: str) -> float | None:
+        """Return the first positive number among the places where it may be."""
+        for path in paths:
+            found = self._member(path)
+            if isinstance(found, h5py.Dataset) and found.size == 1 and found.dtype.kind in "iuf":
+                value = float(np.ravel(found[()])[0])
+                if value > 0:
+                    return value
+        return None
+
+
+def _is_class(group: h5py.Group | h5py.Dataset | None, name: str) -> bool:
+    if not isinstance(group, h5py.Group):
+        return False
+    value = group.attrs.get("NX_class", b"")
+    return (value.decode() if isinstance(value, bytes) else str(value)) == name
