@@ -1,8 +1,8 @@
 """Every option of a run, with its default and meaning.
 
-The dataclasses below (and those of ``integrator.config``) are the only place where an option is
-declared: YAML files, command-line flags, their help and ``configs/reference_full.yaml`` follow
-from them (``make reference-config`` rewrites that file after a change).
+The dataclasses below, of ``integrator.config`` and of ``merge.config`` are the only place where an
+option is declared: YAML files, command-line flags, their help and ``configs/reference_full.yaml``
+follow from them (``make reference-config`` rewrites that file after a change).
 
 Relative paths in a file or flag are relative to the current directory; a run directory's
 ``config.yaml`` holds absolute ones.
@@ -16,6 +16,8 @@ from typing import Literal, Self
 
 from integrator.config import IntegratorConfig
 from integrator.errors import UserError
+from integrator.io.atomic import replacing
+from merge.config import MergeConfig
 from pipelines import schema
 
 REFERENCE_CONFIG = Path(__file__).parent / "configs" / "reference_full.yaml"
@@ -66,7 +68,7 @@ class ExtractionConfig:
     # Box in frames, slow and fast pixels, odd numbers; measured from strong spots when null.
     box: tuple[int, int, int] | None = None
     # Half-width of a measured box in standard deviations of the spot.
-    n_sigma: float = 3.0
+    n_sigma: float = 4.0
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -118,6 +120,7 @@ class RunConfig:
     dials: DialsConfig = field(default_factory=DialsConfig)
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @classmethod
@@ -152,6 +155,18 @@ class RunConfig:
             if not path.is_file():
                 problem = "is a folder, not a file" if path.is_dir() else "does not exist"
                 raise UserError(f"{what}: {path} {problem}")
+
+
+def reference_text() -> str:
+    """Every option with its default and meaning, as YAML."""
+    head = "# Every option of braggflux, with its default. Written by `make reference-config`.\n\n"
+    return head + schema.annotated_yaml(RunConfig())
+
+
+def write_reference_config() -> None:
+    """Rewrite ``configs/reference_full.yaml`` from the defaults."""
+    with replacing(REFERENCE_CONFIG) as temporary:
+        temporary.write_text(reference_text(), encoding="utf-8")
 
 
 def _at_least(options: object, bound: float, *names: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGES = ("integrator", "merge", "pipelines", "fixtures")
@@ -53,43 +54,42 @@ def detach_files() -> None:
         handler.close()
 
 
-def progress(
-    items: Iterable, description: str, total: int | None = None, *, interval: float | None = None
-) -> Iterator:
-    """Iterate over ``items`` and show how far it is.
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function to call with (done, total) as work goes on.
 
-    A bar on stderr when that is a terminal, otherwise a log line every tenth of the way but not
-    more often than every ``interval`` seconds (default :data:`PLAIN_INTERVAL_S`).
+    Shows a bar on stderr when that is a terminal, otherwise a log line every tenth of the way but
+    at most every :data:`PLAIN_INTERVAL_S`.
     """
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
     if sys.stderr.isatty():
-        yield from _rich_bar(items, description, total)
+        with _rich_bar(description) as advance:
+            yield advance
     else:
-        yield from _plain_lines(
-            items, description, total, PLAIN_INTERVAL_S if interval is None else interval
-        )
+        yield _PlainProgress(description)
 
 
-def _rich_bar(items: Iterable, description: str, total: int | None) -> Iterator:
+@contextmanager
+def _rich_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    console = Console(stderr=True)
-    yield from track(items, description, total=total, console=console, transient=True)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _plain_lines(
-    items: Iterable, description: str, total: int | None, interval: float
-) -> Iterator:
-    last_time, last_tenth = time.monotonic(), 0
-    for done, item in enumerate(items, start=1):
-        yield item
-        now, tenth = time.monotonic(), 10 * done // total if total else done
-        if tenth > last_tenth and now - last_time >= interval:
-            suffix = f" of {total}" if total else ""
-            logger.info("%s: %d%s", description, done, suffix)
-            last_time, last_tenth = now, tenth
+class _PlainProgress:
+    """Sparse log lines."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._time, self._tenth = time.monotonic(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now, tenth = time.monotonic(), 10 * done // max(total, 1)
+        if tenth > self._tenth and now - self._time >= PLAIN_INTERVAL_S:
+            logger.info("%s: %d of %d", self._description, done, total)
+            self._time, self._tenth = now, tenth
 
 
 def _terminal_handler() -> logging.Handler:

@@ -100,18 +100,18 @@ def find_option(cls: type, key: str) -> tuple[Any, str]:
 
 @cache
 def field_help(cls: type) -> dict[str, str]:
-    """Comment directly above each field of a dataclass, joined to one line."""
+    """Comment above each field of a dataclass, joined to one line; a group of fields shares one."""
     lines = inspect.getsource(cls).splitlines()
     body = ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body
     first = {n.target.id: n.lineno for n in body if isinstance(n, ast.AnnAssign)}
-    texts = {}
+    texts, text = {}, ""
     for name, line_number in first.items():
         comment: list[str] = []
         for line in reversed(lines[: line_number - 1]):
             if not line.strip().startswith("#"):
                 break
             comment.insert(0, line.strip().lstrip("# "))
-        texts[name] = " ".join(comment)
+        texts[name] = text = " ".join(comment) or text
     return texts
 
 

@@ -133,7 +133,7 @@ def shell_statistics(rows: Rows) -> str | None:
 
 
 def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | None:
-    """One panel per metric of compare.csv: bins across, a bar for each subject."""
+    """One panel per metric of compare.csv: bins across, a line for each subject."""
     chosen = [r for r in rows if r["comparison"] == title and r["bin"] != "all" and r["value"]]
     metrics = [m for m in metrics if any(r["metric"] == m for r in chosen)]
     if not metrics:
@@ -141,18 +141,19 @@ def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | N
     subjects = list(dict.fromkeys(r["subject"] for r in chosen))
     bins = list(dict.fromkeys(r["bin"] for r in chosen))
     values = {(r["bin"], r["metric"], r["subject"]): float(r["value"]) for r in chosen}
-    width = 0.8 / len(subjects)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.6, 2.9))
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
-            for i, subject in enumerate(subjects):
-                heights = [values.get((b, metric, subject), np.nan) for b in bins]
-                offset = np.arange(len(bins)) - 0.4 + width * (i + 0.5)
-                axes.bar(offset, heights, width * 0.94, color=PALETTE[i], label=subject)
+            for subject, colour in zip(subjects, PALETTE, strict=False):
+                y = [values.get((b, metric, subject), np.nan) for b in bins]
+                axes.plot(range(len(bins)), y, "o-", color=colour, markersize=4, label=subject)
+            if metric.startswith("rms"):
+                axes.set_yscale("log")
+            else:  # 0.99 to 1.00 must not read "1e-2 + 0.99"
+                axes.ticklabel_format(axis="y", useOffset=False)
             axes.set_title(metric, loc="left", fontsize=10)
-            axes.set_xticks(np.arange(len(bins)), bins, rotation=40, ha="right", fontsize=8)
-            axes.grid(axis="x", visible=False)
+            axes.set_xticks(range(len(bins)), bins, rotation=40, ha="right", fontsize=8)
         if len(subjects) > 1:
             panels[0].legend(fontsize=8)
         return _svg(figure)

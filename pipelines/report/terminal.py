@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from collections.abc import Sequence
 
@@ -41,6 +42,14 @@ def write_table(
     for note in notes:
         sys.stdout.write(f"  - {note}\n")
     sys.stdout.write("\n")
+
+
+def write_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write CSV to standard output; None is an empty field, a float has two decimals."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow([f"{x:.2f}" if isinstance(x, float) else x for x in row])
 
 
 def plain_table(title: str, header: Sequence[str], rows: Cells) -> list[str]:

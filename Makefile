@@ -1,0 +1,94 @@
+# braggflux: set-up, demo and tests. Every target first makes what it needs; a second make is quick.
+#
+#   make env     environment in .venv (and DIALS by apt, where that is allowed)
+#   make demo    simulate frames, process them beside DIALS, end with the peak table
+#   make test    all tests
+#   make lint    ruff
+#
+# A smaller torch for a machine without a GPU:
+#   make env TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := env
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTHON ?=
+PYTEST_ARGS ?=
+DEMO ?= demo
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_NAME := hewl-iodide
+
+.PHONY: env dials demo test lint reference-config
+
+env: $(STAMP)
+
+# Debian's DIALS brings dxtbx for the system Python, which the environment must then be able to see.
+$(STAMP): pyproject.toml
+	@$(MAKE) --no-print-directory dials
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ] && /usr/bin/python3 -c 'import importlib.util as u, sys; \
+	    sys.exit(sys.version_info < (3, 11) or u.find_spec("dxtbx") is None)' 2>/dev/null; then \
+	  python="/usr/bin/python3"; options="--system-site-packages"; \
+	else \
+	  python="$${python:-python3}"; options=""; \
+	fi; \
+	if [ ! -x "$(BIN)/python" ]; then \
+	  echo "make env: $$python -m venv $$options $(VENV)"; \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "make env: $$python is older than 3.11; give another one: make env PYTHON=..." >&2; exit 1; }; \
+	  "$$python" -m venv $$options "$(VENV)" \
+	    || { rm -rf "$(VENV)"; echo "make env: $$python cannot make environments; install python3-venv" >&2; exit 1; }; \
+	fi
+	"$(BIN)/python" -m pip install --quiet $(TORCH)
+	"$(BIN)/python" -m pip install --quiet --editable ".[dev]"
+	@"$(BIN)/braggflux" --version
+	@touch "$@"
+
+# Optional: everything but `braggflux process`, .cbf frames and the tests against DIALS works without.
+dials:
+	@if command -v dials.import >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "make env: no DIALS and no apt-get; skipped. For 'braggflux process', .cbf frames and the DIALS row: mamba install -c conda-forge dials"; \
+	  exit 0; \
+	fi; \
+	if [ "$$(id -u)" = 0 ]; then root=""; \
+	elif sudo -n true 2>/dev/null; then root="sudo -n"; \
+	else \
+	  echo "make env: no DIALS and no right to install it; skipped. For 'braggflux process', .cbf frames and the DIALS row: sudo apt install dials python3-venv"; \
+	  exit 0; \
+	fi; \
+	echo "make env: apt-get install dials python3-venv"; \
+	{ $$root apt-get update -qq \
+	  && $$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dials python3-venv; \
+	} >/dev/null || echo "make env: apt-get could not install DIALS; going on without it"
+
+# Resuming makes a second `make demo` go on where the first one stopped, or just show its table.
+demo: $(STAMP) $(DEMO)/frames/model.pdb
+	@frames="$(DEMO)/frames"; \
+	truth=$$(ls "$$frames"/*truth*.mtz); \
+	if command -v dials.import >/dev/null; then \
+	  "$(BIN)/braggflux" process "$$frames"/*_master.h5 --model "$$frames/model.pdb" \
+	    --space-group P43212 --truth "$$truth" --out "$(DEMO)/run" --resume; \
+	else \
+	  echo "make demo: no DIALS, so the true geometry is used and the DIALS row is missing"; \
+	  "$(BIN)/braggflux" run "$$frames"/*.expt "$$frames"/*.refl --model "$$frames/model.pdb" \
+	    --out "$(DEMO)/run" --resume; \
+	fi
+
+$(DEMO)/frames/model.pdb: | $(STAMP)
+	"$(BIN)/braggflux" simulate --out "$(DEMO)/frames" --preset $(DEMO_NAME)
+
+test: $(STAMP)
+	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+
+# After an option has been added or changed.
+reference-config: $(STAMP)
+	"$(BIN)/python" -c 'from pipelines.config import write_reference_config; write_reference_config()'

@@ -1,0 +1,47 @@
+"""Cut the shoebox of every reflection out of the frames.
+
+One pass over the frames named in EXPT. With refined.refl the full set of reflections is predicted;
+an integrated or predicted table is taken as it is. The store (HDF5) describes itself.
+
+Examples
+--------
+braggflux extract refined.expt refined.refl --out shoeboxes.h5
+braggflux extract refined.expt refined.refl --out shoeboxes.h5 --d-min 2.0 --box 7,21,21
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from pipelines.flags import add_config_arguments, config_from_args
+
+FLAGS = {
+    "--d-min": "extraction.d_min",
+    "--box": "extraction.box",
+    "--n-sigma": "extraction.n_sigma",
+}
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the files and the options of the boxes."""
+    parser.add_argument("expt", type=Path, metavar="EXPT", help="DIALS experiments")
+    parser.add_argument("refl", type=Path, metavar="REFL", help="DIALS reflections")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.h5", help="store to write"
+    )
+    add_config_arguments(parser, FLAGS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the input and extract."""
+    fixed = {"expt": str(args.expt), "refl": str(args.refl)}
+    config = config_from_args(args, FLAGS, fixed)
+    config.require("expt", "refl")
+
+    from pipelines.extraction import extract
+
+    extract(config, args.out)
+    logger.info("wrote %s", args.out)

@@ -1,0 +1,41 @@
+"""Anomalous peak heights at the sites of a model, as CSV on standard output.
+
+Anomalous difference Fourier with phases of the model, coefficients w (|F+| - |F-|)
+exp(i (phi - 90 deg)), in units of the map's rms; the maximum within 1 A of each site.
+
+Examples
+--------
+braggflux peaks run/merged.mtz model.pdb
+braggflux peaks merged.mtz model.pdb --d-min 2.0 --elements I,S > peaks.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipelines import schema
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the files, the resolution limit and the elements."""
+    parser.add_argument("mtz", type=Path, metavar="MERGED.mtz")
+    parser.add_argument("model", type=Path, metavar="MODEL.pdb")
+    parser.add_argument("--d-min", metavar="D", help="high-resolution limit [A]")
+    parser.add_argument(
+        "--elements", metavar="I,S", help="elements of the sites [phosphorus and heavier]"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score and write rows."""
+    d_min = schema.coerce(args.d_min, float | None, "--d-min")
+    elements = schema.coerce(args.elements or (), tuple[str, ...], "--elements")
+
+    from pipelines.anomalous import peak_heights_from_mtz
+    from pipelines.report.terminal import write_csv
+
+    peaks = peak_heights_from_mtz(args.mtz, args.model, d_min=d_min, elements=elements or None)
+    columns = ("chain", "seqid", "residue", "atom", "peak_sigma")
+    rows = [[getattr(peak, column) for column in columns] for peak in peaks]
+    write_csv(columns, rows)
