@@ -5,9 +5,8 @@ See :mod:`pipelines.difference_map` for the coefficients.
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from integrator.crystal.cell import inv_d2
 from integrator.crystal.symmetry import as_miller_index, is_centric, is_in_asu
 from integrator.errors import UserError
-from merge.io.atomic import replacing
 from merge.io.mtz import MergedTable, read_merged_mtz
 from pipelines.atomic_model import (
     LENGTH_TOLERANCE,
@@ -31,8 +29,6 @@ from pipelines.difference_map import DifferenceMap, NoMapError, difference_map
 
 Array = NDArray[np.float64]
 logger = logging.getLogger(__name__)
-
-PEAK_COLUMNS = ("epoch", "chain", "seqid", "residue", "atom", "peak_sigma")
 
 
 @dataclass(frozen=True)
@@ -233,28 +229,3 @@ def peak_heights_from_mtz(
         finest = max(finest, d_min)
     model = AnomalousModel(model_path, merged.cell, merged.space_group, finest, elements)
     return model.peak_heights(merged.table.miller_index, *amplitudes(merged.table), d_min=d_min)
-
-
-def write_peaks_csv(
-    path: str | Path, peaks_by_epoch: Mapping[int | str, Iterable[SitePeak]]
-) -> None:
-    """Write ``epoch,chain,seqid,residue,atom,peak_sigma``; no height is an empty field.
-
-    Parameters
-    ----------
-    path : str or Path
-    peaks_by_epoch : mapping of int or str to peaks
-        The reference has the epoch ``DIALS``.
-
-    Raises
-    ------
-    UserError
-        The file cannot be written.
-    """
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(PEAK_COLUMNS)
-        for epoch, peaks in peaks_by_epoch.items():
-            for p in peaks:
-                height = "" if p.peak_sigma is None else f"{p.peak_sigma:.2f}"
-                writer.writerow([epoch, p.chain, p.seqid, p.residue, p.atom, height])

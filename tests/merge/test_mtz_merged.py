@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import gemmi
 import numpy as np
 import pytest
@@ -131,6 +137,32 @@ def test_reciprocalspaceship_reads_the_file(written):
     assert str(data.dtypes["SIGI(-)"]) == "StddevFriedelI"
     h = tuple(table.miller_index[0].tolist())
     assert float(data.loc[h, "F"]) == pytest.approx(table.f[0], rel=1e-6)
+
+
+IOTBX = """
+import json, sys
+from iotbx.reflection_file_reader import any_reflection_file
+arrays = any_reflection_file(sys.argv[1]).as_miller_arrays()
+json.dump({",".join(a.info().labels): [str(a.observation_type()), a.anomalous_flag(), a.size()]
+           for a in arrays}, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.mark.dials
+def test_cctbx_recognises_amplitudes_and_intensities(written, dials, tmp_path):
+    _, _, table, path = written
+    environment = dict(os.environ)
+    for build in Path("/usr/lib/cctbx").glob("python3*"):
+        environment.setdefault("LIBTBX_BUILD", str(build))
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-c", IOTBX, str(path), str(out)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    seen = json.loads(out.read_text())
+    n_mates = int(np.isfinite(table.f_plus).sum() + np.isfinite(table.f_minus).sum())
+    assert seen["F(+),SIGF(+),F(-),SIGF(-)"] == ["xray.amplitude", True, n_mates]
+    assert seen["I(+),SIGI(+),I(-),SIGI(-)"] == ["xray.intensity", True, n_mates]
+    assert seen["F,SIGF"] == ["xray.amplitude", False, len(table)]
+    assert seen["IMEAN,SIGIMEAN"] == ["xray.intensity", False, len(table)]
 
 
 def test_without_anomalous_there_are_only_means(tmp_path):
