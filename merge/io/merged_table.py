@@ -107,31 +107,25 @@ def merged_table(
         values = np.where(seen, np.asarray(values, float), np.nan)
         return values[plus], np.where(minus >= 0, values[minus], np.nan)
 
-    (f_plus, f_minus), (sigma_f_plus, sigma_f_minus) = mates(f), mates(sigma_f)
-    (i_plus, i_minus), (sigma_i_plus, sigma_i_minus) = mates(i), mates(sigma_i)
-    n_plus, n_minus = mates(n_obs)
-    f_mean, sigma_f_mean = mean_of_mates(f_plus, sigma_f_plus, f_minus, sigma_f_minus)
-    i_mean, sigma_i_mean = mean_of_mates(i_plus, sigma_i_plus, i_minus, sigma_i_minus)
+    given = {"f": f, "sigma_f": sigma_f, "i": i, "sigma_i": sigma_i, "n": n_obs}
+    columns = {}
+    for name, values in given.items():
+        columns[f"{name}_plus"], columns[f"{name}_minus"] = mates(values)
+    for value, mean in (("f", "f"), ("i", "i_mean")):
+        columns[mean], columns[f"sigma_{mean}"] = mean_of_mates(
+            *(
+                columns[f"{prefix}{value}_{m}"]
+                for m in ("plus", "minus")
+                for prefix in ("", "sigma_")
+            )
+        )
     halves = {
         name: HalfSet.of(asu, value, sigma).select(kept)
         for name, (value, sigma) in (half_sets or {}).items()
     }
     return MergedTable(
         miller_index=asu.asu_index[plus],
-        f_plus=f_plus,
-        sigma_f_plus=sigma_f_plus,
-        f_minus=f_minus,
-        sigma_f_minus=sigma_f_minus,
-        i_plus=i_plus,
-        sigma_i_plus=sigma_i_plus,
-        i_minus=i_minus,
-        sigma_i_minus=sigma_i_minus,
-        f=f_mean,
-        sigma_f=sigma_f_mean,
-        i_mean=i_mean,
-        sigma_i_mean=sigma_i_mean,
-        n_plus=n_plus,
-        n_minus=n_minus,
         half_sets=halves,
         is_anomalous=asu.anomalous,
+        **columns,
     )

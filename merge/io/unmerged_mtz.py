@@ -145,20 +145,42 @@ def write_unmerged_mtz(
     dataset_of = _add_datasets(mtz, [e.beam.wavelength for e in experiments])
     mtz.spacegroup = space_group or crystal.space_group
     mtz.set_cell_for_all(cell or crystal.unit_cell)
-    frame = np.floor(table.xyz_px[:, 2])
-    batch, rot = np.empty(len(table)), np.empty(len(table))
-    for number, (experiment, offset) in enumerate(
-        zip(experiments, batch_offsets(experiments), strict=True)
-    ):
-        rows = table.experiment == number
+    offsets = batch_offsets(experiments)
+    for experiment, offset, dataset in zip(experiments, offsets, dataset_of, strict=True):
         first, last = _image_range(experiment)
-        batch[rows] = np.clip(first + frame[rows], first, last) + offset
-        scan = experiment.scan
-        rot[rows] = 0.0 if scan is None else scan.phi_deg(table.xyz_px[rows, 2])
         for image in range(first, last + 1):
-            mtz.batches.append(_batch_header(experiment, image, offset, dataset_of[number]))
-    asu = to_asu(table.miller_index, mtz.spacegroup)
-    columns = [
+            mtz.batches.append(_batch_header(experiment, image, offset, dataset))
+    columns = _columns(table, experiments, offsets, mtz.spacegroup)
+    for label, kind, _ in columns:
+        mtz.add_column(label, kind, dataset_id=1)
+    data = np.column_stack([values for _, _, values in columns])[keep]
+    mtz.set_data(data.astype(np.float32))
+    mtz.sort(5)  # H K L M/ISYM BATCH
+    mtz.history = [line[:80] for line in history]
+    with replacing(path) as temporary:
+        temporary.write_bytes(mtz.write_to_bytes())
+
+
+def _columns(
+    table: UnmergedTable,
+    experiments: Sequence[Experiment],
+    offsets: Sequence[int],
+    space_group: gemmi.SpaceGroup,
+) -> list[tuple[str, str, Array]]:
+    """Return (label, type, values) of every column."""
+    if np.any((table.experiment < 0) | (table.experiment >= len(experiments))):
+        raise ValueError("an observation belongs to none of the experiments")
+    frame = np.floor(table.xyz_px[:, 2])
+    batch, rot = np.zeros(len(table)), np.zeros(len(table))
+    for number, (experiment, offset) in enumerate(zip(experiments, offsets, strict=True)):
+        rows = table.experiment == number
+        # a centroid may be predicted just outside the scan
+        batch[rows] = np.clip(_image_range(experiment)[0] + frame[rows], *_image_range(experiment))
+        batch[rows] += offset
+        if experiment.scan is not None:
+            rot[rows] = experiment.scan.phi_deg(table.xyz_px[rows, 2])
+    asu = to_asu(table.miller_index, space_group)
+    return [
         *((axis, "H", asu.miller_index[:, i]) for i, axis in enumerate("HKL")),
         ("M/ISYM", "Y", asu.isym),
         ("BATCH", "B", batch),
@@ -170,14 +192,6 @@ def write_unmerged_mtz(
         ("ROT", "R", rot),
         ("LP", "R", table.lp),
     ]
-    for label, kind, _ in columns:
-        mtz.add_column(label, kind, dataset_id=1)
-    data = np.column_stack([values for _, _, values in columns])[keep]
-    mtz.set_data(data.astype(np.float32))
-    mtz.sort(5)  # H K L M/ISYM BATCH
-    mtz.history = [line[:80] for line in history]
-    with replacing(path) as temporary:
-        temporary.write_bytes(mtz.write_to_bytes())
 
 
 def _add_datasets(mtz: gemmi.Mtz, wavelengths: Sequence[float]) -> list[int]:
