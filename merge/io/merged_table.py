@@ -97,8 +97,7 @@ def merged_table(
     The mean of two mates is weighted by 1/sigma^2 and takes them as independent; see
     :func:`merge.half_sets.mean_of_mates`.
     """
-    n_obs = np.asarray(n_obs, float)
-    seen = n_obs > 0
+    seen = np.asarray(n_obs) > 0
     plus, minus = friedel_rows(asu)
     kept = seen[plus] | ((minus >= 0) & seen[minus])
     plus, minus = plus[kept], minus[kept]
