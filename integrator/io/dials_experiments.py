@@ -8,6 +8,7 @@ An .expt file is JSON: a list of experiments, each naming by number one block in
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +25,8 @@ from integrator.io import dials_models as models
 from integrator.io.atomic import replacing
 
 Block = dict[str, Any]
+
+log = logging.getLogger(__name__)
 
 # name of the list in the file -> (field of Experiment, decoder, encoder)
 _MODELS: dict[str, tuple[str, Callable, Callable]] = {
@@ -193,6 +196,13 @@ def _decode_images(
     ``whole`` is the range of image numbers that the image set covers; the experiment's scan may
     be a part of it.
     """
+    ignored = [key for key in ("mask", "gain", "pedestal", "dx", "dy") if block.get(key)]
+    if ignored:  # these files are pickles of DIALS' own types
+        log.warning(
+            "the external %s of the images is not applied; only the image files' own mask and the "
+            "panels' rectangles are",
+            " and ".join(f"{key} ({block[key]})" for key in ignored),
+        )
     file_indices = block.get("single_file_indices")
     if "template" not in block:
         if "images" not in block:

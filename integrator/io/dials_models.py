@@ -109,7 +109,7 @@ def _decode_panel(block: Block, parent: NDArray[np.float64]) -> Panel:
         gain=float(block.get("gain", 1.0)),
         type=block.get("type", ""),
         pedestal=float(block.get("pedestal", 0.0)),
-        mask=tuple(tuple(int(v) for v in rectangle) for rectangle in block.get("mask", ())),
+        mask=tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in block.get("mask", ())),
     )
 
 

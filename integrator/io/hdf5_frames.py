@@ -206,6 +206,8 @@ class FrameStack:
         sources: list[h5py.Dataset] = []
         whole_frames = True
         for source in dataset.virtual_sources():
+            if "%b" in source.file_name or "%b" in source.dset_name:
+                return [_Run(dataset, np.arange(n))]  # numbered sources, only HDF5 can tell them
             file = self._open(_beside(dataset.file.filename, source.file_name))
             stored = self._member(file, source.dset_name)
             to, whole_to = _selected_frames(source.vspace, dataset.shape)

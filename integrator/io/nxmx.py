@@ -19,6 +19,7 @@ from integrator.errors import UserError
 from integrator.io.hdf5_frames import FrameStack
 
 INVALID = -1
+_Cut = tuple[int | slice, ...]
 _LARGEST = np.iinfo(np.int32).max
 
 
@@ -131,12 +132,11 @@ class NxmxFrames:
             return instrument.get("detector")
         return None
 
-    def _find_panels(
-        self, names: list[str], shapes: list[tuple[int, int]]
-    ) -> list[tuple[int | slice, ...]]:
+    def _find_panels(self, names: list[str], shapes: list[tuple[int, int]]) -> list[_Cut]:
         """Return the part of the frame array that each panel is."""
         shape = self._stack.shape
         modules = self._modules()
+        cuts: list[_Cut]
         if len(names) == 1 and shapes[0] == shape:
             cuts = [(slice(None), slice(None))]
         elif set(names) <= modules.keys():
@@ -156,9 +156,9 @@ class NxmxFrames:
             )
         return cuts
 
-    def _modules(self) -> dict[str, tuple[int | slice, ...]]:
+    def _modules(self) -> dict[str, _Cut]:
         """Return the part of a frame that each NXdetector_module is, by its path."""
-        modules: dict[str, tuple[int | slice, ...]] = {}
+        modules: dict[str, _Cut] = {}
         if self._detector is None:
             return modules
         for name, group in self._detector.items():
@@ -166,7 +166,7 @@ class NxmxFrames:
                 continue
             origin = np.ravel(group["data_origin"][()]).astype(int).tolist()
             size = np.ravel(group["data_size"][()]).astype(int).tolist()
-            cut = [slice(o, o + s) for o, s in zip(origin, size, strict=True)]
+            cut: list[int | slice] = [slice(o, o + s) for o, s in zip(origin, size, strict=True)]
             if len(cut) == 3:  # a leading panel dimension
                 cut[0] = origin[0]
             modules[f"{self._detector.name}/{name}"] = tuple(cut)

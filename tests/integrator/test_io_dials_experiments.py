@@ -314,6 +314,16 @@ def test_template_is_expanded_relative_to_the_file(dxtbx, tmp_path):
         assert block["template"] == str(tmp_path / "images" / "a_1_####.cbf")
 
 
+def test_external_mask_is_kept_in_the_file_and_reported_as_not_applied(tmp_path, caplog):
+    imageset = {"__id__": "ImageSequence", "template": "a_###.cbf", "mask": "pixels.mask"}
+    path = with_scan(tmp_path, {"image_range": [1, 2], "oscillation": [0, 1]}, imageset)
+    experiments = read_experiments(path)
+    assert "pixels.mask) of the images is not applied" in caplog.text
+    write_experiments(tmp_path / "copy.expt", experiments, source=path)
+    block = json.loads((tmp_path / "copy.expt").read_text())["imageset"][0]
+    assert block["mask"] == str(tmp_path / "pixels.mask")
+
+
 def test_scans_that_share_one_image_set_get_their_own_frames(tmp_path):
     entry = {"identifier": "", "beam": 0, "detector": 0, "imageset": 0}
     document = minimal(
