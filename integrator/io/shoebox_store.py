@@ -3,12 +3,12 @@
 Layout (rows N are sorted by sweep and first frame)::
 
     /                      attributes: format, version, software, box, extent, units, n_rows
-    /boxes/counts          (N, D, H, W) int, detector counts; 0 where not recorded
+    /boxes/counts          (N, D, H, W) int, photons; 0 where not recorded
     /boxes/mask            (N, D, H, W) uint8, bits of integrator.shoebox.mask.MaskBit
     /reflections/<column>  fields of ReflectionMetadata, flags, entering, recorded_fraction
     /background/<e>/panel_<p>/{sum,count}   (slow, fast) float32, per sweep
     /background/<e>/frame_ratio             (n_frames,) background of a frame over the mean
-    /experiments           JSON text: wavelength, scan, cell, space group, gains, image files
+    /experiments           JSON text: wavelength, scan, cell, space group, image files
 
 Compression is bitshuffle + LZ4, which the HDF5 filter registry knows and hdf5plugin brings.
 """
@@ -36,7 +36,7 @@ from integrator.types import ReflectionMetadata, ShoeboxBatch
 FORMAT = "braggflux-shoeboxes"
 VERSION = 1
 UNITS = {
-    "counts": "detector counts; divide by the gain for photons",
+    "counts": "photons",
     "xyz_px": "pixels, pixels, frames",
     "xyz_mm": "mm, mm, rad",
     "s1": "1/A",
@@ -179,7 +179,6 @@ class ShoeboxStore:
                 "braggflux extract"
             ) from error
         self.box: tuple[int, int, int] = tuple(int(n) for n in self._counts.shape[1:])
-        self._gain = self._row_gain()
         self._cache: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -284,10 +283,7 @@ class ShoeboxStore:
         """
         counts, mask = self.read_raw(rows)
         is_valid = (mask & MaskBit.VALID).bool() & (mask & exclude == 0)
-        photons = counts.float() * is_valid
-        if self._gain is not None:
-            photons = photons / self._gain[rows][:, None, None, None]
-        return ShoeboxBatch(photons, is_valid, self._metadata[rows])
+        return ShoeboxBatch(counts.float() * is_valid, is_valid, self._metadata[rows])
 
     def iterate(
         self, batch_size: int, generator: torch.Generator | None = None
@@ -320,15 +316,6 @@ class ShoeboxStore:
             counts[here] = self._counts[low:high][rows[here] - low]
             mask[here] = self._mask[low:high][rows[here] - low]
         return counts, mask
-
-    def _row_gain(self) -> Tensor | None:
-        """Look up the counts per photon of each row, (N,); None where it is 1 everywhere."""
-        gains = [experiment["gain"] for experiment in self.experiments]
-        if all(gain == 1 for panels in gains for gain in panels):
-            return None
-        width = max(map(len, gains))
-        table = torch.tensor([[*panels, *[1.0] * (width - len(panels))] for panels in gains])
-        return table[self._metadata.experiment, self._metadata.panel]
 
 
 def _metadata(columns: Mapping[str, NDArray], dtype: torch.dtype) -> ReflectionMetadata:

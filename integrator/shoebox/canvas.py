@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 INVALID = -1
-"""Count of a pixel that was not recorded, is masked or overloaded."""
+"""In place of the photons of a pixel that was not recorded, is masked or overloaded."""
 
 IntArray = NDArray[np.int64]
 
 
 class FrameCanvas:
-    """Flat buffer of a frame's counts.
+    """Flat buffer of a frame's photons.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ class FrameCanvas:
     Attributes
     ----------
     counts : ndarray, (size,) int32
-        Counts of the loaded frame; :data:`INVALID` in the padding and where not usable.
+        Photons of the loaded frame; :data:`INVALID` in the padding and where not usable.
     """
 
     def __init__(self, panel_shapes: Sequence[tuple[int, int]], margin: int) -> None:
@@ -53,21 +53,18 @@ class FrameCanvas:
         self,
         images: Sequence[NDArray[np.int32]],
         usable: Sequence[NDArray[np.bool_]],
-        highest: Sequence[float],
     ) -> None:
         """Take over a frame.
 
         Parameters
         ----------
         images : sequence of ndarray, (slow, fast)
-            Counts per panel, negative where invalid.
+            Photons per panel, negative where there is no count.
         usable : sequence of ndarray, (slow, fast) bool
             Static mask per panel.
-        highest : sequence of float
-            Largest trusted count per panel; more is an overload.
         """
         for panel, image in enumerate(images):
-            good = usable[panel] & (image >= 0) & (image <= highest[panel])
+            good = usable[panel] & (image >= 0)
             self.panel_view(self.counts, panel)[...] = np.where(good, image, INVALID)
 
     def windows(

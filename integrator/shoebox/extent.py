@@ -15,19 +15,16 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from integrator.crystal.geometry import Experiment
 from integrator.errors import UserError
 from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.predict import Prediction
-
-if TYPE_CHECKING:
-    from integrator.io.images import FrameSource
+from integrator.shoebox.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +36,16 @@ TRUNCATION = 3.0
 """Second moments are taken within this many standard deviations ..."""
 TRUNCATED_VARIANCE = 0.97334
 """... where a unit Gaussian keeps this variance, ``1 - 2 k phi(k) / (2 Phi(k) - 1)``."""
+TRIMMED = 0.02
+"""Share of spots left out on either side of a bin of the pooled profile."""
 MIN_ZETA = 0.3
 MIN_SPOTS = 8
+OWN_SPOTS = 50
+"""A sweep with fewer strong spots is measured together with others."""
+MIN_STRENGTH = 5.0
+"""Signal to noise of a strong spot."""
+MAX_CANDIDATES = 1500
+"""Windows cropped at a time: bounds the memory."""
 BORDER = 1.5
 """Pixels around the spot from which the background is seen."""
 MAX_HALF_FRAMES = 7
@@ -112,28 +117,40 @@ def frame_sigma(sigma_m_deg: float, zeta: Array, width_deg: float) -> Array:
 
 
 @dataclass(frozen=True)
-class _Crops:
-    """Raw windows around strong spots: counts (N, D, H, W), -1 invalid, and what places them."""
+class _StrongSpots:
+    """Strong spots in windows around their predicted centroids.
 
-    counts: NDArray[np.int32]
-    corner: NDArray[np.int64]  # (N, 3) frame, slow, fast
-    centre: Array  # (N, 3) fast, slow, frame
-    zeta: Array
+    Parameters
+    ----------
+    net : ndarray, (N, D, H, W) float32
+        Photons less background; NaN where invalid.
+    offset : tuple of ndarray, (N, W), (N, H), (N, D)
+        Distance of the voxel centres from the centroid along fast [pixels], slow [pixels] and
+        rotation [deg at zeta = 1].
+    step : ndarray, (N,)
+        Width of a frame [deg at zeta = 1].
+    """
 
-    def select(self, rows: NDArray) -> _Crops:
-        return _Crops(self.counts[rows], self.corner[rows], self.centre[rows], self.zeta[rows])
+    net: NDArray[np.float32]
+    offset: tuple[Array, Array, Array]
+    step: Array
 
-    def offsets(self, axis: int) -> Array:
-        """Voxel centre minus centroid along fast (0), slow (1) or frame (2), (N, n)."""
-        length = self.counts.shape[3 - axis]
-        first = self.corner[:, 2 - axis]
-        return first[:, None] + np.arange(length) + 0.5 - self.centre[:, axis, None]
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @staticmethod
+    def join(parts: Sequence[_StrongSpots]) -> _StrongSpots:
+        """Pool spots with windows of one size."""
+        offset = tuple(np.concatenate([p.offset[axis] for p in parts]) for axis in range(3))
+        return _StrongSpots(
+            np.concatenate([p.net for p in parts]),
+            (offset[0], offset[1], offset[2]),
+            np.concatenate([p.step for p in parts]),
+        )
 
 
 def measure_extent(
-    frames: FrameSource,
-    experiment: Experiment,
-    prediction: Prediction,
+    sweeps: Sequence[Sweep],
     *,
     n_sigma: float = 4.0,
     max_spots: int = 2000,
@@ -142,17 +159,17 @@ def measure_extent(
 ) -> SpotExtent:
     """Measure the extent of the strongest spots in a few blocks of frames.
 
+    Sweeps with :data:`OWN_SPOTS` strong spots are measured one by one, the others together; the
+    answer has the largest of each number, so that the boxes hold the spots of every sweep.
+
     Parameters
     ----------
-    frames : FrameSource
-        Read in ``n_blocks`` blocks spread over the scan, a few degrees in all.
-    experiment : Experiment
-    prediction : Prediction
-        All reflections of the sweep.
+    sweeps : sequence of Sweep
+        Of each, ``n_blocks`` blocks of frames spread over the scan are read.
     n_sigma : float
         Half size of the box in standard deviations.
     max_spots : int
-        The strongest so many are used.
+        The strongest so many are used, per sweep.
     n_blocks : int
     seed : int
         Of the choice among too many candidates.
@@ -162,81 +179,111 @@ def measure_extent(
     UserError
         When too few spots stand out.
     """
-    width = experiment.scan.oscillation[1]
+    widths = [abs(sweep.experiment.scan.oscillation[1]) for sweep in sweeps]
+    half_frames = int(np.clip(math.ceil(1.0 / min(widths)), 4, 20))
     rng = np.random.default_rng(seed)
-    half_frames = int(np.clip(math.ceil(1.0 / abs(width)), 4, 20))
-    blocks = _blocks(frames.n_images, 4 * half_frames + 1, n_blocks)
-    crops = [
-        _crop_block(frames, experiment, prediction, block, half_frames, rng) for block in blocks
-    ]
-    merged = _Crops(*(np.concatenate(parts) for parts in zip(*map(_fields, crops), strict=True)))
-    counts, strong = _subtract_background(merged, max_spots)
-    if len(strong.zeta) < MIN_SPOTS:
-        raise UserError(
-            f"only {len(strong.zeta)} strong spots stand where reflections are predicted, at "
-            f"least {MIN_SPOTS} are needed to measure the spot size: check that the EXPT file "
-            "belongs to these images, or give the size with the options for the spot extent"
+    found = [
+        _StrongSpots.join(
+            [
+                _strong_spots(sweep, block, half_frames, max_spots // n_blocks, rng)
+                for block in _blocks(sweep.frames.n_images, 4 * half_frames + 1, n_blocks)
+            ]
         )
-    sigma = _fit(counts, strong, width)
-    logger.info("spot extent %.2f x %.2f px, %.3f deg from %d spots", *sigma, len(strong.zeta))
-    return SpotExtent.from_sigmas(
-        *sigma, zeta=prediction.zeta.numpy(), width_deg=width, n_sigma=n_sigma
+        for sweep in sweeps
+    ]
+    groups = [spots for spots in found if len(spots) >= OWN_SPOTS]
+    rest = [spots for spots in found if len(spots) < OWN_SPOTS]
+    if sum(map(len, rest)) >= MIN_SPOTS:
+        groups.append(_StrongSpots.join(rest))
+    if not groups:
+        raise UserError(
+            f"only {sum(map(len, found))} strong spots stand where reflections are predicted, at "
+            f"least {MIN_SPOTS} are needed to measure the spot size: check that the EXPT file "
+            "belongs to these images, or give the spot size in the configuration"
+        )
+    sigmas = np.max([_fit(spots) for spots in groups], axis=0)
+    logger.info(
+        "spot extent %.2f x %.2f px, %.3f deg from %d spots", *sigmas, sum(map(len, groups))
     )
-
-
-def _fields(crops: _Crops) -> tuple[NDArray, ...]:
-    return crops.counts, crops.corner, crops.centre, crops.zeta
+    return SpotExtent.from_sigmas(
+        *map(float, sigmas),
+        zeta=np.concatenate([sweep.prediction.zeta.numpy() for sweep in sweeps]),
+        width_deg=min(widths),
+        n_sigma=n_sigma,
+    )
 
 
 def _blocks(n_images: int, length: int, n_blocks: int) -> list[tuple[int, int]]:
     """Half-open frame ranges spread over the scan; all of it when it is short."""
-    if n_images <= n_blocks * length:
-        edges = np.linspace(0, n_images, max(1, n_images // length) + 1).astype(int)
-    else:
+    if n_images > n_blocks * length:
         starts = np.linspace(0, n_images - length, n_blocks).astype(int)
-        return [(int(s), int(s) + length) for s in starts]
+        return [(int(start), int(start) + length) for start in starts]
+    edges = np.linspace(0, n_images, max(1, n_images // length) + 1).astype(int)
     return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
-def _crop_block(
-    frames: FrameSource,
-    experiment: Experiment,
-    prediction: Prediction,
+def _strong_spots(
+    sweep: Sweep,
     block: tuple[int, int],
     half_frames: int,
+    max_spots: int,
     rng: np.random.Generator,
-    limit: int = 4000,
-) -> _Crops:
-    """Windows of the spots whose centroid lies in a block; frames outside of it are invalid."""
-    centre = prediction.xyz_px.numpy().astype(float)
-    zeta = prediction.zeta.numpy().astype(float)
+) -> _StrongSpots:
+    """Strongest spots whose centroid lies in a block of frames."""
+    centre = sweep.prediction.xyz_px.numpy().astype(float)
+    zeta = sweep.prediction.zeta.numpy().astype(float)
     inside = (centre[:, 2] >= block[0]) & (centre[:, 2] < block[1]) & (zeta > MIN_ZETA)
     rows = np.nonzero(inside)[0]
-    if len(rows) > limit:
-        rows = np.sort(rng.choice(rows, limit, replace=False))
-    centre, panel = centre[rows], prediction.panel.numpy()[rows]
-    half = np.array([half_frames, HALF_WINDOW, HALF_WINDOW])
-    corner = np.floor(centre[:, ::-1]).astype(np.int64) - half
-    size = 2 * half + 1
+    if len(rows) > MAX_CANDIDATES:
+        rows = np.sort(rng.choice(rows, MAX_CANDIDATES, replace=False))
+    centre, zeta = centre[rows], zeta[rows]
+    corner, counts = _crop(sweep, block, rows, (half_frames, HALF_WINDOW, HALF_WINDOW))
+    dx, dy, dz = (
+        corner[:, 2 - axis, None] + np.arange(counts.shape[3 - axis]) + 0.5 - centre[:, axis, None]
+        for axis in range(3)
+    )
+    net, strength = _subtract_background(counts, dx, dy, dz)
+    best = np.argsort(-strength)[:max_spots]
+    best = best[strength[best] > MIN_STRENGTH]
+    step = zeta * abs(sweep.experiment.scan.oscillation[1])
+    dm = dz * step[:, None]
+    return _StrongSpots(net[best], (dx[best], dy[best], dm[best]), step[best])
+
+
+def _crop(
+    sweep: Sweep, block: tuple[int, int], rows: NDArray[np.int64], half: tuple[int, int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Raw windows around some reflections, -1 where invalid or outside of the block.
+
+    Returns
+    -------
+    corner : ndarray, (N, 3)
+        First (frame, slow, fast) of each window.
+    counts : ndarray, (N, D, H, W) int32
+    """
+    centre = sweep.prediction.xyz_px.numpy()[rows]
+    panel = sweep.prediction.panel.numpy()[rows]
+    corner = np.floor(centre[:, ::-1]).astype(np.int64) - np.array(half)
+    size = 2 * np.array(half) + 1
     counts = np.full((len(rows), *size), -1, dtype=np.int32)
-    canvas = FrameCanvas(frames.panel_shapes, HALF_WINDOW + 3)
-    usable = frames.static_mask()
-    highest = [p.trusted_range[1] for p in experiment.panels]
+    canvas = FrameCanvas(sweep.frames.panel_shapes, max(half[1:]) + 3)
+    usable = sweep.frames.static_mask()
     for frame in range(*block):
         step = frame - corner[:, 0]
         active = np.nonzero((step >= 0) & (step < size[0]))[0]
-        canvas.load(frames.read(frame), usable, highest)
+        canvas.load(sweep.frames.read(frame), usable)
         index = canvas.windows(panel[active], corner[active, 1], corner[active, 2], size[1:])
         counts[active, step[active]] = canvas.counts[index]
-    return _Crops(counts, corner, centre, zeta[rows])
+    return corner, counts
 
 
-def _subtract_background(crops: _Crops, max_spots: int) -> tuple[NDArray[np.float32], _Crops]:
-    """Net counts (NaN where invalid) of the strongest complete spots, and their crops."""
-    dx, dy, dz = (crops.offsets(axis) for axis in range(3))
+def _subtract_background(
+    counts: NDArray[np.int32], dx: Array, dy: Array, dz: Array
+) -> tuple[NDArray[np.float32], Array]:
+    """Net photons, (N, D, H, W), NaN where invalid, and signal to noise, (N,), 0 if incomplete."""
     radius2 = dy[:, :, None] ** 2 + dx[:, None, :] ** 2  # (N, H, W)
-    counts = np.where(crops.counts >= 0, crops.counts, np.nan).astype(np.float32)
-    ring = np.where((radius2 > (HALF_WINDOW - 2) ** 2)[:, None], counts, np.nan)
+    net = np.where(counts >= 0, counts, np.nan).astype(np.float32)
+    ring = np.where((radius2 > (HALF_WINDOW - 2) ** 2)[:, None], net, np.nan)
     ring = ring.reshape(len(ring), -1)
     enough = np.isfinite(ring).sum(1) > 20
     level = np.zeros(len(ring), np.float32)
@@ -245,46 +292,43 @@ def _subtract_background(crops: _Crops, max_spots: int) -> tuple[NDArray[np.floa
         # neighbours stand out above the Poisson spread of the background and are left out
         quiet = ring[enough] <= middle + 4 * np.sqrt(middle + 1)
         level[enough] = np.nanmean(np.where(quiet, ring[enough], np.nan), axis=1)
-    counts -= level[:, None, None, None]
+    net -= level[:, None, None, None]
     core = (radius2 <= 3.0**2)[:, None] & (np.abs(dz) <= 2.0)[:, :, None, None]
-    complete = ~(np.isnan(counts) & core).any(axis=(1, 2, 3)) & enough
-    signal = np.where(core, counts, 0).sum(axis=(1, 2, 3))
+    complete = ~(np.isnan(net) & core).any(axis=(1, 2, 3)) & enough
+    signal = np.where(core, net, 0).sum(axis=(1, 2, 3))
     noise = np.sqrt(np.maximum(signal, 0) + level * core.sum(axis=(1, 2, 3)) + 1)
-    strength = np.where(complete, signal / noise, 0.0)
-    order = np.argsort(-strength)[:max_spots]
-    order = order[strength[order] > 5.0]
-    return counts[order], crops.select(order)
+    return net, np.where(complete, signal / noise, 0.0)
 
 
-def _fit(counts: NDArray[np.float32], crops: _Crops, width: float) -> tuple[float, float, float]:
+def _fit(spots: _StrongSpots) -> tuple[float, float, float]:
     """(sigma_x, sigma_y, sigma_m): marginals inside a core that follows the running estimate."""
-    step = crops.zeta * abs(width)
-    sigma = [1.2, 1.2, 1.5 * float(np.median(step))]
-    scale = [np.ones_like(step), np.ones_like(step), step]  # a voxel's width in units of sigma
-    offset = [crops.offsets(axis) * scale[axis][:, None] for axis in range(3)]
-    counts = np.nan_to_num(counts)
+    sigma = [1.2, 1.2, 1.5 * float(np.median(spots.step))]
+    one = np.ones_like(spots.step)
+    scale = [one, one, spots.step]  # width of a voxel in units of sigma
+    net = np.nan_to_num(spots.net)
+    marginals = ("ndhw,nd,nh->nw", "ndhw,nd,nw->nh", "ndhw,nh,nw->nd")
+    others = ((2, 1), (2, 0), (1, 0))
     for _ in range(8):
-        weight = [
-            (np.abs(offset[axis]) <= TRUNCATION * sigma[axis]).astype(np.float32)
-            for axis in range(3)
+        core = [
+            (np.abs(offset) <= TRUNCATION * s).astype(np.float32)
+            for offset, s in zip(spots.offset, sigma, strict=True)
         ]
-        for axis, contraction in enumerate(("ndhw,nd,nh->nw", "ndhw,nd,nw->nh", "ndhw,nh,nw->nd")):
-            others = {0: (2, 1), 1: (2, 0), 2: (1, 0)}[axis]
-            marginal = np.einsum(contraction, counts, *(weight[o] for o in others), optimize=True)
-            sigma[axis] = _profile_sigma(
-                offset[axis], marginal / scale[axis][:, None], sigma[axis], scale[axis]
-            )
-    net = [
-        math.sqrt(max(sigma[a] ** 2 - float(np.mean(scale[a] ** 2)) / 12, (0.05 * sigma[a]) ** 2))
-        for a in range(3)
-    ]
-    return net[0], net[1], net[2]
+        for axis in range(3):
+            weights = (core[other] for other in others[axis])
+            marginal = np.einsum(marginals[axis], net, *weights, optimize=True)
+            density = marginal / scale[axis][:, None]
+            sigma[axis] = _profile_sigma(spots.offset[axis], density, sigma[axis], scale[axis])
+    broadening = [float(np.mean(width**2)) / 12 for width in scale]
+    return tuple(
+        math.sqrt(max(s**2 - b, (0.05 * s) ** 2)) for s, b in zip(sigma, broadening, strict=True)
+    )
 
 
 def _profile_sigma(offset: Array, marginal: Array, sigma: float, scale: Array) -> float:
     """Take the standard deviation of the pooled profile inside three of the running estimate.
 
-    The median over spots in each bin ignores a neighbour or a zinger in a few of them.
+    The trimmed mean over spots in each bin ignores a neighbour or a zinger in a few of them, but
+    not that some spots are wider than others.
     """
     inside = np.abs(offset) <= TRUNCATION * sigma
     total = (np.where(inside, marginal, 0) * scale[:, None]).sum(axis=1)
@@ -294,11 +338,14 @@ def _profile_sigma(offset: Array, marginal: Array, sigma: float, scale: Array) -
     which = np.digitize(offset[inside], edges[1:-1])
     values = density[inside]
     profile = np.array(
-        [np.median(values[which == b]) if (which == b).any() else 0.0 for b in range(n_bins)]
+        [
+            stats.trim_mean(values[which == b], TRIMMED) if (which == b).any() else 0.0
+            for b in range(n_bins)
+        ]
     ).clip(0)
     centres = 0.5 * (edges[1:] + edges[:-1])
     if profile.sum() <= 0:
         return sigma
-    mean = (profile * centres).sum() / profile.sum()
-    second = (profile * (centres - mean) ** 2).sum() / profile.sum()
+    # about the prediction, not about the mean: the box sits where the spot is predicted
+    second = (profile * centres**2).sum() / profile.sum()
     return math.sqrt(second / TRUNCATED_VARIANCE)

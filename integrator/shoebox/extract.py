@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from integrator.shoebox.canvas import FrameCanvas
 from integrator.shoebox.extent import SpotExtent, frame_sigma
 from integrator.shoebox.mask import MaskBit, MaskSettings, SpotMap, Spots, window_half
 from integrator.shoebox.predict import Prediction
+from integrator.shoebox.sweep import Sweep
 from integrator.types import Flag, ReflectionMetadata
 
 if TYPE_CHECKING:
@@ -36,27 +37,6 @@ Progress = Callable[[int, int], None]
 
 MIN_RECORDED = 0.1
 """Share of a Gaussian spot that must be recorded for a reflection to be usable."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One experiment with its frames and the reflections to cut.
-
-    Parameters
-    ----------
-    experiment : Experiment
-    frames : FrameSource
-    prediction : Prediction
-        Reflections to cut, centroids on the frames.
-    neighbours : Prediction, optional
-        Further spots that reach the frames: before and after the scan, beyond the resolution
-        limit. They overlap boxes and are no background.
-    """
-
-    experiment: Experiment
-    frames: FrameSource
-    prediction: Prediction
-    neighbours: Prediction | None = None
 
 
 def extract_shoeboxes(
@@ -151,7 +131,6 @@ def describe_experiment(experiment: Experiment) -> dict[str, object]:
         "oscillation_deg": list(scan.oscillation),
         "unit_cell": list(crystal.unit_cell.parameters),
         "space_group": crystal.space_group.xhm(),
-        "gain": [panel.gain for panel in experiment.panels],
         "panel_shapes": [list(panel.shape) for panel in experiment.panels],
         "pixel_size_mm": [list(panel.pixel_size) for panel in experiment.panels],
         "images": list(images.paths) if images else [],
@@ -159,8 +138,9 @@ def describe_experiment(experiment: Experiment) -> dict[str, object]:
 
 
 def _count_type(sweeps: Sequence[Sweep]) -> np.dtype:
-    """Smallest integer that holds every trusted count."""
-    highest = max(p.trusted_range[1] for sweep in sweeps for p in sweep.experiment.panels)
+    """Choose the smallest integer that holds the photons of every trusted value."""
+    panels = [panel for sweep in sweeps for panel in sweep.experiment.panels]
+    highest = max((panel.trusted_range[1] - panel.pedestal) / panel.gain for panel in panels)
     return np.dtype(np.uint16 if highest <= np.iinfo(np.uint16).max else np.int32)
 
 
@@ -230,7 +210,6 @@ class _SweepCutter:
             known = known.join(_spots(sweep.neighbours, extent, sweep.experiment))
         self._map = SpotMap(self._canvas, known, settings.foreground, self._n_images)
         self._usable = sweep.frames.static_mask()
-        self._highest = [p.trusted_range[1] for p in sweep.experiment.panels]
         self._background = BackgroundAccumulator(
             self._canvas, self._n_images, _where_spots_are_known(sweep)
         )
@@ -247,7 +226,7 @@ class _SweepCutter:
     def add_frame(self, frame: int) -> None:
         """Read a frame and put its voxels into the open boxes."""
         canvas, boxes = self._canvas, self._open
-        canvas.load(self._frames.read(frame), self._usable, self._highest)
+        canvas.load(self._frames.read(frame), self._usable)
         self._map.update(frame)
         self._background.add(frame, self._map.nearest > self._settings.foreground**2)
         rows = np.arange(boxes.begin[frame], boxes.end[frame])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from integrator.io.dials import DialsFlag, ReflectionTable, match_experiments
 from integrator.io.images import FrameSource, open_frames
 from integrator.io.shoebox_store import ShoeboxStore
 from integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
-from integrator.shoebox.extract import Progress, Sweep, extract_shoeboxes
+from integrator.shoebox.extract import Progress, extract_shoeboxes
 from integrator.shoebox.mask import MaskSettings
 from integrator.shoebox.predict import (
     Prediction,
@@ -27,6 +27,7 @@ from integrator.shoebox.predict import (
     predict_reflections,
     prediction_from_columns,
 )
+from integrator.shoebox.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +91,7 @@ def run_extraction(
             frames = stack.enter_context(frame_source(experiment))
             _check_frames(experiment, frames)
             sweeps.append(Sweep(experiment, frames, prediction))
-        extent = extent_override or _largest(
-            [measure_extent(s.frames, s.experiment, s.prediction, n_sigma=n_sigma) for s in sweeps]
-        )
+        extent = extent_override or measure_extent(sweeps, n_sigma=n_sigma)
         logger.info(
             "%d reflections, boxes of %d frames x %d x %d pixels",
             sum(map(len, predictions)),
@@ -254,13 +253,6 @@ def _check_frames(experiment: Experiment, frames: FrameSource) -> None:
         raise UserError(
             "all pixels of the images are masked: check the pixel mask of the image files"
         )
-
-
-def _largest(extents: Sequence[SpotExtent]) -> SpotExtent:
-    """Take the largest of each number, so that the box holds the spots of every sweep."""
-    names = [f.name for f in fields(SpotExtent) if f.name != "box"]
-    sigmas = {name: max(getattr(e, name) for e in extents) for name in names}
-    return SpotExtent(**sigmas, box=tuple(np.max([e.box for e in extents], axis=0).tolist()))
 
 
 def _version() -> str:
