@@ -100,7 +100,7 @@ def find_option(cls: type, key: str) -> tuple[Any, str]:
 
 @cache
 def field_help(cls: type) -> dict[str, str]:
-    """Comment above each field of a dataclass, joined to one line; a group of fields shares one."""
+    """Comment above each field of a dataclass on one line; a group of fields shares one."""
     lines = inspect.getsource(cls).splitlines()
     body = ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body
     first = {n.target.id: n.lineno for n in body if isinstance(n, ast.AnnAssign)}

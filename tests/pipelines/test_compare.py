@@ -1,0 +1,194 @@
+"""Comparison with DIALS and the truth, against independent scorers and known numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from integrator.errors import UserError
+from integrator.io.dials import DialsFlag, ReflectionTable, write_reflections
+from pipelines import log
+from pipelines.anomalous import SitePeak
+from pipelines.compare import BOTH, OURS, compare, show
+from pipelines.config import RunConfig
+from pipelines.matching import match_observations
+from pipelines.rundir import REFERENCE, RunDirectory, read_rows
+
+
+@pytest.fixture
+def run(tmp_path):
+    yield RunDirectory.create(RunConfig(out=tmp_path / "run"))
+    log.detach_files()
+
+
+def observations(n: int, seed: int = 0) -> ReflectionTable:
+    rng = np.random.default_rng(seed)
+    photons = 10 ** rng.uniform(0, 4, n)
+    variance = photons + 5.0
+    return ReflectionTable(
+        {
+            "miller_index": rng.integers(-9, 10, (n, 3)).astype(np.int32),
+            "id": np.zeros(n, np.int32),
+            "flags": np.full(n, DialsFlag.INTEGRATED, np.uint64),
+            "xyzcal.px": rng.uniform(0, 500, (n, 3)),
+            "intensity.prf.value": photons,
+            "intensity.prf.variance": variance,
+        }
+    )
+
+
+def value(rows, comparison, name, metric, subject):
+    found = [
+        r
+        for r in rows
+        if (r["comparison"], r["bin"], r["metric"], r["subject"])
+        == (comparison, name, metric, subject)
+    ]
+    assert len(found) == 1, found
+    return found[0]["value"]
+
+
+def test_matching_agrees_with_brute_force():
+    rng = np.random.default_rng(1)
+    hkl_a, hkl_b = rng.integers(-2, 3, (300, 3)), rng.integers(-2, 3, (250, 3))
+    xyz_a, xyz_b = rng.uniform(0, 30, (300, 3)), rng.uniform(0, 30, (250, 3))
+    rows_a, rows_b = match_observations(hkl_a, xyz_a, hkl_b, xyz_b)
+
+    nearest: dict[int, tuple[float, int]] = {}
+    for i in range(300):
+        same = np.flatnonzero((hkl_b == hkl_a[i]).all(axis=1))
+        if len(same) == 0:
+            continue
+        distance = np.linalg.norm(xyz_b[same] - xyz_a[i], axis=1)
+        j, best = same[distance.argmin()], distance.min()
+        if best < 5.0 and best < nearest.get(j, (np.inf, -1))[0]:
+            nearest[j] = (best, i)
+    expected = {(i, j) for j, (_, i) in nearest.items()}
+    assert set(zip(rows_a.tolist(), rows_b.tolist(), strict=True)) == expected
+    assert len(expected) > 10
+
+
+def test_matching_keeps_sweeps_apart():
+    hkl, xyz = np.array([[1, 2, 3]]), np.array([[5.0, 5.0, 5.0]])
+    sweeps = (np.array([0]), np.array([1]))
+    assert len(match_observations(hkl, xyz, hkl, xyz)[0]) == 1
+    assert len(match_observations(hkl, xyz, hkl, xyz, sweeps=sweeps)[0]) == 0
+    assert len(match_observations(hkl[:0], xyz[:0], hkl, xyz)[0]) == 0
+
+
+def test_observations_in_another_order_and_on_another_scale(run, tmp_path):
+    dials = observations(3000)
+    order = np.random.default_rng(2).permutation(3000)[:2500]
+    ours = dials.select(order)
+    ours.columns["intensity.prf.value"] = 1.1 * ours["intensity.prf.value"]
+    ours.columns["intensity.prf.variance"] = 0.25 * ours["intensity.prf.variance"]
+    ours.columns["xyzcal.px"] = ours["xyzcal.px"] + 0.3
+    ours.columns["flags"][:100] = DialsFlag.PREDICTED  # not integrated: not compared
+    write_reflections(tmp_path / "dials.refl", dials)
+    write_reflections(run.integrated_refl, ours)
+    rows = compare(run, integrated=tmp_path / "dials.refl")
+    title = "observations by I/sigma of DIALS"
+    assert value(rows, title, "> 3", "cc", BOTH) == pytest.approx(1.0)
+    assert value(rows, title, "10-30", "median ratio", BOTH) == pytest.approx(1.1)
+    assert value(rows, title, "10-30", "sigma ratio", BOTH) == pytest.approx(0.5)
+    alone = "observations in one table only"
+    assert value(rows, alone, "all", "count", OURS) == 0
+    assert value(rows, alone, "all", "count", REFERENCE) == 600
+
+
+def test_errors_against_true_photons(run, tmp_path):
+    rng = np.random.default_rng(3)
+    table = observations(20000)
+    photons = table["intensity.prf.value"].copy()
+    table.columns["intensity.prf.value"] = photons + rng.normal(0, np.sqrt(photons + 5.0))
+    write_reflections(run.integrated_refl, table)
+    truth = tmp_path / "true.npz"
+    np.savez(truth, miller_index=table["miller_index"], xyz_px=table["xyzcal.px"], photons=photons)
+    rows = compare(run, true_counts=truth)
+    title = "observations against true photons"
+    for low, high in ((5, 20), (100, 500)):
+        name, inside = f"{low}-{high} photons", (photons >= low) & (photons < high)
+        n = inside.sum()
+        expected = np.sqrt(np.mean(photons[inside] + 5.0))
+        # Standard errors: of an rms 1/sqrt(2 n), of a median absolute deviation 1.17/sqrt(n).
+        rms = value(rows, title, name, "rms error", OURS)
+        assert abs(rms / expected - 1) < 5 / np.sqrt(2 * n)
+        assert abs(value(rows, title, name, "spread of z", OURS) - 1) < 5 * 1.17 / np.sqrt(n)
+
+
+@pytest.mark.realdata
+def test_bijvoet_differences_agree_with_the_independent_scorer(run, shared, tmp_path):
+    data = shared / "data" / "hewl_nai"
+    shutil.copyfile(data / "dials_tuned_merged.mtz", run.merged)
+    rows = compare(run, merged=data / "dials_merged.mtz", truth=data / "truth.mtz")
+    scorer = subprocess.run(
+        [
+            sys.executable,
+            shared / "tools" / "bijvoet_truth.py",
+            data / "truth.mtz",
+            run.merged,
+            data / "dials_merged.mtz",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    scores = json.loads(scorer.stdout)
+    title = "merged against the truth by resolution [A]"
+    for subject, path in ((OURS, run.merged), (REFERENCE, data / "dials_merged.mtz")):
+        for shell in scores[str(path)]:
+            name = "> 5" if shell["shell"] == "60-5" else shell["shell"]
+            for metric, key, digits in (
+                ("cc Bijvoet", "cc_bijvoet", 1e-4),
+                ("R F", "r_mean", 1e-4),
+                ("rms error Bijvoet", "rms_error", 1e-3),
+            ):
+                expected = pytest.approx(shell[key], abs=digits)
+                assert value(rows, title, name, metric, subject) == expected
+    # Published with the data: DIALS .782 in the first shell, .259 in the last.
+    assert value(rows, title, "> 5", "cc Bijvoet", REFERENCE) == pytest.approx(0.782, abs=1e-3)
+    assert value(rows, title, "2.2-2", "cc Bijvoet", REFERENCE) == pytest.approx(0.259, abs=1e-3)
+    assert value(rows, "merged by resolution [A]", "all", "cc I", BOTH) > 0.999
+
+
+@pytest.mark.realdata
+def test_files_of_another_crystal_have_a_reason(run, shared):
+    shutil.copyfile(shared / "data" / "hewl_nai" / "dials_merged.mtz", run.merged)
+    rows = compare(run, merged=shared / "data" / "l_cysteine" / "dials_full_merged.mtz")
+    reasons = [r["reason"] for r in rows if r["comparison"] == "merged by resolution [A]"]
+    assert len(reasons) == 1
+    assert reasons[0].startswith("space groups differ")
+
+
+def test_what_is_missing_has_a_row_with_the_reason(run, capsys):
+    run.note("reference", "dials.scale failed: Sorry: too few reflections")
+    run.write_peaks(1, [SitePeak("A", "204", "IOD", "I", 8.5)])
+    write_reflections(run.integrated_refl, observations(50))
+    rows = compare(run)
+    by_title = {r["comparison"]: r for r in rows if r["value"] is None}
+    assert "too few reflections" in by_title["observations by I/sigma of DIALS"]["reason"]
+    assert "merged.mtz is not there" in by_title["merged by resolution [A]"]["reason"]
+    assert "too few" in by_title["anomalous peak height [sigma]"]["reason"]
+    assert value(rows, "anomalous peak height [sigma]", "IOD A204 I", "height", OURS) == 8.5
+    saved = read_rows(run.compare_file)
+    assert [r["reason"] for r in saved] == [r["reason"] for r in rows]
+    show(rows)
+    assert "too few reflections" in capsys.readouterr().out
+
+
+def test_named_files_must_exist(run, tmp_path):
+    with pytest.raises(UserError, match=r"none\.mtz does not exist"):
+        compare(run, merged=tmp_path / "none.mtz")
+
+
+def test_true_counts_of_another_kind(run, tmp_path):
+    write_reflections(run.integrated_refl, observations(50))
+    np.savez(tmp_path / "x.npz", photons=np.zeros(3))
+    with pytest.raises(UserError, match="lacks the arrays miller_index, xyz_px"):
+        compare(run, true_counts=tmp_path / "x.npz")

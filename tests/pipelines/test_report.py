@@ -1,0 +1,150 @@
+"""report.html and the terminal tables."""
+
+from __future__ import annotations
+
+import base64
+import html.parser
+import re
+
+import numpy as np
+import pytest
+
+from merge.statistics import write_statistics_csv
+from pipelines import log
+from pipelines.anomalous import SitePeak
+from pipelines.config import RunConfig
+from pipelines.report import terminal
+from pipelines.report.html import write_report
+from pipelines.report.terminal import peaks_table, plain_table, show_peaks
+from pipelines.rundir import RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path):
+    yield RunDirectory.create(RunConfig(out=tmp_path / "run"))
+    log.detach_files()
+
+
+def sites(scale: float) -> list[SitePeak]:
+    iodides = [
+        SitePeak("A", str(204 + i), "IOD", "I", scale * h) for i, h in enumerate((20, 15, 18))
+    ]
+    return [SitePeak("A", str(i), "CYS", "SG", scale * (4 + i % 3)) for i in range(1, 9)] + iodides
+
+
+def fill(run: RunDirectory) -> None:
+    run.write_peaks("DIALS", sites(1.0))
+    for epoch in (1, 2, 3):
+        run.write_peaks(epoch, sites(0.3 * epoch))
+        run.append_metrics({"epoch": epoch, "elbo": -10.0 / epoch, "nll": 9.0, "kl_profile": 1.0})
+    rows = [
+        {"shell": i, "d_max": 5.0 - i, "d_min": 4.0 - i, "cc_half": 0.99, "cc_anom": 0.5 - 0.1 * i}
+        for i in range(3)
+    ]
+    write_statistics_csv(run.statistics_file, [*rows, rows[0] | {"shell": "overall"}])
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 7, 7)
+    np.savez(
+        run.shoebox_examples,
+        counts=rng.poisson(2.0, shape),
+        rate=np.full(shape, 2.0),
+        is_valid=rng.random(shape) > 0.2,
+        miller_index=np.array([[1, 2, 3], [-4, 5, 6]]),
+        posterior_mean=np.array([12.345, 6.0]),
+    )
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.open_tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        assert "href" not in attributes, "nothing outside of the page"
+        if tag in {"img", "script", "link"}:
+            self.sources.append(attributes["src"])
+        if tag not in {"img", "meta", "link"}:
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+
+def test_page_is_whole_and_self_contained(run):
+    fill(run)
+    text = write_report(run).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open_tags == []
+    assert len(page.sources) == 5  # peaks, objective, statistics, two boxes
+    for source in page.sources:
+        kind, data = re.fullmatch(r"data:image/(svg\+xml|png);base64,(.*)", source).groups()
+        head = base64.b64decode(data)[:200]
+        assert (b"<?xml" in head) if kind == "svg+xml" else head.startswith(b"\x89PNG")
+    assert "-4 5 6" in text
+    assert "12.35" in text or "12.34" in text
+
+
+def test_page_shows_the_numbers_of_the_tables(run):
+    fill(run)
+    text = write_report(run).read_text(encoding="utf-8")
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", text)
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
+    assert ["epoch", "IOD 204", "IOD 205", "IOD 206", "CYS SG, mean of 8"] in cells
+    assert ["3", "18.00", "13.50", "16.20", "4.61"] in cells
+    assert ["DIALS", "20.00", "15.00", "18.00", "5.12"] in cells
+
+
+def test_page_of_a_run_that_has_only_begun(run):
+    run.note("reference", "dials.merge failed: Sorry: <nothing> left")
+    text = write_report(run).read_text(encoding="utf-8")
+    assert Page(text).open_tags == []
+    assert "no DIALS row: dials.merge failed: Sorry: &lt;nothing&gt; left" in text
+    for reason in ("no epoch has ended yet", "statistics.csv is not there yet"):
+        assert reason in text
+
+
+def test_page_is_the_same_when_rebuilt(run):
+    fill(run)
+    first, second = (write_report(run).read_text(encoding="utf-8") for _ in range(2))
+    written = r"Page written [^<]*"
+    assert re.sub(written, "", first) == re.sub(written, "", second)
+
+
+def test_peaks_table_groups_sites(run):
+    run.write_peaks(
+        1, [SitePeak("A", "204", "IOD", "I", 3.0), SitePeak("B", "204", "IOD", "I", 5)]
+    )
+    header, rows, notes = peaks_table(run)
+    assert header == ["epoch", "IOD A204", "IOD B204"]
+    assert rows == [["1", "3.00", "5.00"]]
+    assert notes == []
+
+
+def test_peak_without_height_is_a_dash(run):
+    run.write_peaks(1, [SitePeak("A", "204", "IOD", "I", None, "too few pairs")])
+    assert peaks_table(run)[1] == [["1", "-"]]
+
+
+def test_peaks_on_the_terminal_end_with_the_reference(run, capsys):
+    fill(run)
+    show_peaks(run)
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[1].split()[:3] == ["epoch", "IOD", "204"]
+    assert lines[-1].split() == ["DIALS", "20.00", "15.00", "18.00", "5.12"]
+
+
+def test_plain_table_is_aligned():
+    lines = plain_table("t", ["a", "long"], [["x", "1"], ["yyy", "22"]])
+    assert lines == ["t", "a    long", "---  ----", "x       1", "yyy    22"]
+
+
+def test_terminal_gets_a_frame_with_the_same_cells(run, capsys, monkeypatch):
+    fill(run)
+    monkeypatch.setattr(terminal.sys.stdout, "isatty", lambda: True, raising=False)
+    show_peaks(run)
+    out = capsys.readouterr().out
+    assert "18.00" in out
+    assert "━" in out

@@ -1,0 +1,157 @@
+"""What the tree promises: import directions, forbidden habits, sizes and the top level."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("integrator", "merge", "pipelines", "fixtures")
+MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+COMMANDS = sorted((ROOT / "pipelines" / "commands").glob("*.py"))
+
+FOUNDATIONS = ("integrator.crystal", "integrator.distributions", "integrator.types")
+#: Module prefix -> what of ours it may import. The most specific prefix counts.
+MAY_IMPORT = {
+    "integrator.errors": (),
+    "integrator.crystal": ("integrator.crystal", "integrator.errors"),
+    "integrator.distributions": ("integrator.distributions", "integrator.errors"),
+    "integrator.types": ("integrator.errors",),
+    "integrator": ("integrator",),
+    "merge": ("merge", *FOUNDATIONS, "integrator.errors"),
+    "fixtures": (
+        "fixtures",
+        "integrator.crystal",
+        "integrator.types",
+        "integrator.io",
+        "integrator.errors",
+    ),
+    "pipelines": ("pipelines", "integrator", "merge"),
+    # `braggflux simulate` is the one door to the simulator.
+    "pipelines.commands.simulate": ("pipelines", "fixtures"),
+}
+TOP_LEVEL = {
+    "pyproject.toml",
+    "integrator",
+    "merge",
+    "pipelines",
+    "tests",
+    "fixtures",
+    "README.md",
+    "LICENSE",
+    "Makefile",
+    "docs",
+}
+MAX_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES = 400, 60, 80
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_within(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of all imported modules; `from a import b` counts as `a.b`."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_import_directions(path):
+    module = name_of(path)
+    rule = max((p for p in MAY_IMPORT if is_within(module, p)), key=len)
+    ours = {name for name in imports(path) if name.split(".")[0] in (*PACKAGES, "tests")}
+    wrong = {n for n in ours if not any(is_within(n, allowed) for allowed in MAY_IMPORT[rule])}
+    assert not wrong, f"{module} must not import {sorted(wrong)}"
+
+
+def test_the_rules_catch_what_they_should(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("from merge.model import scale\nimport integrator.io\n")
+    assert imports(file) == {"merge.model.scale", "integrator.io"}
+    assert not any(is_within("merge.model.scale", a) for a in MAY_IMPORT["integrator"])
+    assert not any(is_within("integrator.io", a) for a in MAY_IMPORT["merge"])
+    assert not any(is_within("integrator.model", a) for a in MAY_IMPORT["fixtures"])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_forbidden_habits(path):
+    banned_modules = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "IPython", "pdb"}
+    assert not {n.split(".")[0] for n in imports(path)} & banned_modules
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"line {node.lineno}: bare except"
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name):
+            banned = {"print", "eval", "exec", "breakpoint", "__import__"}
+            assert node.func.id not in banned, f"line {node.lineno}: {node.func.id}"
+        keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+        assert keywords.get("allow_pickle") is not True, f"line {node.lineno}"
+        assert keywords.get("weights_only") is not False, f"line {node.lineno}"
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        owner = getattr(getattr(node.func, "value", None), "id", "")
+        if (owner, called) == ("torch", "load"):
+            assert keywords.get("weights_only") is True, f"line {node.lineno}: torch.load"
+        assert (owner, called) not in {("yaml", "load"), ("yaml", "unsafe_load")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_sizes(path):
+    n_lines = len(path.read_text(encoding="utf-8").splitlines())
+    limit = MAX_COMMAND_LINES if path in COMMANDS else MAX_LINES
+    assert n_lines <= limit, f"{n_lines} lines, {limit} allowed"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[0]
+            is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+            documented = first.end_lineno - first.lineno + 1 if is_text else 0
+            length = node.end_lineno - node.lineno + 1 - documented
+            assert length <= MAX_FUNCTION_LINES, f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_are_documented(path):
+    assert ast.get_docstring(tree_of(path)) or not path.read_text().strip()
+
+
+def tracked_files() -> list[str]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = ["git", "-C", str(ROOT), "ls-files"]
+    return subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_top_level():
+    found = {name.split("/")[0] for name in tracked_files()}
+    visible = {name for name in found if not name.startswith(".")}
+    assert visible <= TOP_LEVEL, f"not wanted at the top: {sorted(visible - TOP_LEVEL)}"
+    assert TOP_LEVEL - {"docs"} <= visible, f"missing: {sorted(TOP_LEVEL - visible)}"
+
+
+def test_no_large_or_binary_files_are_tracked():
+    for name in tracked_files():
+        path = ROOT / name
+        if path.is_file():
+            assert path.stat().st_size < 400_000, f"{name} is large"
+            assert b"\0" not in path.read_bytes()[:4096], f"{name} is binary"
+
+
+def test_tests_are_no_packages():
+    assert not list((ROOT / "tests").rglob("__init__.py"))
