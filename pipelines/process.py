@@ -42,7 +42,7 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
         raise UserError("no images are given; name an HDF5 master file or all frames of a sweep")
     config.require("model", "out")
     directory = RunDirectory(config.out)
-    _check_start(directory, resume=resume)
+    directory.check_free(resume=resume)
     chain = DialsChain(directory.dials, config.dials, config.extraction.d_min)
     log.attach_file(directory.log_file)
     expt, refl = chain.geometry()
@@ -70,12 +70,3 @@ def finish(
     logger.info("report: %s", report)
     logger.info("merged: %s", directory.merged)
     return directory
-
-
-def _check_start(directory: RunDirectory, *, resume: bool) -> None:
-    directory.check_free(resume=resume)
-    if directory.dials.is_dir() and not resume:
-        raise UserError(
-            f"{directory.path} already holds files of DIALS from a run that did not finish; add "
-            "--resume to keep its finished steps, or choose another --out"
-        )

@@ -37,13 +37,12 @@ PEAK_COLUMNS = ("epoch", "chain", "seqid", "residue", "atom", "peak_sigma")
 REFERENCE = "DIALS"
 #: What `process` may leave in a run directory before training starts.
 _PREPARED = {"dials", "run.log"}
-#: A resumed run may differ in these: none changes what an epoch computes.
+#: A resumed run may differ in these: none changes what it computes (beyond rounding).
 _FREE_ON_RESUME = {
     "out",
     "reference",
     "dials.nproc",
     "training.device",
-    "training.epochs",
     "training.checkpoint_every",
 }
 
@@ -88,7 +87,7 @@ class RunDirectory:
         self.mtz_folder = self.path / "mtz"
         self.merged = self.path / "merged.mtz"
         self.unmerged = self.path / "unmerged.mtz"
-        self.integrated_refl = self.path / "integrated.refl"
+        self.integrated = self.path / "integrated.refl"
         self.shoeboxes = self.path / "shoeboxes.h5"
         self.shoebox_examples = self.path / "shoebox_examples.npz"
         self.report = self.path / "report.html"
@@ -102,7 +101,8 @@ class RunDirectory:
         ------
         UserError
             The folder holds something else, or a run and ``resume`` is false, or a run with
-            another configuration or other input files.
+            another configuration or other input files. A run without a checkpoint yet counts for
+            nothing: it is started again.
         """
         if config.out is None:
             raise UserError("out is not given; put it on the command line as --out DIR")
@@ -111,9 +111,15 @@ class RunDirectory:
         run.check_free(resume=resume)
         inputs = provenance.input_records(config.input_files())
         sessions: list[dict[str, Any]] = []
-        if run.config_file.is_file():
-            run._check_same(config, inputs)
-            sessions = run.read_provenance()["sessions"]
+        if run.config_file.is_file() and run.provenance_file.is_file():
+            if change := run._change(config, inputs):
+                if run.latest_file.is_file():
+                    raise UserError(
+                        f"--resume with {change}; undo the change or choose another --out"
+                    )
+                run._clear()
+            else:
+                sessions = run.read_provenance()["sessions"]
         for folder in (run.path, run.checkpoints, run.mtz_folder):
             folder.mkdir(parents=True, exist_ok=True)
         log.attach_file(run.log_file)
@@ -138,7 +144,7 @@ class RunDirectory:
             return
         found = {p.name for p in self.path.iterdir()}
         if self.config_file.is_file():
-            if not resume:
+            if self.latest_file.is_file() and not resume:
                 raise UserError(
                     f"{self.path} already holds a run; add --resume to go on with it, "
                     "or choose another --out"
@@ -241,20 +247,22 @@ class RunDirectory:
         record["sessions"][-1]["ended"] = provenance.now()
         self._write_provenance(record)
 
-    def _check_same(self, config: RunConfig, inputs: dict[str, dict[str, Any]]) -> None:
+    def _change(self, config: RunConfig, inputs: dict[str, dict[str, Any]]) -> str:
+        """Say what differs from the run that is here, or nothing."""
         changed = set(schema.difference(config, self.read_config())) - _FREE_ON_RESUME
         if changed:
-            raise UserError(
-                f"--resume with another configuration than {self.config_file}: "
-                f"{', '.join(sorted(changed))} changed; undo the change or choose another --out"
-            )
+            names = ", ".join(sorted(changed))
+            return f"another configuration than {self.config_file} ({names})"
         before = self.read_provenance()["inputs"]
         for name, record in inputs.items():
             if name in before and before[name]["sha256"] != record["sha256"]:
-                raise UserError(
-                    f"--resume with another input: {name} {record['path']} has changed since the "
-                    "run began; restore it or choose another --out"
-                )
+                return f"another input ({name} {record['path']} has changed since the run began)"
+        return ""
+
+    def _clear(self) -> None:
+        """Remove what an earlier configuration has left before its first checkpoint."""
+        for path in (self.shoeboxes, self.metrics_file, self.peaks_file, self.statistics_file):
+            path.unlink(missing_ok=True)
 
     def _write_config(self, config: RunConfig) -> None:
         head = f"# braggflux {provenance.package_version()}"

@@ -44,6 +44,7 @@ def run_extraction(
     reflections: ReflectionTable | None = None,
     extent_override: SpotExtent | None = None,
     n_sigma: float = 4.0,
+    box: tuple[int, int, int] | None = None,
     settings: MaskSettings | None = None,
     frame_source: Callable[[Experiment], FrameSource] = open_frames,
     progress: Progress | None = None,
@@ -67,6 +68,8 @@ def run_extraction(
         Instead of measuring.
     n_sigma : float
         Half size of the box in standard deviations of the spot.
+    box : (int, int, int), optional
+        (frames, slow, fast), odd, instead of what ``n_sigma`` gives.
     settings : MaskSettings, optional
     frame_source : callable
         Opens the frames of an experiment.
@@ -92,6 +95,8 @@ def run_extraction(
             _check_frames(experiment, frames)
             sweeps.append(Sweep(experiment, frames, prediction))
         extent = extent_override or measure_extent(sweeps, n_sigma=n_sigma)
+        if box is not None:
+            extent = replace(extent, box=box)
         logger.info(
             "%d reflections, boxes of %d frames x %d x %d pixels",
             sum(map(len, predictions)),

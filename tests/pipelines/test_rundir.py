@@ -40,7 +40,7 @@ def test_layout_is_the_contract(config):
     for attribute, name in {
         "merged": "merged.mtz",
         "unmerged": "unmerged.mtz",
-        "integrated_refl": "integrated.refl",
+        "integrated": "integrated.refl",
         "metrics_file": "metrics.jsonl",
         "peaks_file": "peaks.csv",
         "statistics_file": "statistics.csv",
@@ -75,12 +75,31 @@ def test_provenance(config):
     assert session["argv"]
 
 
+def trained(config: RunConfig) -> RunDirectory:
+    run = RunDirectory.create(config)
+    run.checkpoint(1).touch()
+    run.mark_latest(1)
+    return run
+
+
 def test_a_run_is_not_overwritten_but_resumed(config):
-    RunDirectory.create(config)
+    trained(config)
     with pytest.raises(UserError, match="already holds a run; add --resume"):
         RunDirectory.create(config)
     again = RunDirectory.create(config, resume=True)
     assert len(again.read_provenance()["sessions"]) == 2
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again(config, resume):
+    """The user corrects the input and gives the same command again."""
+    run = RunDirectory.create(config)
+    run.shoeboxes.touch()
+    RunDirectory.create(config, resume=resume)
+    assert run.shoeboxes.exists(), "same input: the boxes are still right"
+    config.model.write_text("the right model")
+    RunDirectory.create(config, resume=resume)
+    assert not run.shoeboxes.exists(), "boxes of other input"
 
 
 def test_resume_without_a_run_starts_one(config):
@@ -109,16 +128,16 @@ def test_out_that_is_a_file_or_missing(config, tmp_path):
 
 
 def test_resume_refuses_another_configuration(config):
-    RunDirectory.create(config)
+    trained(config)
     changed = schema.updated(config, {"training.seed": 1, "extraction.d_min": 2})
-    with pytest.raises(UserError, match=r"extraction.d_min, training.seed changed"):
+    with pytest.raises(UserError, match=r"\(extraction.d_min, training.seed\)"):
         RunDirectory.create(changed, resume=True)
-    longer = schema.updated(config, {"training.epochs": 20, "training.device": "cuda"})
-    assert RunDirectory.create(longer, resume=True).read_config().training.epochs == 20
+    elsewhere = schema.updated(config, {"training.device": "cuda"})
+    assert RunDirectory.create(elsewhere, resume=True).read_config().training.device == "cuda"
 
 
 def test_resume_refuses_another_input(config):
-    RunDirectory.create(config)
+    trained(config)
     config.model.write_text("another model")
     with pytest.raises(UserError, match=r"model .* has changed since the run began"):
         RunDirectory.create(config, resume=True)
