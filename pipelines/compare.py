@@ -107,9 +107,9 @@ def _compare_observations(
     run: RunDirectory, integrated: Path | None, true_counts: Path | None, dials_missing: str
 ) -> list[Row]:
     title = "observations by I/sigma of DIALS"
-    if not run.integrated.is_file():
-        return [_missing(title, "cc", BOTH, f"{run.integrated.name} is not there yet")]
-    ours = _profile_fitted(read_reflections(run.integrated))
+    if not run.integrated_refl.is_file():
+        return [_missing(title, "cc", BOTH, f"{run.integrated_refl.name} is not there yet")]
+    ours = _profile_fitted(read_reflections(run.integrated_refl))
     if integrated is None:
         rows = [_missing(title, "cc", BOTH, f"no integrated.refl of DIALS: {dials_missing}")]
         dials = None

@@ -87,7 +87,7 @@ class RunDirectory:
         self.mtz_folder = self.path / "mtz"
         self.merged = self.path / "merged.mtz"
         self.unmerged = self.path / "unmerged.mtz"
-        self.integrated = self.path / "integrated.refl"
+        self.integrated_refl = self.path / "integrated.refl"
         self.shoeboxes = self.path / "shoeboxes.h5"
         self.shoebox_examples = self.path / "shoebox_examples.npz"
         self.report = self.path / "report.html"

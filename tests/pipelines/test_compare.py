@@ -90,7 +90,7 @@ def test_observations_in_another_order_and_on_another_scale(run, tmp_path):
     ours.columns["xyzcal.px"] = ours["xyzcal.px"] + 0.3
     ours.columns["flags"][:100] = DialsFlag.PREDICTED  # not integrated: not compared
     write_reflections(tmp_path / "dials.refl", dials)
-    write_reflections(run.integrated, ours)
+    write_reflections(run.integrated_refl, ours)
     rows = compare(run, integrated=tmp_path / "dials.refl")
     title = "observations by I/sigma of DIALS"
     assert value(rows, title, "> 3", "cc", BOTH) == pytest.approx(1.0)
@@ -106,7 +106,7 @@ def test_errors_against_true_photons(run, tmp_path):
     table = observations(20000)
     photons = table["intensity.prf.value"].copy()
     table.columns["intensity.prf.value"] = photons + rng.normal(0, np.sqrt(photons + 5.0))
-    write_reflections(run.integrated, table)
+    write_reflections(run.integrated_refl, table)
     truth = tmp_path / "true.npz"
     np.savez(truth, miller_index=table["miller_index"], xyz_px=table["xyzcal.px"], photons=photons)
     rows = compare(run, true_counts=truth)
@@ -169,7 +169,7 @@ def test_files_of_another_crystal_have_a_reason(run, shared):
 def test_what_is_missing_has_a_row_with_the_reason(run, capsys):
     run.note("reference", "dials.scale failed: Sorry: too few reflections")
     run.write_peaks(1, [SitePeak("A", "204", "IOD", "I", 8.5)])
-    write_reflections(run.integrated, observations(50))
+    write_reflections(run.integrated_refl, observations(50))
     rows = compare(run)
     by_title = {r["comparison"]: r for r in rows if r["value"] is None}
     assert "too few reflections" in by_title["observations by I/sigma of DIALS"]["reason"]
@@ -188,7 +188,7 @@ def test_named_files_must_exist(run, tmp_path):
 
 
 def test_true_counts_of_another_kind(run, tmp_path):
-    write_reflections(run.integrated, observations(50))
+    write_reflections(run.integrated_refl, observations(50))
     np.savez(tmp_path / "x.npz", photons=np.zeros(3))
     with pytest.raises(UserError, match="lacks the arrays miller_index, xyz_px"):
         compare(run, true_counts=tmp_path / "x.npz")

@@ -40,7 +40,7 @@ def test_layout_is_the_contract(config):
     for attribute, name in {
         "merged": "merged.mtz",
         "unmerged": "unmerged.mtz",
-        "integrated": "integrated.refl",
+        "integrated_refl": "integrated.refl",
         "metrics_file": "metrics.jsonl",
         "peaks_file": "peaks.csv",
         "statistics_file": "statistics.csv",
