@@ -27,8 +27,9 @@ from torch import Tensor
 
 from integrator.crystal.geometry import Experiment
 
-MAX_ITERATIONS = 50
+MAX_ITERATIONS = 20
 """Of the fixed point in a scan-varying crystal; its error shrinks by the drift per turn angle."""
+NEWTON_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,10 @@ def solve_ewald(
     phi : Tensor, (N,)
         [rad]; the point of closest approach where the sphere is not reached.
     reach : Tensor, (N,)
-        ``c / hypot(a, b)``: the sphere is crossed where its absolute value is below 1.
+        ``c / hypot(a, b)``: the sphere is crossed where its absolute value is at most 1; infinite
+        where no crossing was found.
     """
-    geometry, phi = geometry.detach(), phi.detach()
+    geometry, phi = geometry.detach(), phi.detach().clone()
     reach = torch.zeros_like(phi)
     active = torch.arange(len(phi), device=phi.device)
     for _ in range(MAX_ITERATIONS):
@@ -185,10 +187,19 @@ def solve_ewald(
         angle, reach[active] = closed_form(geometry, hkl[active], root[active], start)
         turns = torch.round((start - angle) / (2 * math.pi))
         phi[active] = angle + 2 * math.pi * turns
-        active = active[(phi[active] - start).abs() > 1e-12]
+        active = active[(phi[active] - start).abs() > 1e-10]
         if len(geometry.A) == 1 or len(active) == 0:
             break
-    return phi, reach
+    if len(geometry.A) == 1:
+        return phi, reach
+    # Near the rotation axis the fixed point is slow or fails: finish with Newton's steps, and
+    # tell what still does not lie on the sphere.
+    for _ in range(NEWTON_STEPS):
+        excess, slope = _excess(geometry, hkl, phi)
+        phi = phi - (excess / torch.where(slope == 0, torch.inf, slope)).clamp(-0.01, 0.01)
+    excess, _ = _excess(geometry, hkl, phi)
+    on_sphere = excess.abs() <= 1e-9 * geometry.s0.dot(geometry.s0)
+    return phi, torch.where(on_sphere, reach.clamp(-1, 1), torch.inf)
 
 
 def closed_form(
@@ -238,25 +249,25 @@ def trace_rays(geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor) -> Rays:
     """
     # The distance to the sphere is 0 at phi, so that one Newton step leaves the value as it is
     # and carries the gradient d(phi) = -d(excess) / (d excess / d phi) of the implicit function.
-    r = scattering_vector(geometry, hkl, phi)
-    excess = (r * r).sum(1) + 2 * r @ geometry.s0
-    slope = _excess_slope(geometry.detach(), hkl, phi)
+    excess, slope = _excess(geometry, hkl, phi)
+    slope = slope.detach()
     phi = phi - excess / torch.where(slope == 0, torch.inf, slope)
     s1 = geometry.s0 + scattering_vector(geometry, hkl, phi)
     return Rays(phi, s1, slope * torch.sign(geometry.phi_width.detach()) < 0)
 
 
-def _excess_slope(geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor) -> Tensor:
-    """Differentiate ``|s0 + r|^2 - |s0|^2`` by phi, (N,)."""
+def _excess(geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+    """``|s0 + r|^2 - |s0|^2`` [1/A^2] and its derivative by phi, each (N,)."""
     r = scattering_vector(geometry, hkl, phi)
+    excess = (r * r).sum(1) + 2 * r @ geometry.s0
     slope = 2 * torch.linalg.cross(geometry.lab_axis.expand_as(r), r) @ geometry.s0
     if len(geometry.A) > 1:
-        first = geometry.frame(phi).floor().long().clamp(0, geometry.n_images - 1)
+        first = geometry.frame(phi).detach().floor().long().clamp(0, geometry.n_images - 1)
         drift = (geometry.A[first + 1] - geometry.A[first]) / geometry.phi_width
         w = (geometry.fixed @ drift @ hkl[:, :, None])[:, :, 0]
         dr = rotate(w, geometry.axis, phi) @ geometry.setting.T
         slope = slope + 2 * ((r + geometry.s0) * dr).sum(1)
-    return slope
+    return excess, slope
 
 
 def choose_panel(geometry: DiffractionGeometry, s1: Tensor) -> Tensor:

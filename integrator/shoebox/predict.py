@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from integrator.crystal import corrections
 from integrator.crystal.geometry import Crystal, Experiment
 from integrator.errors import UserError
 from integrator.shoebox import diffraction
@@ -34,6 +35,8 @@ REACH_MARGIN = 0.02
 @dataclass(frozen=True)
 class Prediction(TensorRecord):
     """Predicted reflections of one experiment, in no particular order.
+
+    Positions and ``s1`` carry the gradients of the geometry; ``zeta`` and ``lp`` do not.
 
     Parameters
     ----------
@@ -304,8 +307,10 @@ def _describe(
 ) -> Prediction:
     """Everything that follows from hkl, phi, s1 and the position."""
     s0, s1 = geometry.s0, rays.s1
-    e1 = torch.linalg.cross(s1, s0.expand_as(s1))
-    e1 = e1 / e1.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    vectors = [v.detach().cpu().double().numpy() for v in (s1, s0, geometry.lab_axis)]
+    beam = experiment.beam
+    lp = corrections.lp_correction(*vectors, beam.polarization_normal, beam.polarization_fraction)
+    zeta = np.abs(corrections.zeta_factor(*vectors))
 
     def undo_goniometer(vector: Tensor) -> Tensor:
         unit = vector / vector.norm(dim=1, keepdim=True)
@@ -322,25 +327,9 @@ def _describe(
         xyz_mm=torch.cat([impacts.mm, rays.phi[:, None]], dim=1),
         s1=s1,
         d=1 / (hkl @ A.T).norm(dim=1),
-        zeta=(e1 @ geometry.lab_axis).abs(),
-        lp=_lp_correction(geometry, experiment, s1),
+        zeta=torch.from_numpy(zeta).to(s1),
+        lp=torch.from_numpy(lp).to(s1),
         entering=rays.entering,
         s0_crystal=undo_goniometer(s0.expand_as(s1)),
         s1_crystal=undo_goniometer(s1),
     )
-
-
-def _lp_correction(geometry: DiffractionGeometry, experiment: Experiment, s1: Tensor) -> Tensor:
-    """L/P that multiplies raw intensity, (N,): the column ``lp`` of DIALS.
-
-    ``1/L = |s1 . (m2 x s0)| / (|s0| |s1|)`` and the polarization factor of Kabsch (1988),
-    ``P = (1 - 2p) (1 - (n . k1)^2) + p (1 + (k0 . k1)^2)`` with unit vectors k along the beams.
-    """
-    k0, k1 = geometry.s0 / geometry.s0.norm(), s1 / s1.norm(dim=1, keepdim=True)
-    inverse_lorentz = (k1 @ torch.linalg.cross(geometry.lab_axis, k0)).abs()
-    normal = torch.from_numpy(experiment.beam.polarization_normal).to(k1)
-    p = experiment.beam.polarization_fraction
-    polarization = (1 - 2 * p) * (1 - (k1 @ normal / normal.norm()) ** 2) + p * (
-        1 + (k1 @ k0) ** 2
-    )
-    return inverse_lorentz / polarization
