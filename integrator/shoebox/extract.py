@@ -169,11 +169,9 @@ class _OpenBoxes:
 
     def flush(self, complete: int) -> None:
         """Write rows below ``complete`` and free their slots."""
-        rows = np.arange(self._written, complete)
-        for part in np.split(rows, range(self._chunk, len(rows), self._chunk)):
-            slots = self.slots(part)
-            counts, mask = self.counts[slots], self.mask[slots]
-            self._writer.write_boxes(self._first_row + int(part[0]), counts, mask)
+        for first in range(self._written, complete, self._chunk):
+            slots = self.slots(np.arange(first, min(first + self._chunk, complete)))
+            self._writer.write_boxes(self._first_row + first, self.counts[slots], self.mask[slots])
             self.counts[slots] = 0
             self.mask[slots] = 0
         self._written = complete

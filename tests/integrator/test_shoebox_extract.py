@@ -1,0 +1,375 @@
+"""Boxes, masks and background against plain loops over voxels."""
+
+import tracemalloc
+from dataclasses import replace
+
+import gemmi
+import numpy as np
+import pytest
+import torch
+
+from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Panel, Scan
+from integrator.errors import UserError
+from integrator.shoebox.background import ExpectedBackground, mean_image, pixel_inv_d
+from integrator.shoebox.extent import SpotExtent, frame_sigma
+from integrator.shoebox.extract import extract_shoeboxes
+from integrator.shoebox.mask import MaskBit, MaskSettings
+from integrator.shoebox.predict import Prediction
+from integrator.shoebox.sweep import Sweep
+from integrator.types import Flag
+
+SHAPES = [(34, 41), (27, 30)]
+N_IMAGES = 14
+WIDTH = 0.5
+BOX = (5, 9, 7)
+EXTENT = SpotExtent(0.8, 0.9, 0.25, BOX)
+
+
+class ArrayFrames:
+    """Frames held as arrays; counts what is read."""
+
+    def __init__(self, panels: list[np.ndarray], usable: list[np.ndarray]) -> None:
+        self.panels, self.usable = panels, usable
+        self.n_images = len(panels[0])
+        self.panel_shapes = [p.shape[1:] for p in panels]
+        self.frames_read: list[int] = []
+
+    def static_mask(self):
+        return self.usable
+
+    def read(self, frame):
+        self.frames_read.append(frame)
+        return [p[frame] for p in self.panels]
+
+
+def make_experiment(shapes=tuple(SHAPES), n_images=N_IMAGES, width=WIDTH, **changes):
+    panels = tuple(
+        Panel(
+            name=str(i),
+            fast_axis=np.array([1.0, 0, 0]),
+            slow_axis=np.array([0, -1.0, 0]),
+            origin=np.array([-5.0 + 10 * i, 5.0, -80.0]),
+            pixel_size=(0.2, 0.2),
+            image_size=(fast, slow),
+            trusted_range=(0, 5000),
+        )
+        for i, (slow, fast) in enumerate(shapes)
+    )
+    values = {
+        "beam": Beam(np.array([0, 0, 1.0]), 1.0),
+        "panels": panels,
+        "goniometer": Goniometer(np.array([1.0, 0, 0])),
+        "scan": Scan((1, n_images), (0.0, width)),
+        "crystal": Crystal(np.eye(3) / 50.0, gemmi.SpaceGroup("P 1")),
+        "identifier": "made-up",
+    }
+    return Experiment(**{**values, **changes})
+
+
+def make_prediction(n, rng, shapes=tuple(SHAPES), n_images=N_IMAGES, zeta=None):
+    """Centroids anywhere on the panels, also at edges and ends of the scan."""
+    panel = rng.integers(0, len(shapes), n)
+    slow, fast = np.array(shapes)[panel].T
+    xyz = rng.uniform(0, 1, (n, 3)) * np.column_stack([fast, slow, np.full(n, n_images)])
+    zeta = rng.uniform(0.3, 1.0, n) if zeta is None else np.full(n, zeta)
+
+    def vectors():
+        return torch.from_numpy(rng.normal(size=(n, 3)))
+
+    return Prediction(
+        miller_index=torch.from_numpy(rng.integers(-9, 9, (n, 3))),
+        panel=torch.from_numpy(panel),
+        xyz_px=torch.from_numpy(xyz),
+        xyz_mm=vectors(),
+        s1=vectors(),
+        d=torch.full((n,), 0.6, dtype=torch.float64),  # the panels see less: all is watched
+        zeta=torch.from_numpy(zeta),
+        lp=torch.ones(n, dtype=torch.float64),
+        entering=torch.from_numpy(rng.integers(0, 2, n).astype(bool)),
+        s0_crystal=vectors(),
+        s1_crystal=vectors(),
+    )
+
+
+def make_frames(rng):
+    panels = [rng.poisson(3.0, (N_IMAGES, *shape)).astype(np.int32) for shape in SHAPES]
+    for panel in panels:
+        panel[rng.uniform(size=panel.shape) < 0.02] = -1
+    usable = [np.ones(shape, bool) for shape in SHAPES]
+    usable[0][10:13, :] = False
+    usable[1][:, 5] = False
+    return ArrayFrames(panels, usable)
+
+
+def squared(spots, sigma, row, panel, z, y, x):
+    """Squared distance of a voxel to a spot; infinite on another panel."""
+    if spots.panel[row] != panel:
+        return np.inf
+    offset = np.array([x, y, z]) + 0.5 - spots.xyz_px[row].numpy()
+    return float(((offset / sigma[row]) ** 2).sum())
+
+
+def brute_force(frames, spots, row, others=()):
+    """(counts, mask) of one box; ``others`` are further spots beside those of the list."""
+    settings = MaskSettings()
+    everything = [(spots, i) for i in range(len(spots)) if i != row]
+    everything += [(other, i) for other in others for i in range(len(other))]
+    sigmas = {id(s): sigma_of(s) for s in (spots, *others)}
+    corner = np.floor(spots.xyz_px[row].numpy()).astype(int)[::-1] - np.array(BOX) // 2
+    panel = int(spots.panel[row])
+    counts, mask = np.zeros(BOX, int), np.zeros(BOX, int)
+    for index in np.ndindex(*BOX):
+        z, y, x = corner + index
+        slow, fast = SHAPES[panel]
+        if not 0 <= z < N_IMAGES:
+            continue
+        value = -1
+        if 0 <= y < slow and 0 <= x < fast and frames.usable[panel][y, x]:
+            value = frames.panels[panel][z, y, x]
+        own = squared(spots, sigmas[id(spots)], row, panel, z, y, x)
+        other = min(
+            (squared(s, sigmas[id(s)], i, panel, z, y, x) for s, i in everything), default=np.inf
+        )
+        bits = MaskBit.FOREGROUND * (own <= settings.foreground**2)
+        bits |= MaskBit.OVERLAPPED * (other <= settings.overlap**2 and other < own)
+        if value >= 0:
+            bits |= MaskBit.VALID
+            bits |= MaskBit.BACKGROUND * (min(own, other) > settings.foreground**2)
+            counts[index] = value
+        mask[index] = bits
+    return counts, mask
+
+
+def sigma_of(spots, extent=EXTENT, width=WIDTH):
+    along = frame_sigma(extent.sigma_m_deg, spots.zeta.numpy(), width)
+    across = np.sqrt(np.array([extent.sigma_x_px, extent.sigma_y_px]) ** 2 + 1 / 12)
+    return np.column_stack([np.broadcast_to(across, (len(spots), 2)), along])
+
+
+@pytest.fixture(scope="module")
+def random_store(tmp_path_factory):
+    """Store of 60 crowded reflections on two panels with 20 neighbours that are not cut."""
+    rng = np.random.default_rng(7)
+    frames, spots, around = make_frames(rng), make_prediction(60, rng), make_prediction(20, rng)
+    around.xyz_px[:10, 2] -= N_IMAGES  # before the scan
+    sweep = Sweep(make_experiment(), frames, spots, around)
+    path = tmp_path_factory.mktemp("store") / "random.h5"
+    ticks = []
+    store = extract_shoeboxes([sweep], EXTENT, path, progress=lambda *t: ticks.append(t))
+    assert ticks == [(i + 1, N_IMAGES) for i in range(N_IMAGES)]
+    return store, frames, spots, around
+
+
+def rows_of(store, spots):
+    """Row of the store of each reflection of the list."""
+    xyz = store.metadata(torch.float64).xyz_px
+    return [int(torch.nonzero((xyz == p).all(1))) for p in spots.xyz_px]
+
+
+def test_boxes_and_masks_equal_a_loop_over_voxels(random_store):
+    store, frames, spots, around = random_store
+    counts, mask = store.read_raw(slice(0, len(store)))
+    seen = set()
+    for row, stored in list(enumerate(rows_of(store, spots)))[::3]:
+        expected_counts, expected_mask = brute_force(frames, spots, row, (around,))
+        np.testing.assert_array_equal(counts[stored].numpy(), expected_counts)
+        np.testing.assert_array_equal(mask[stored].numpy(), expected_mask)
+        seen |= set(np.unique(expected_mask).tolist())
+    assert len(seen) >= 8  # every kind of voxel occurred
+
+
+def test_every_frame_is_read_once_in_order(random_store):
+    _, frames, _, _ = random_store
+    assert frames.frames_read == list(range(N_IMAGES))
+
+
+def test_flags_follow_from_the_masks(random_store):
+    store, _, spots, _ = random_store
+    counts, mask = store.read_raw(slice(0, len(store)))
+    metadata, flags = store.metadata(torch.float64), store.flags
+    shapes = torch.tensor(SHAPES)[metadata.panel]
+    low = metadata.corner
+    high = low + torch.tensor(BOX)
+    limit = torch.cat([torch.full((len(store), 1), N_IMAGES), shapes], dim=1)
+    is_cut = (low < 0).any(1) | (high > limit).any(1)
+    torch.testing.assert_close((flags & Flag.PARTIAL_EDGE) > 0, is_cut)
+    is_overlapped = ((mask & MaskBit.OVERLAPPED) > 0).flatten(1).any(1)
+    torch.testing.assert_close((flags & Flag.OVERLAPPED) > 0, is_overlapped)
+    assert counts.shape == (len(spots), *BOX)
+    recorded = torch.from_numpy(store.column("recorded_fraction"))
+    torch.testing.assert_close((flags & Flag.REJECTED) > 0, recorded < 0.1)
+    whole = (flags & Flag.MASKED_CORE) == 0
+    assert recorded[whole].min() > 0.85
+    assert whole.any()
+    assert not whole.all()
+
+
+def test_recorded_fraction_of_masked_spots(tmp_path):
+    """Half a spot under a gap, and one wholly inside of it: kept, flagged, not dropped."""
+    panels = [np.ones((9, 40, 40), np.int32)]
+    usable = np.ones((40, 40), bool)
+    usable[:, :20] = False
+    frames = ArrayFrames(panels, [usable])
+    spots = make_prediction(3, np.random.default_rng(0), ((40, 40),), 9, zeta=1.0)
+    spots.xyz_px[:] = torch.tensor([[20.0, 20.5, 4.5], [10.5, 20.5, 4.5], [30.5, 20.5, 4.5]])
+    experiment = make_experiment(((40, 40),), 9)
+    store = extract_shoeboxes([Sweep(experiment, frames, spots)], EXTENT, tmp_path / "s.h5")
+    half, none, whole = (int(torch.nonzero(store.metadata().xyz_px[:, 0] == x)) for x in
+                         (20.0, 10.5, 30.5))  # fmt: skip
+    recorded = store.column("recorded_fraction")
+    # the box of a centroid on a pixel edge reaches one pixel farther to the right
+    assert recorded[half] == pytest.approx(0.5, abs=1e-3)
+    assert recorded[[none, whole]].tolist() == [0.0, 1.0]
+    flags = store.flags
+    assert flags[half] & Flag.MASKED_CORE
+    assert not flags[half] & Flag.REJECTED
+    assert flags[none] & Flag.REJECTED
+    assert flags[whole] == 0
+
+
+def test_neighbours_are_told_apart_in_rotation(tmp_path):
+    """At the same place on the detector, ten frames apart: no overlap; two frames apart: one."""
+    frames = ArrayFrames([np.ones((30, 40, 40), np.int32)], [np.ones((40, 40), bool)])
+    spots = make_prediction(4, np.random.default_rng(0), ((40, 40),), 30, zeta=1.0)
+    spots.xyz_px[:] = torch.tensor(
+        [[10.5, 10.5, 5.5], [12.5, 10.5, 15.5], [30.5, 30.5, 20.5], [32.5, 30.5, 22.5]]
+    )
+    experiment = make_experiment(((40, 40),), 30)
+    store = extract_shoeboxes([Sweep(experiment, frames, spots)], EXTENT, tmp_path / "s.h5")
+    order = [int(torch.nonzero(store.metadata().xyz_px[:, 2] == z)) for z in spots.xyz_px[:, 2]]
+    assert [bool(store.flags[i] & Flag.OVERLAPPED) for i in order] == [False, False, True, True]
+
+
+def test_background_statistic_equals_a_loop(random_store):
+    store, frames, spots, around = random_store
+    field = store.background(0)
+    sigmas = [(spots, sigma_of(spots)), (around, sigma_of(around))]
+    total = [np.zeros(shape) for shape in SHAPES]
+    count = [np.zeros(shape) for shape in SHAPES]
+    for panel, (slow, fast) in enumerate(SHAPES):
+        y, x = np.mgrid[:slow, :fast] + 0.5
+        for z in range(N_IMAGES):
+            is_dark = frames.usable[panel] & (frames.panels[panel][z] >= 0)
+            for prediction, sigma in sigmas:
+                for row in np.nonzero(prediction.panel.numpy() == panel)[0]:
+                    centre = prediction.xyz_px[row].numpy()
+                    distance = ((x - centre[0]) / sigma[row, 0]) ** 2
+                    distance = distance + ((y - centre[1]) / sigma[row, 1]) ** 2
+                    distance = distance + ((z + 0.5 - centre[2]) / sigma[row, 2]) ** 2
+                    is_dark &= distance > MaskSettings().foreground ** 2
+            total[panel] += np.where(is_dark, frames.panels[panel][z], 0)
+            count[panel] += is_dark
+    for panel in range(2):
+        np.testing.assert_array_equal(field.count[panel], count[panel])
+        np.testing.assert_array_equal(field.total[panel], total[panel])
+
+
+def test_frame_ratio_and_expected_background_recover_a_known_field(tmp_path):
+    """Background = image x frame factor, seen between spots that hide a third of it."""
+    rng = np.random.default_rng(3)
+    shape, n = (60, 70), 40
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    image = 4.0 + 3.0 * np.exp(-((x - 20.0) ** 2 + (y - 30.0) ** 2) / 500)
+    factor = 1 + 0.3 * np.sin(np.arange(n) / 3)
+    panel = rng.poisson(image * factor[:, None, None]).astype(np.int32)
+    spots = make_prediction(150, rng, (shape,), n)
+    frames = ArrayFrames([panel], [np.ones(shape, bool)])
+    experiment = make_experiment((shape,), n)
+    store = extract_shoeboxes([Sweep(experiment, frames, spots)], EXTENT, tmp_path / "s.h5")
+    field = store.background(0)
+    expected = factor / factor.mean()
+    # 4,000 pixels of 5 photons: 0.7 % noise
+    np.testing.assert_allclose(field.frame_ratio / field.frame_ratio.mean(), expected, atol=0.035)
+    smooth = mean_image(field.total[0], field.count[0])
+    np.testing.assert_allclose(smooth / (image * factor.mean()), 1, atol=0.15)
+    metadata = store.metadata()
+    boxes = ExpectedBackground(store)(metadata)
+    inside = torch.nonzero(store.flags & Flag.PARTIAL_EDGE == 0)[:, 0]
+    for row in inside[:20].tolist():
+        f, s, q = metadata.corner[row].tolist()
+        truth = image[s : s + BOX[1], q : q + BOX[2]] * factor[f : f + BOX[0], None, None]
+        np.testing.assert_allclose(boxes[row], truth, rtol=0.15)
+
+
+def test_pixels_beyond_the_resolution_limit_are_no_background(tmp_path):
+    rng = np.random.default_rng(0)
+    experiment = make_experiment()
+    inv_d = [pixel_inv_d(experiment, panel) for panel in range(2)]
+    spots = make_prediction(5, rng)
+    d_min = 1 / np.median(inv_d[0])
+    spots = replace(spots, d=torch.full_like(spots.d, d_min))
+    sweep = Sweep(experiment, make_frames(rng), spots)
+    store = extract_shoeboxes([sweep], EXTENT, tmp_path / "s.h5")
+    count = store.background(0).count[0]
+    assert not count[inv_d[0] > 1 / d_min].any()
+    assert count[inv_d[0] < 0.9 / d_min].any()
+
+
+def test_pixel_resolution_is_that_of_the_geometry():
+    tilt = np.array([[0.8, 0.0, 0.6], [0.0, 1.0, 0.0], [-0.6, 0.0, 0.8]])
+    base = make_experiment()
+    panel = replace(
+        base.panels[1],
+        fast_axis=tilt @ base.panels[1].fast_axis,
+        origin=tilt @ base.panels[1].origin,
+    )
+    experiment = replace(base, panels=(base.panels[0], panel), beam=Beam(tilt[:, 2], 0.8))
+    inv_d = pixel_inv_d(experiment, 1)
+    for y, x in ((0, 0), (26, 3), (13, 29)):
+        lab = panel.d_matrix @ [(x + 0.5) * 0.2, (y + 0.5) * 0.2, 1]
+        s0 = experiment.beam.s0
+        r = lab / np.linalg.norm(lab) / 0.8 - s0
+        assert inv_d[y, x] == pytest.approx(np.linalg.norm(r), rel=1e-9)
+
+
+def test_two_sweeps_share_a_store(tmp_path):
+    rng = np.random.default_rng(1)
+    sweeps = [
+        Sweep(make_experiment(identifier=name), make_frames(rng), make_prediction(n, rng))
+        for name, n in (("first", 30), ("second", 20))
+    ]
+    together = extract_shoeboxes(sweeps, EXTENT, tmp_path / "both.h5")
+    assert torch.bincount(together.metadata().experiment).tolist() == [30, 20]
+    assert [e["identifier"] for e in together.experiments] == ["first", "second"]
+    second = extract_shoeboxes(sweeps[1:], EXTENT, tmp_path / "second.h5")
+    for ours, alone in zip(together.read_raw(slice(30, 50)), second.read_raw(slice(0, 20)),
+                           strict=True):  # fmt: skip
+        torch.testing.assert_close(ours, alone)
+    torch.testing.assert_close(together.metadata().refl_row, torch.arange(50))
+
+
+def test_memory_stays_far_below_the_output(tmp_path):
+    """10,000 boxes of 2.8 kB (28 MB) from 400 frames that are never held together."""
+
+    class Endless(ArrayFrames):
+        def __init__(self):
+            self.n_images, self.panel_shapes = 400, [(64, 64)]
+
+        def static_mask(self):
+            return [np.ones((64, 64), bool)]
+
+        def read(self, frame):
+            return [np.full((64, 64), frame % 7, np.int32)]
+
+    spots = make_prediction(10_000, np.random.default_rng(0), ((64, 64),), 400, zeta=1.0)
+    extent = SpotExtent(0.8, 0.8, 0.25, (7, 9, 9))
+    experiment = make_experiment(((64, 64),), 400)
+    tracemalloc.start()
+    store = extract_shoeboxes([Sweep(experiment, Endless(), spots)], extent, tmp_path / "s.h5")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(store) * 7 * 9 * 9 * 5 > 28e6
+    assert peak < 14e6
+
+
+def test_user_errors_leave_no_file(tmp_path):
+    rng = np.random.default_rng(0)
+    frames, spots = make_frames(rng), make_prediction(5, rng)
+    for usable in frames.usable:
+        usable[:] = False
+    sweep = Sweep(make_experiment(), frames, spots)
+    with pytest.raises(UserError, match="no pixel of any shoebox"):
+        extract_shoeboxes([sweep], EXTENT, tmp_path / "s.h5")
+    with pytest.raises(UserError, match="no reflection falls"):
+        extract_shoeboxes([replace(sweep, prediction=spots[:0])], EXTENT, tmp_path / "s.h5")
+    assert list(tmp_path.iterdir()) == []
