@@ -26,6 +26,7 @@ from pipelines.rundir import REFERENCE, RunDirectory, write_rows
 Array = NDArray[np.float64]
 Row = dict[str, Any]
 
+PEAKS = "anomalous peak height [sigma]"
 COLUMNS = ("comparison", "bin", "metric", "subject", "value", "n", "reason")
 OURS = "ours"
 BOTH = f"{OURS} vs {REFERENCE}"
@@ -268,7 +269,7 @@ def _merged_against_truth(tables: dict[str, MergedMtz], truth: MergedMtz) -> lis
 
 
 def _compare_peaks(run: RunDirectory, dials_missing: str) -> list[Row]:
-    title = "anomalous peak height [sigma]"
+    title = PEAKS
     peaks = run.read_peaks()
     epochs = [p["epoch"] for p in peaks if p["epoch"] != REFERENCE]
     if not epochs:

@@ -111,7 +111,7 @@ class RunConfig:
     expt: Path | None = None
     # DIALS reflections (.refl): refined, predicted or integrated.
     refl: Path | None = None
-    # Model (PDB or mmCIF) for phases and sites of the anomalous map.
+    # Model (PDB or mmCIF) for phases and sites of the anomalous map; no peaks without.
     model: Path | None = None
     # Merged MTZ of a conventional program, shown beside every epoch.
     reference: Path | None = None
@@ -120,6 +120,7 @@ class RunConfig:
     dials: DialsConfig = field(default_factory=DialsConfig)
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from integrator.errors import UserError
 from pipelines import log
-from pipelines.compare import compare, show
+from pipelines.compare import PEAKS, compare, show
 from pipelines.config import RunConfig
 from pipelines.dials_chain import DialsChain, Reference
 from pipelines.report.html import write_report
@@ -27,8 +27,8 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     Parameters
     ----------
     config : RunConfig
-        ``dials.images``, ``model`` and ``out`` are needed; ``expt``, ``refl`` and ``reference``
-        are set here.
+        ``dials.images`` and ``out`` are needed; ``expt``, ``refl`` and ``reference`` are set
+        here.
     resume : bool
         Keep finished DIALS steps and go on from the last checkpoint.
     truth : Path, optional
@@ -40,7 +40,9 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     """
     if not config.dials.images:
         raise UserError("no images are given; name an HDF5 master file or all frames of a sweep")
-    config.require("model", "out")
+    if truth is not None and not truth.is_file():
+        raise UserError(f"--truth {truth} does not exist; give an MTZ file with F(+), F(-)")
+    config.require("out")
     directory = RunDirectory(config.out)
     directory.check_free(resume=resume)
     chain = DialsChain(directory.dials, config.dials, config.extraction.d_min)
@@ -63,7 +65,8 @@ def finish(
     """Compare with the reference, write the report and show the peak table."""
     merged = directory.read_config().reference
     if merged or integrated or truth:
-        show(compare(directory, integrated=integrated, merged=merged, truth=truth))
+        rows = compare(directory, integrated=integrated, merged=merged, truth=truth)
+        show(row for row in rows if row["comparison"] != PEAKS)  # they have their own table
     report = write_report(directory)
     directory.finish()
     show_peaks(directory)

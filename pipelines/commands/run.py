@@ -3,6 +3,8 @@ r"""Integrate and merge in one model, from the refined geometry of a DIALS proje
 Cuts shoeboxes out of the frames named in EXPT, trains integrator and merge together, and writes
 after every epoch a merged MTZ and the anomalous peak heights at the sites of the model.
 
+Without a model there are no phases, hence no peaks; all else is the same.
+
 EXPT and REFL are DIALS files. With refined.refl the full set of reflections is predicted; an
 integrated or predicted table is taken as it is.
 
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     given = {name: getattr(args, name) for name in ("expt", "refl")}
     fixed = {name: str(path) for name, path in given.items() if path is not None}
     config = config_from_args(args, RUN_FLAGS, fixed)
-    config.require("expt", "refl", "model", "out")
+    config.require("expt", "refl", "out")
 
     from pipelines.process import finish
     from pipelines.run import run as run_pipeline

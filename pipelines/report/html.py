@@ -71,12 +71,26 @@ def collect(run: RunDirectory) -> dict[str, Any]:
         "peaks": {"header": header, "rows": rows, "notes": notes},
         "peaks_figure": plots.peak_heights(peaks),
         "objective_figure": plots.objective(metrics),
-        "last_epoch": metrics[-1] if metrics else None,
+        "last_epoch": _last_epoch(metrics),
         "statistics": _shell_table(statistics),
         "statistics_figure": plots.shell_statistics(statistics),
         "comparisons": _comparisons(comparison),
         "shoeboxes": _shoeboxes(run.shoebox_examples),
     }
+
+
+def _last_epoch(metrics: list[dict[str, Any]]) -> dict[str, str]:
+    """Numbers of the last row; peak heights have their own table."""
+    if not metrics:
+        return {}
+    reasons = metrics[-1].get("reasons", {})
+    shown = {}
+    for key, value in metrics[-1].items():
+        if key == "reasons" or key.startswith("peak_sigma/"):
+            continue
+        missing = f"missing: {reasons.get(key, 'not computed')}"
+        shown[key] = missing if value is None else _entry(np.asarray(value))
+    return shown
 
 
 def _shell_table(rows: list[dict[str, str]]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def objective(metrics: Rows) -> str | None:
     wanted = [
         key
         for key in dict.fromkeys(k for row in metrics for k in row)
-        if key in {"elbo", "nll", "holdout_nll"} or key.startswith("kl_")
+        if key.endswith(("elbo", "nll")) or key.startswith("kl_") or key == "scale_penalty"
     ]
     wanted = [k for k in wanted if any(_is_number(row.get(k)) for row in metrics)]
     if not epochs or not wanted:

@@ -75,13 +75,18 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
     groups: dict[tuple[str, str], list[dict]] = {}
     for peak in peaks:
         groups.setdefault((peak["residue"], peak["atom"]), []).append(peak)
-    strongest = sorted(groups.values(), key=lambda g: -max(p["peak_sigma"] or 0.0 for p in g))
+    strongest = sorted(groups.values(), key=lambda g: -_mean_height(g))
     columns = [column for group in strongest for column in _columns(group)]
     epochs = [e for e in dict.fromkeys(p["epoch"] for p in peaks) if e != REFERENCE]
     if any(p["epoch"] == REFERENCE for p in peaks):
         epochs.append(REFERENCE)
-    rows = [[str(e), *(_mean_height(column, e) for _, column in columns)] for e in epochs]
+    rows = [
+        [str(e), *(_height([p for p in column if p["epoch"] == e]) for _, column in columns)]
+        for e in epochs
+    ]
     notes = []
+    if not peaks and run.read_config().model is None:
+        notes.append("no peaks: they need the phases of a model, and none was given (--model)")
     if (reason := run.read_provenance()["notes"].get("reference")) is not None:
         notes.append(f"no {REFERENCE} row: {reason}")
     return ["epoch", *(name for name, _ in columns)], rows, notes
@@ -112,10 +117,14 @@ def _columns(group: list[dict]) -> list[tuple[str, list[dict]]]:
     ]
 
 
-def _mean_height(column: list[dict], epoch: int | str) -> str:
-    heights = [p["peak_sigma"] for p in column if p["epoch"] == epoch]
-    known = [h for h in heights if h is not None]
-    return f"{sum(known) / len(known):.2f}" if known else "-"
+def _height(entries: list[dict]) -> str:
+    has_height = any(p["peak_sigma"] is not None for p in entries)
+    return f"{_mean_height(entries):.2f}" if has_height else "-"
+
+
+def _mean_height(entries: list[dict]) -> float:
+    heights = [p["peak_sigma"] for p in entries if p["peak_sigma"] is not None]
+    return sum(heights) / len(heights) if heights else 0.0
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
