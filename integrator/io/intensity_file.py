@@ -1,0 +1,48 @@
+"""The stage contract on disk: an :class:`IntensityTable` in one HDF5 file (staged coupling)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import h5py
+import torch
+
+from integrator.errors import UserError
+from integrator.io.atomic import replacing
+from integrator.types import IntensityTable
+
+FORMAT = "braggflux-intensities"
+VERSION = 1
+
+
+def write_intensities(path: str | Path, table: IntensityTable) -> None:
+    """Write every column under its own name; the file appears only when complete."""
+    with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as handle:
+        handle.attrs.update({"format": FORMAT, "version": VERSION})
+        for field in fields(table):
+            values = getattr(table, field.name).detach().cpu().numpy()
+            handle.create_dataset(field.name, data=values, compression="gzip", compression_opts=1)
+
+
+def read_intensities(path: str | Path) -> IntensityTable:
+    """Read what :func:`write_intensities` wrote.
+
+    Raises
+    ------
+    UserError
+        Not such a file, another version, or a column is missing.
+    """
+    try:
+        with h5py.File(path) as handle:
+            found = (handle.attrs.get("format"), handle.attrs.get("version"))
+            if found != (FORMAT, VERSION):
+                raise UserError(
+                    f"{path} is no intensity file of version {VERSION} (found {found}); "
+                    "write it again with `braggflux run --coupling staged`"
+                )
+            return IntensityTable(
+                **{f.name: torch.as_tensor(handle[f.name][()]) for f in fields(IntensityTable)}
+            )
+    except (OSError, KeyError) as error:
+        raise UserError(f"{path} cannot be read as an intensity file: {error}") from error

@@ -1,0 +1,177 @@
+r"""Background under a spot, and the intensity that goes with it, by Fisher scoring.
+
+The background of a voxel is a plane in the logarithm about the mean background of its pixel,
+
+    b_p = b0_p exp(theta . phi_p),   phi = (1, x, y, frame) scaled to [-1, 1] over the box,
+    theta ~ Normal(0, diag(tau^2)),
+
+where ``b0`` is the mean image of the non-Bragg counts times the level of the frame. Given the
+profile the posterior of (J, theta) has no closed form but is log-concave: a few rounds of Fisher
+scoring reach its maximum, and the inverse information is its covariance. No network is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+
+from integrator.types import ReflectionMetadata
+
+
+@dataclass(frozen=True)
+class BackgroundFit:
+    """Posterior of the background coefficients, and the information they leave for J.
+
+    Parameters
+    ----------
+    background : Tensor, (B, P)
+        Photons per voxel at the posterior maximum.
+    coefficients : Tensor, (B, M)
+    covariance : Tensor, (B, M, M)
+    intensity : Tensor, (B,)
+        Maximum-likelihood photons, may be negative.
+    information_fraction : Tensor, (B,)
+        Information on J with theta estimated, over that with theta known, in (0, 1].
+    """
+
+    background: Tensor
+    coefficients: Tensor
+    covariance: Tensor
+    intensity: Tensor
+    information_fraction: Tensor
+
+    @property
+    def q_background(self) -> MultivariateNormal:
+        """Posterior of the coefficients as a distribution."""
+        return MultivariateNormal(self.coefficients, self.covariance)
+
+
+class BackgroundModel(nn.Module):
+    """Plane in the log background with a learned prior width (empirical Bayes)."""
+
+    n_coefficients = 4
+
+    def __init__(
+        self, box: tuple[int, int, int], level_sd: float, slope_sd: float, n_rounds: int
+    ) -> None:
+        super().__init__()
+        self.n_rounds = n_rounds
+        axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in box]
+        t, y, x = torch.meshgrid(*axes, indexing="ij")
+        self.register_buffer(
+            "basis", torch.stack([torch.ones_like(x), x, y, t], -1).reshape(-1, 4)
+        )
+        self.log_prior_sd = nn.Parameter(torch.tensor([level_sd, *[slope_sd] * 3]).log())
+
+    def kl(self, fit: BackgroundFit) -> Tensor:
+        """KL[q(theta) || Normal(0, tau^2)], (B,)."""
+        precision = torch.exp(-2 * self.log_prior_sd)
+        second_moment = fit.covariance.diagonal(dim1=1, dim2=2) + fit.coefficients**2
+        return 0.5 * (
+            (second_moment * precision).sum(-1)
+            - self.n_coefficients
+            + 2 * self.log_prior_sd.sum()
+            - torch.logdet(fit.covariance)
+        )
+
+    @torch.no_grad()
+    def fit(
+        self,
+        counts: Tensor,
+        is_valid: Tensor,
+        profile: Tensor,
+        mean_background: Tensor,
+        intensity: Tensor,
+    ) -> BackgroundFit:
+        """Fisher scoring for (J, theta); all voxel arguments are (B, P), ``intensity`` (B,).
+
+        Without gradients: at the maximum the derivative of the likelihood with respect to theta
+        vanishes, so the profile's gradient of the pixel likelihood is complete without it.
+        """
+        theta = counts.new_zeros(len(counts), self.n_coefficients)
+        prior = torch.diag(torch.exp(-2 * self.log_prior_sd.double()))
+        eye = torch.eye(self.n_coefficients + 1, dtype=torch.float64, device=counts.device)
+        valid = is_valid.to(counts.dtype)
+        for _ in range(self.n_rounds + 1):
+            background = self._rate(theta, mean_background)
+            reference = intensity.clamp_min(0.0)
+            rate = reference[:, None] * profile + background
+            design = torch.cat(
+                [profile[..., None], background[..., None] * self.basis], -1
+            )  # (B, P, 1 + M)
+            weighted = design * (valid / rate)[..., None]
+            information = torch.bmm(weighted.transpose(1, 2), design).double()
+            score = torch.bmm(weighted.transpose(1, 2), (counts - rate)[..., None]).double()
+            information[:, 1:, 1:] += prior
+            score[:, 1:, 0] -= theta.double() @ prior
+            # a box without signal pixels has no information on J; the ridge keeps it solvable
+            step = torch.linalg.solve(information + 1e-9 * eye, score)[..., 0]
+            intensity = reference + step[:, 0].to(counts.dtype)
+            theta = theta + step[:, 1:].clamp(-1.0, 1.0).to(counts.dtype)
+        covariance = torch.linalg.inv(information[:, 1:, 1:])
+        return BackgroundFit(
+            self._rate(theta, mean_background),
+            theta,
+            covariance.to(counts.dtype),
+            intensity,
+            _schur_fraction(information).to(counts.dtype),
+        )
+
+    def _rate(self, theta: Tensor, mean_background: Tensor) -> Tensor:
+        return mean_background * torch.exp((theta @ self.basis.T).clamp(-8.0, 8.0))
+
+
+def _schur_fraction(information: Tensor) -> Tensor:
+    """``1 - I_Jb I_bb^-1 I_bJ / I_JJ``: what is left when the background is estimated too."""
+    cross = information[:, 1:, :1]
+    lost = (cross * torch.linalg.solve(information[:, 1:, 1:], cross)).sum((1, 2))
+    own = information[:, 0, 0].clamp_min(1e-30)
+    return (1 - lost / own).clamp(1e-3, 1.0)
+
+
+class MeanBackground(nn.Module):
+    """Mean background of every pixel times the level of every frame.
+
+    Parameters
+    ----------
+    images : list of list of Tensor, (slow, fast)
+        For each sweep and panel, mean non-Bragg photons of each pixel over the scan.
+    frame_levels : list of Tensor, (n_images,)
+        For each sweep, level of each frame relative to the mean.
+    box : (D, H, W)
+    """
+
+    floor = 1e-3  # photons; a voxel without any background would make zero-count rates singular
+
+    def __init__(
+        self, images: list[list[Tensor]], frame_levels: list[Tensor], box: tuple[int, int, int]
+    ) -> None:
+        super().__init__()
+        self.box = box
+        self.n_panels = max(len(panels) for panels in images)
+        every = [image for panels in images for image in panels]
+        height, width = (max(i.shape[axis] for i in every) for axis in (0, 1))
+        stack = torch.full((len(images) * self.n_panels, height, width), self.floor)
+        for e, panels in enumerate(images):
+            for p, image in enumerate(panels):
+                stack[e * self.n_panels + p, : image.shape[0], : image.shape[1]] = image
+        self.register_buffer("images", stack.clamp_min(self.floor), persistent=False)
+        levels = torch.ones(len(frame_levels), max(len(f) for f in frame_levels))
+        for e, level in enumerate(frame_levels):
+            levels[e, : len(level)] = level
+        self.register_buffer("levels", levels, persistent=False)
+
+    def forward(self, metadata: ReflectionMetadata) -> Tensor:
+        """Mean background photons of each voxel, (B, D, H, W)."""
+        index = []
+        sizes = (self.levels.shape[1], *self.images.shape[1:])
+        for axis, (n, size) in enumerate(zip(self.box, sizes, strict=True)):
+            offset = torch.arange(n, device=metadata.corner.device)
+            index.append((metadata.corner[:, axis, None] + offset).clamp(0, size - 1))
+        panel = (metadata.experiment * self.n_panels + metadata.panel)[:, None, None]
+        image = self.images[panel, index[1][:, :, None], index[2][:, None, :]]  # (B, H, W)
+        level = self.levels[metadata.experiment[:, None], index[0]]  # (B, D)
+        return image[:, None] * level[:, :, None, None]

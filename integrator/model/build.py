@@ -1,0 +1,91 @@
+"""An integrator for a shoebox store, started from the data in it."""
+
+from __future__ import annotations
+
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from integrator.config import IntegratorConfig
+from integrator.errors import UserError
+from integrator.io.shoebox_store import BackgroundField, ShoeboxStore
+from integrator.model.background import MeanBackground
+from integrator.model.encoder import PositionFeatures
+from integrator.model.integrator import Integrator
+from integrator.model.profile import SpotShape
+from integrator.model.start import MIN_PHOTONS, spot_brightness, start_profile
+from integrator.types import Flag
+
+CHUNK = 4096
+
+
+def build_integrator(store: ShoeboxStore, config: IntegratorConfig) -> Integrator:
+    """Integrator with untrained networks and a Gaussian profile of the measured extent."""
+    sigma_x, sigma_y, sigma_m = (float(v) for v in store.attributes["extent"])
+    shape = SpotShape(
+        sigma_x, sigma_y, sigma_m, tuple(int(n) for n in store.box), sweep_widths(store)
+    )
+    fields = [store.background(e) for e in range(len(store.experiments))]
+    background = MeanBackground(
+        [smoothed_images(f, config.background_smoothing_px) for f in fields],
+        [torch.as_tensor(f.frame_ratio, dtype=torch.float32).clamp_min(0.05) for f in fields],
+        shape.box,
+    )
+    features = PositionFeatures.from_metadata(store.metadata())
+    return Integrator(shape, background, features, config)
+
+
+def sweep_widths(store: ShoeboxStore) -> tuple[float, ...]:
+    """Frame width of every sweep [deg]."""
+    return tuple(float(e["oscillation_deg"][1]) for e in store.experiments)
+
+
+def smoothed_images(field: BackgroundField, sigma_px: float) -> list[Tensor]:
+    """Mean background of each panel, smoothed; pixels without a clear frame take neighbours'.
+
+    A pixel's mean over a few hundred frames of 0.1 photon is uncertain by a tenth and more, and
+    background has no structure as fine as a pixel.
+    """
+    images = []
+    for total, count in zip(field.total, field.count, strict=True):
+        numerator, denominator = total.astype(float), count.astype(float)
+        overall = numerator.sum() / max(denominator.sum(), 1.0)
+        # a wide filter first, so that no pixel is without any value
+        wide = (gaussian_filter(numerator, 8 * sigma_px) + 1e-6 * overall) / (
+            gaussian_filter(denominator, 8 * sigma_px) + 1e-6
+        )
+        weight = gaussian_filter(denominator, sigma_px)
+        level = gaussian_filter(numerator, sigma_px) + wide
+        images.append(torch.as_tensor(level / (weight + 1.0), dtype=torch.float32))
+    return images
+
+
+def start_from_strong_spots(integrator: Integrator, store: ShoeboxStore, seed: int) -> int:
+    """Set the mean profile from the strongest whole spots; returns how many were used.
+
+    Raises
+    ------
+    UserError
+        No spot is bright enough to show a profile.
+    """
+    brightness = torch.cat(
+        [
+            spot_brightness(integrator, store.read(slice(i, i + CHUNK)))
+            for i in range(0, len(store), CHUNK)
+        ]
+    )
+    brightness[(store.flags & (Flag.REJECTED | Flag.MASKED_CORE | Flag.PARTIAL_EDGE)) > 0] = 0.0
+    bright = torch.nonzero(brightness > MIN_PHOTONS)[:, 0]
+    if not len(bright):
+        raise UserError(
+            f"no predicted reflection has more than {MIN_PHOTONS:.0f} photons on whole, unmasked "
+            f"voxels (brightest: {float(brightness.max()):.0f}), so no profile can be learned; "
+            "check that the EXPT belongs to these frames, and the pixel mask"
+        )
+    n_used = integrator.config.n_profile_spots
+    # the upper half by brightness, thinned at random: the very brightest lie at low angle only
+    bright = bright[brightness[bright].argsort(descending=True)][: max(len(bright) // 2, 50)]
+    order = torch.randperm(len(bright), generator=torch.Generator().manual_seed(seed))
+    rows = bright[order[:n_used]].sort().values
+    start_profile(integrator, store.read(rows))
+    return len(rows)

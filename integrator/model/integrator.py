@@ -1,0 +1,263 @@
+"""Amortized variational integrator: raw shoeboxes to posteriors and photon-count likelihoods.
+
+    n_p ~ Poisson(J rho_p(z) + b_p(theta))
+
+``inference`` gives q(z | shoebox), q(theta) and the likelihood of J; ``generative`` the expected
+counts; ``loss`` the terms of the ELBO, one value per observation. What is summed, and how often,
+is decided in ``pipelines.joint`` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import (
+    AffineTransform,
+    Distribution,
+    Gamma,
+    TransformedDistribution,
+    kl_divergence,
+)
+
+from integrator.config import IntegratorConfig
+from integrator.distributions.shifted_poisson import ShiftedPoisson, shifted_poisson_from_pixels
+from integrator.model.background import BackgroundFit, BackgroundModel, MeanBackground
+from integrator.model.encoder import (
+    PositionFeatures,
+    ProfileEncoder,
+    ProfilePrior,
+    score_moments,
+)
+from integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, VoxelWeights
+from integrator.types import Flag, IntensityTable, ReflectionMetadata, ShoeboxBatch
+
+
+@dataclass(frozen=True)
+class IntegrationPosterior:
+    """What the integrator believes of a batch of shoeboxes.
+
+    Parameters
+    ----------
+    p_profile, q_profile : Distribution, (B, K)
+        Prior and posterior of the profile latents.
+    profile : Tensor, (B, P)
+        Profile of the latents that were used (a sample in training, the mean otherwise).
+    background_fit : BackgroundFit
+    reference : Tensor, (B,)
+        Intensity J0 >= 0 at which the likelihood was matched [photons].
+    likelihood : ShiftedPoisson
+        Likelihood of J with the background given.
+    """
+
+    p_profile: Distribution
+    q_profile: Distribution
+    profile: Tensor
+    background_fit: BackgroundFit
+    reference: Tensor
+    likelihood: ShiftedPoisson
+
+    @property
+    def marginal_likelihood(self) -> ShiftedPoisson:
+        """Likelihood of J less the information spent on the background."""
+        return self.likelihood.tempered(self.background_fit.information_fraction)
+
+    @property
+    def q_intensity(self) -> Distribution:
+        """Posterior of J under a flat prior: ``J + beta ~ Gamma(a + 1, t)``."""
+        lik = self.marginal_likelihood
+        gamma = Gamma(lik.effective_counts + 1.0, lik.exposure)
+        shift = AffineTransform(-lik.effective_background, 1.0)
+        return TransformedDistribution(gamma, [shift])
+
+
+@dataclass(frozen=True)
+class IntegratorLoss:
+    """Terms of the ELBO, one value per observation, (B,) [nats].
+
+    ``log_evidence`` is that of the pixels with a flat prior on J: the log-likelihood at its
+    maximum over J plus Laplace's ``log sqrt(2 pi variance)``, without the constant
+    ``-sum log n!``. The merge adds the density of the maximum given K F^2, which turns the flat
+    prior into the hierarchical one.
+    """
+
+    log_evidence: Tensor
+    kl_profile: Tensor
+    kl_background: Tensor
+
+
+class Integrator(nn.Module):
+    """Profile, background and encoder together.
+
+    Parameters
+    ----------
+    shape : SpotShape
+    mean_background : MeanBackground
+    features : PositionFeatures
+    config : IntegratorConfig
+    """
+
+    def __init__(
+        self,
+        shape: SpotShape,
+        mean_background: MeanBackground,
+        features: PositionFeatures,
+        config: IntegratorConfig,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.features = features
+        self.mean_background = mean_background
+        self.profile = ProfileModel(
+            ProfileGrid(shape, config.nodes_per_sigma, config.rotation_n_sigma)
+        )
+        self.background = BackgroundModel(
+            shape.box,
+            config.background_level_sd,
+            config.background_slope_sd,
+            config.n_scoring_rounds,
+        )
+        n_latent = ProfileModel.n_latent
+        self.profile_prior = ProfilePrior(n_latent, features.n_features, config.encoder_width)
+        self.encoder = ProfileEncoder(n_latent, features.n_features, config.encoder_width)
+
+    def inference(
+        self, batch: ShoeboxBatch, expected: Tensor | None = None, *, sample: bool = False
+    ) -> IntegrationPosterior:
+        """Posteriors of a batch.
+
+        Parameters
+        ----------
+        batch : ShoeboxBatch
+        expected : Tensor, (B,), optional
+            Intensity expected from elsewhere [photons], NaN where unknown. It only chooses the
+            weights of the pixels: the estimate stays free of it in the mean.
+        sample : bool
+            Draw the profile latents from their posterior (training) or take its mean.
+        """
+        weights = self.profile.grid.voxel_weights(batch.metadata)
+        features = self.features(batch.metadata)
+        prior = self.profile_prior(features)
+        mean_background = self.mean_background(batch.metadata).flatten(1)
+        counts, is_valid = batch.counts.flatten(1), batch.is_valid.flatten(1)
+
+        moments, information, start = self._encode_inputs(
+            batch, weights, prior.mean.detach(), mean_background
+        )
+        posterior = self.encoder(moments, information, features, prior)
+        latent = posterior.rsample() if sample else posterior.mean
+        profile = self.profile(weights, latent).flatten(1).clamp_min(1e-12)
+        fit = self.background.fit(counts, is_valid, profile.detach(), mean_background, start)
+        reference = choose_reference(fit, expected)
+        likelihood = shifted_poisson_from_pixels(
+            counts, profile, fit.background, is_valid, reference
+        )
+        return IntegrationPosterior(prior, posterior, profile, fit, reference, likelihood)
+
+    @torch.no_grad()
+    def _encode_inputs(
+        self,
+        batch: ShoeboxBatch,
+        weights: VoxelWeights,
+        latent: Tensor,
+        mean_background: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score moments and information at the prior's profile, and a start for J."""
+        profile = self.profile(weights, latent)
+        background = mean_background.reshape(profile.shape)
+        valid = batch.is_valid.to(profile.dtype)
+        intensity = first_intensity(batch.counts, valid, profile, background)
+        signal = intensity[:, None, None, None] * profile
+        rate = signal + background
+        share = valid * signal / rate
+        shape = self.profile.grid.shape
+        e3, y, x = (
+            0.5 * (e[:, 1:] + e[:, :-1]) for e in self.profile.grid.voxel_edges(batch.metadata)
+        )
+        step = self.profile.grid.frame_step(batch.metadata)[:, None]
+        width = (shape.sigma_m_deg**2 + step**2 / 12).sqrt()
+        coordinates = tuple(
+            c.clamp(-4.0, 4.0) for c in (e3 / width, y / shape.sigma_y_px, x / shape.sigma_x_px)
+        )
+        moments = score_moments((batch.counts - rate * valid) * share, coordinates)
+        return moments, (signal * share).sum((1, 2, 3)), intensity
+
+    def generative(self, posterior: IntegrationPosterior) -> Tensor:
+        """Expected photons of each voxel at the reference intensity, (B, P)."""
+        return (
+            posterior.reference[:, None] * posterior.profile + posterior.background_fit.background
+        )
+
+    def loss(self, batch: ShoeboxBatch, posterior: IntegrationPosterior) -> IntegratorLoss:
+        """Terms of the ELBO of each observation."""
+        rate = self.generative(posterior)
+        counts = batch.counts.flatten(1)
+        at_reference = torch.where(
+            batch.is_valid.flatten(1), torch.xlogy(counts, rate) - rate, 0.0
+        ).sum(-1)
+        likelihood = posterior.marginal_likelihood
+        rise = likelihood.log_maximum - likelihood.log_prob(posterior.reference)
+        return IntegratorLoss(
+            at_reference + rise + 0.5 * (2 * torch.pi * likelihood.observed_variance).log(),
+            kl_divergence(posterior.q_profile, posterior.p_profile),
+            self.background.kl(posterior.background_fit),
+        )
+
+    def intensity_table(
+        self, metadata: ReflectionMetadata, posterior: IntegrationPosterior, flags: Tensor
+    ) -> IntensityTable:
+        """Write the stage contract for a batch, with its graph."""
+        likelihood = posterior.marginal_likelihood
+        rejected = posterior.likelihood.exposure.detach() < self.config.min_exposure
+        weight = posterior.profile.detach()
+        background = (posterior.background_fit.background * weight).sum(-1) / weight.sum(-1)
+        return IntensityTable(
+            miller_index=metadata.miller_index,
+            experiment=metadata.experiment,
+            panel=metadata.panel,
+            xyz_px=metadata.xyz_px,
+            xyz_mm=metadata.xyz_mm,
+            s1=metadata.s1,
+            s0_crystal=metadata.s0_crystal,
+            s1_crystal=metadata.s1_crystal,
+            d=metadata.d,
+            lp=metadata.lp,
+            frame_sigma=metadata.frame_sigma,
+            effective_counts=likelihood.effective_counts,
+            effective_background=likelihood.effective_background,
+            exposure=likelihood.exposure,
+            background=background,
+            flags=flags | torch.where(rejected, Flag.REJECTED, 0),
+            refl_row=metadata.refl_row,
+        )
+
+
+def first_intensity(counts: Tensor, valid: Tensor, profile: Tensor, background: Tensor) -> Tensor:
+    """Two rounds of Fisher scoring for J alone, from summation; (B,) >= 0 [photons]."""
+    axes = tuple(range(1, counts.dim()))
+    spot = (valid * profile).sum(axes).clamp_min(0.05)
+    intensity = ((counts - background) * valid * (profile > 0.002)).sum(axes) / spot
+    for _ in range(2):
+        start = intensity.clamp_min(1.0).reshape(-1, *[1] * len(axes))
+        weight = valid * profile / (start * profile + background)
+        intensity = ((counts - background) * weight).sum(axes) / (profile * weight).sum(
+            axes
+        ).clamp_min(1e-12)
+    return intensity.clamp_min(0.0)
+
+
+def choose_reference(fit: BackgroundFit, expected: Tensor | None) -> Tensor:
+    """Intensity J0 at which the pixel likelihood is matched, (B,).
+
+    The expectation from symmetry mates where there is one: weights that do not depend on the
+    observation's own noise. The own estimate where there is none, or where the two disagree by
+    more than a factor that noise can explain (then the expectation is what is wrong).
+    """
+    own = fit.intensity.clamp_min(0.0)
+    if expected is None:
+        return own
+    expected = expected.to(own.dtype)
+    spread = 5.0 * (expected.clamp_min(0.0) + 25.0).sqrt() + 0.2 * expected
+    agrees = (own - expected).abs() < spread
+    return torch.where(agrees, expected.clamp_min(0.0), own)

@@ -1,0 +1,179 @@
+r"""Spot profile: a density over (rotation, slow, fast), integrated over voxels.
+
+The density is a sum of hat functions on a regular grid around the predicted centroid. Its axes are
+pixels along slow and fast, and ``e3 = zeta (phi - phi_c)`` [deg] along the rotation: in e3 the
+rocking curve has one width for all reflections (Kabsch, Acta Cryst. 2010, D66, 133), so one grid
+serves reflections near to and far from the rotation axis. Node weights are
+
+    w_g = softmax_g( log_mean_g + sum_k z_k basis_kg ),   z ~ Normal(prior),
+
+and the profile is the *integral* over a voxel, which for hat functions is exact and separates into
+three small matrices. Spots narrower than a pixel or a frame therefore need no special care, and
+the profile sums to 1 over the whole spot, masked voxels included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from integrator.types import ReflectionMetadata
+
+
+@dataclass(frozen=True)
+class SpotShape:
+    """Measured extent of the spots, the box that holds them and the frame width of each sweep."""
+
+    sigma_x_px: float
+    sigma_y_px: float
+    sigma_m_deg: float
+    box: tuple[int, int, int]  # (D, H, W)
+    frame_width_deg: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class VoxelWeights:
+    """Integrals of the hat functions over the voxels of a batch, one matrix per axis."""
+
+    rotation: Tensor  # (B, D, G3)
+    slow: Tensor  # (B, H, Gy)
+    fast: Tensor  # (B, W, Gx)
+
+    def project(self, node_weights: Tensor) -> Tensor:
+        """Voxel profile (B, D, H, W) of node weights (B or 1, G3, Gy, Gx)."""
+        n = len(self.fast)
+        w = node_weights.expand(n, -1, -1, -1)
+        w = torch.matmul(w, self.fast[:, None].transpose(-1, -2))  # (B, G3, Gy, W)
+        w = torch.matmul(self.slow[:, None], w)  # (B, G3, H, W)
+        shape = w.shape
+        w = torch.bmm(self.rotation, w.reshape(n, shape[1], -1))  # (B, D, H*W)
+        return w.reshape(n, -1, shape[2], shape[3])
+
+    def back_project(self, voxels: Tensor) -> Tensor:
+        """Adjoint of :meth:`project`, summed over the batch: (G3, Gy, Gx)."""
+        n, depth, height, width = voxels.shape
+        w = torch.bmm(self.rotation.transpose(1, 2), voxels.reshape(n, depth, -1))
+        w = w.reshape(n, -1, height, width)
+        w = torch.matmul(self.slow[:, None].transpose(-1, -2), w)
+        return torch.matmul(w, self.fast[:, None]).sum(0)
+
+
+def hat_integral(u: Tensor) -> Tensor:
+    """Integral from minus infinity to ``u`` of the unit hat function ``max(0, 1 - |u|)``."""
+    u = u.clamp(-1.0, 1.0)
+    return torch.where(u < 0, 0.5 * (1 + u) ** 2, 1 - 0.5 * (1 - u) ** 2)
+
+
+def _axis_weights(edges: Tensor, nodes: Tensor) -> Tensor:
+    """Share of each node's hat function inside each interval: (B, n_edges - 1, n_nodes)."""
+    step = nodes[1] - nodes[0]
+    cumulative = hat_integral((edges[..., None] - nodes) / step)  # (B, E, G)
+    return cumulative[:, 1:] - cumulative[:, :-1]
+
+
+class ProfileGrid(nn.Module):
+    """Grid of nodes and the starting density.
+
+    Parameters
+    ----------
+    shape : SpotShape
+    nodes_per_sigma : float
+    rotation_n_sigma : float
+        Half width of the grid along e3, in rocking-curve standard deviations.
+    """
+
+    def __init__(self, shape: SpotShape, nodes_per_sigma: float, rotation_n_sigma: float) -> None:
+        super().__init__()
+        self.shape = shape
+        _, height, width = shape.box
+        self.register_buffer("frame_width_deg", torch.tensor(shape.frame_width_deg))
+        self.register_buffer("nodes_fast", _nodes(width / 2, shape.sigma_x_px / nodes_per_sigma))
+        self.register_buffer("nodes_slow", _nodes(height / 2, shape.sigma_y_px / nodes_per_sigma))
+        half = rotation_n_sigma * shape.sigma_m_deg
+        self.register_buffer("nodes_rotation", _nodes(half, shape.sigma_m_deg / nodes_per_sigma))
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(G3, Gy, Gx)."""
+        return len(self.nodes_rotation), len(self.nodes_slow), len(self.nodes_fast)
+
+    def scaled_coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Node coordinates in standard deviations of the spot, each (G3, Gy, Gx)."""
+        s = self.shape
+        return torch.meshgrid(
+            self.nodes_rotation / s.sigma_m_deg,
+            self.nodes_slow / s.sigma_y_px,
+            self.nodes_fast / s.sigma_x_px,
+            indexing="ij",
+        )
+
+    def voxel_weights(self, metadata: ReflectionMetadata) -> VoxelWeights:
+        """Integrate the hat functions over the voxels of each reflection's box."""
+        edges = self.voxel_edges(metadata)
+        return VoxelWeights(
+            *(
+                _axis_weights(e, n)
+                for e, n in zip(
+                    edges, (self.nodes_rotation, self.nodes_slow, self.nodes_fast), strict=True
+                )
+            )
+        )
+
+    def voxel_edges(self, metadata: ReflectionMetadata) -> tuple[Tensor, Tensor, Tensor]:
+        """Voxel edges relative to the centroid: e3 [deg] (B, D+1), slow and fast [px]."""
+        edges = []
+        # xyz is (fast, slow, frame), corner and box are (frame, slow, fast)
+        for axis, (n, column) in enumerate(zip(self.shape.box, (2, 1, 0), strict=True)):
+            offset = (
+                metadata.corner[:, axis].to(self.nodes_fast.dtype) - metadata.xyz_px[:, column]
+            )
+            edges.append(offset[:, None] + torch.arange(n + 1, device=offset.device))
+        return edges[0] * self.frame_step(metadata)[:, None], edges[1], edges[2]
+
+    def frame_step(self, metadata: ReflectionMetadata) -> Tensor:
+        """Width of a frame along e3, (B,) [deg]."""
+        return metadata.zeta * self.frame_width_deg[metadata.experiment]
+
+
+def _nodes(half_width: float, step: float) -> Tensor:
+    n = max(int(torch.ceil(torch.tensor(half_width / step))), 3)
+    return torch.linspace(-half_width, half_width, 2 * n + 1)
+
+
+class ProfileModel(nn.Module):
+    """Mean profile, and the ``K`` directions in which a profile may differ from it.
+
+    The directions start as the Hermite-like polynomials of a Gaussian's log-density: three
+    shifts, six widths and correlations, three skews; training turns them.
+    """
+
+    n_latent = 12
+
+    def __init__(self, grid: ProfileGrid) -> None:
+        super().__init__()
+        self.grid = grid
+        e3, y, x = (c.clamp(-3.0, 3.0) for c in grid.scaled_coordinates())
+        self.log_mean = nn.Parameter(-0.5 * (e3**2 + y**2 + x**2))
+        second = [x**2 - 1, y**2 - 1, e3**2 - 1, x * y, x * e3, y * e3]
+        third = [c**3 - 3 * c for c in (x, y, e3)]
+        basis = torch.stack([x, y, e3, *(0.5 * s for s in second), *(t / 6 for t in third)])
+        self.basis = nn.Parameter(basis)
+
+    def node_weights(self, latent: Tensor | None = None) -> Tensor:
+        """Node weights that sum to 1, (B or 1, G3, Gy, Gx), for latents z (B, K)."""
+        log_density = self.log_mean.flatten()[None]
+        if latent is not None:
+            log_density = log_density + latent @ self.basis.flatten(1)
+        return torch.softmax(log_density, -1).reshape(-1, *self.grid.size)
+
+    def forward(self, weights: VoxelWeights, latent: Tensor | None = None) -> Tensor:
+        """Voxel profile, (B, D, H, W)."""
+        return weights.project(self.node_weights(latent))
+
+    @torch.no_grad()
+    def set_mean(self, node_weights: Tensor) -> None:
+        """Start from given node weights (G3, Gy, Gx), smoothed by a floor far below the peak."""
+        floor = 1e-7 * node_weights.max()
+        self.log_mean.copy_(torch.log(node_weights + floor))

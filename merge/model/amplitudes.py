@@ -1,0 +1,92 @@
+"""Amplitudes and intensities for other programs: each mate from its own observations.
+
+Refinement and phasing programs take F(+) and F(-) as independent measurements and weigh the
+difference themselves. What they get is therefore free of the coupling of the mates: the
+inverse-variance mean of the scaled, prior-free intensities of each row, its sigma, and the
+posterior mean of F under Wilson's prior alone (French & Wilson, Acta Cryst. 1978, A34, 517), here
+by direct quadrature with the learned Sigma(d).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from merge.model.merger import Merger
+from merge.types import MergeBatch
+
+N_NODES = 256
+N_SIGMA = 7.0
+
+
+@dataclass(frozen=True)
+class Amplitudes:
+    """One value per row of the reciprocal asymmetric unit, (R,); NaN where not observed.
+
+    Units are those of the merge: intensities in photons at K = 1.
+    """
+
+    amplitude: Tensor
+    sigma_amplitude: Tensor
+    intensity: Tensor
+    sigma_intensity: Tensor
+    n_obs: Tensor
+
+
+@torch.no_grad()
+def merged_amplitudes(
+    merger: Merger, batch: MergeBatch, chosen: Tensor | None = None
+) -> Amplitudes:
+    """Merge the observations (or the ``chosen`` ones, (B,) bool) with the merger's scales."""
+    value, variance, good = merger.scaled_observations(batch)
+    weight = good / variance
+    counted = torch.ones_like(weight)
+    if chosen is not None:
+        weight, counted = weight * chosen, counted * chosen
+    n_rows = len(merger.n_obs)
+    total = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight)
+    mean = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight * value) / total
+    n_obs = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, counted).long()
+    # all observations outliers: a reflection that the data do not determine
+    seen = (n_obs > 0) & (total > 0)
+    mean = torch.where(seen, mean, torch.nan)
+    sigma = torch.where(seen, total, torch.nan) ** -0.5
+    prior = merger.prior.wilson.p_structure_factor()
+    amplitude, sigma_amplitude = french_wilson(
+        mean, sigma, prior.spread, merger.prior.wilson.is_centric
+    )
+    return Amplitudes(amplitude, sigma_amplitude, mean, sigma, torch.where(seen, n_obs, 0))
+
+
+def french_wilson(
+    intensity: Tensor, sigma: Tensor, expected: Tensor, is_centric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of F given an intensity and its sigma.
+
+    Parameters
+    ----------
+    intensity, sigma, expected : Tensor, (R,)
+        Measured intensity, its standard deviation, and epsilon Sigma of Wilson's prior.
+    is_centric : Tensor, (R,) bool
+
+    Returns
+    -------
+    mean, standard_deviation : Tensor, (R,)
+    """
+    # an acentric exp(-I / E) prior moves a Gaussian by -sigma^2 / E, and spreads no wider
+    slope = torch.where(is_centric, 0.5, 1.0).to(expected.dtype) / expected
+    centre = intensity - sigma**2 * slope
+    upper = (centre.clamp_min(0.0) + N_SIGMA * sigma).sqrt()
+    # far below zero the posterior decays as exp(-I |centre| / sigma^2): look at that range only
+    decay = N_SIGMA**2 * sigma**2 / centre.abs().clamp_min(1e-30)
+    upper = torch.where(centre < -N_SIGMA * sigma, torch.minimum(upper, decay.sqrt()), upper)
+    lower = (centre - N_SIGMA * sigma).clamp_min(0.0).sqrt()
+    share = (torch.arange(N_NODES, dtype=expected.dtype, device=expected.device) + 0.5) / N_NODES
+    f = lower[:, None] + (upper - lower)[:, None] * share
+    log_p = -0.5 * ((f**2 - centre[:, None]) / sigma[:, None]) ** 2
+    log_p = log_p + torch.where(is_centric[:, None], 0.0, 1.0) * f.log()
+    p = torch.softmax(log_p, -1)
+    mean = (p * f).sum(-1)
+    return mean, (p * (f - mean[:, None]) ** 2).sum(-1).sqrt()

@@ -1,0 +1,97 @@
+r"""Likelihood of an expected intensity ``mu = K F^2``, with errors that are not Poisson.
+
+    L(mu) = (1 - w) \int dx Normal(x; 0, s^2) l(mu e^x) + w Outlier(mu)
+
+``l`` is the photon-count likelihood, normalised to a density of the observed intensity. The
+integral over the relative error ``x = log u`` (flicker, non-isomorphism; nu = 1 / s^2) is taken by
+Laplace's method: the integrand is log-concave, and Gaussian to high order for any ``s`` of a few
+per cent. The outlier part is a broad Student-t on the same residual, so that a zinger or an ice
+spot loses its say instead of pulling the mean.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from integrator.distributions.shifted_poisson import ShiftedPoisson
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+class PhotonCountLikelihood(nn.Module):
+    """Learned relative error ``s`` and outlier share ``w``.
+
+    Parameters
+    ----------
+    relative_error, outlier_fraction : float
+        Starting values.
+    """
+
+    outlier_scale = 6.0  # widths of the good part; beyond it the tail takes over
+    outlier_dof = 2.0
+
+    def __init__(self, relative_error: float, outlier_fraction: float) -> None:
+        super().__init__()
+        self.log_error = nn.Parameter(torch.tensor(math.log(relative_error), dtype=torch.float64))
+        self.logit_outlier = nn.Parameter(
+            torch.logit(torch.tensor(outlier_fraction, dtype=torch.float64))
+        )
+
+    @property
+    def relative_error(self) -> Tensor:
+        """Standard deviation s of the log of the multiplicative error."""
+        return self.log_error.clamp(-7.0, 0.0).exp()
+
+    def forward(self, likelihood: ShiftedPoisson, expected: Tensor) -> Tensor:
+        """Log-density of the observed intensity given ``expected`` (..., B) [photons]."""
+        good, outlier = self.components(likelihood, expected)
+        w = self.logit_outlier.clamp(-12.0, 0.0)
+        return torch.logaddexp(
+            good + nn.functional.logsigmoid(-w), outlier + nn.functional.logsigmoid(w)
+        )
+
+    def responsibility(self, likelihood: ShiftedPoisson, expected: Tensor) -> Tensor:
+        """Probability that an observation is not an outlier, (..., B)."""
+        good, outlier = self.components(likelihood, expected)
+        return torch.sigmoid(good - outlier - self.logit_outlier.clamp(-12.0, 0.0))
+
+    def variance(self, likelihood: ShiftedPoisson, expected: Tensor) -> Tensor:
+        """Variance of the observed intensity when ``expected`` is right, (..., B)."""
+        return likelihood.variance(expected) + (self.relative_error * expected) ** 2
+
+    def components(self, likelihood: ShiftedPoisson, expected: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities of the good and the outlier part, each (..., B)."""
+        good = (
+            self._marginal(likelihood, expected)
+            - likelihood.log_maximum
+            - 0.5 * (LOG_2PI + likelihood.observed_variance.log())
+        )
+        dof = self.outlier_dof
+        scale2 = self.outlier_scale**2 * self.variance(likelihood, expected)
+        z2 = (likelihood.mode - expected) ** 2 / scale2
+        norm = math.lgamma((dof + 1) / 2) - math.lgamma(dof / 2) - 0.5 * math.log(math.pi * dof)
+        outlier = norm - 0.5 * scale2.log() - 0.5 * (dof + 1) * torch.log1p(z2 / dof)
+        return good, outlier
+
+    def _marginal(self, likelihood: ShiftedPoisson, expected: Tensor) -> Tensor:
+        """Laplace integral of the photon-count likelihood over the relative error."""
+        a, t = likelihood.effective_counts, likelihood.exposure
+        beta = likelihood.effective_background
+        variance = self.relative_error**2
+        with torch.no_grad():  # the mode enters with vanishing derivative
+            x = torch.zeros_like(expected)
+            for _ in range(3):
+                mean = expected * x.exp()
+                share = mean / (mean + beta)
+                slope = a * share - t * mean - x / variance
+                x = (x + slope / (t * mean * share + 1 / variance)).clamp(-3.0, 3.0)
+        mean = expected * x.exp()
+        curvature = t * mean**2 / (mean + beta)
+        return (
+            likelihood.log_prob(mean)
+            - 0.5 * x**2 / variance
+            - 0.5 * torch.log1p(variance * curvature)
+        )

@@ -1,0 +1,201 @@
+"""Variational merging: photon-count likelihoods to posteriors of structure-factor amplitudes.
+
+    J_i = K_i u_i F_h^2,    F_h ~ double-Wilson,    q(F_h) = Nakagami(k_h, Omega_h)
+
+``inference`` gives q(F), ``generative`` the intensity it expects of each observation, ``loss`` the
+terms of the ELBO. The divergence of each group of Bijvoet mates is a global term: it is weighted
+with the share of the group's observations that the batch holds, so that any set of batches that
+covers the data once adds up to the full batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from integrator.distributions.nakagami import Nakagami
+from integrator.types import Flag, IntensityTable
+from merge.config import MergeConfig
+from merge.model.friedel import N_SPLITS, estimate_one_minus_r2, half_set_covariance
+from merge.model.likelihood import PhotonCountLikelihood
+from merge.model.prior import DoubleWilsonPrior, WilsonPrior
+from merge.model.scale import ScaleFeatures, ScaleModel
+from merge.types import MergeBatch, MergeLoss
+
+
+def merge_batch(table: IntensityTable, refl_id: Tensor) -> MergeBatch:
+    """Bind a table to unique reflections, all rows; ``refl_id`` (N,) >= 0."""
+    return MergeBatch(
+        refl_id=refl_id,
+        effective_counts=table.effective_counts.double(),
+        effective_background=table.effective_background.double(),
+        exposure=table.exposure.double(),
+        scale_index=table.refl_row,
+    )
+
+
+def usable(table: IntensityTable, refl_id: Tensor) -> Tensor:
+    """Observations that enter the merge: inside the table of reflections and not rejected, (N,)."""
+    return (refl_id >= 0) & ((table.flags & Flag.REJECTED) == 0)
+
+
+class Merger(nn.Module):
+    """Scale model, error model, prior and q(F).
+
+    Parameters
+    ----------
+    asu : ReciprocalAsu
+    features : ScaleFeatures
+        Of every observation of the experiment.
+    n_obs : Tensor, (R,) int64
+        Observations of each unique reflection, for the weights of the global terms.
+    config : MergeConfig
+    """
+
+    def __init__(
+        self, asu: ReciprocalAsu, features: ScaleFeatures, n_obs: Tensor, config: MergeConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        inv_d2 = torch.as_tensor(asu.d, dtype=torch.float64) ** -2
+        wilson = WilsonPrior(
+            inv_d2,
+            torch.as_tensor(asu.epsilon),
+            torch.as_tensor(asu.is_centric),
+            config.n_wilson_knots,
+        )
+        plus = np.flatnonzero(asu.friedel_sign > 0)
+        mate = asu.friedel_mate[plus]
+        order = np.argsort(np.argsort(-asu.d[plus]))
+        shell = order * config.n_friedel_shells // max(len(plus), 1)
+        self.prior = DoubleWilsonPrior(
+            wilson,
+            torch.as_tensor(plus),
+            torch.as_tensor(mate),
+            torch.as_tensor(shell),
+            config.n_friedel_shells,
+            config.double_wilson,
+        )
+        group = np.zeros(len(asu), dtype=np.int64)
+        group[plus], group[mate] = np.arange(len(plus)), np.arange(len(plus))
+        self.register_buffer("group", torch.as_tensor(group))
+        self.register_buffer("n_obs", n_obs)
+        n_group = torch.zeros(len(plus), dtype=torch.int64).index_add_(0, self.group, n_obs)
+        self.register_buffer("n_group", n_group)
+        self.scale = ScaleModel(features, config)
+        self.likelihood = PhotonCountLikelihood(config.relative_error, config.outlier_fraction)
+        self.log_spread = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
+        self.log_concentration = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
+
+    def inference(self) -> Nakagami:
+        """q(F) of every unique reflection, (R,)."""
+        # 0.3: below, the implicit cusp at F = 0 is narrower than anything the data can say
+        return Nakagami(
+            self.log_concentration.exp().clamp(0.3, 1e9),
+            self.log_spread.exp(),
+            validate_args=False,
+        )
+
+    def generative(self, batch: MergeBatch, q: Nakagami) -> tuple[Tensor, Tensor]:
+        """Expected intensity at the quadrature nodes of q(F), (Q, B) [photons]; weights (Q,)."""
+        nodes, weights = q.intensity_nodes(self.config.n_nodes)
+        return self.scale(batch.scale_index).exp() * nodes[:, batch.refl_id], weights
+
+    def loss(self, batch: MergeBatch, q: Nakagami) -> MergeLoss:
+        """Terms of the ELBO."""
+        expected, weights = self.generative(batch, q)
+        log_density = self.likelihood(batch.likelihood, expected)  # (Q, B)
+        return MergeLoss(weights @ log_density, self.prior.kl(q), self.scale.penalty())
+
+    def group_weights(self, refl_id: Tensor) -> Tensor:
+        """Share of each group's observations that a batch holds, (P,)."""
+        counted = torch.bincount(self.group[refl_id], minlength=len(self.n_group))
+        return counted / self.n_group.clamp_min(1)
+
+    @torch.no_grad()
+    def expected_intensity(self, refl_id: Tensor, scale_index: Tensor) -> Tensor:
+        """K <F^2> of observations, (B,) [photons]."""
+        return self.scale(scale_index).exp() * self.log_spread.exp()[refl_id]
+
+    @torch.no_grad()
+    def scaled_observations(self, batch: MergeBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled intensity, its variance, and probability to be no outlier, each (B,).
+
+        The intensity is the prior-free estimate divided by K; the variance is that expected at
+        the merged intensity, with the relative error.
+        """
+        scale = self.scale(batch.scale_index).exp()
+        expected = scale * self.log_spread.exp()[batch.refl_id]
+        likelihood = batch.likelihood
+        variance = self.likelihood.variance(likelihood, expected) / scale**2
+        good = self.likelihood.responsibility(likelihood, expected)
+        return likelihood.mode / scale, variance, good
+
+    @torch.no_grad()
+    def start(self, batch: MergeBatch) -> None:
+        """Start from inverse-variance means of the observations, shrunk towards Wilson."""
+        scale = self.scale(batch.scale_index).exp()
+        likelihood = batch.likelihood
+        value = likelihood.mode / scale
+        variance = likelihood.observed_variance / scale**2 + (0.05 * value) ** 2
+        total = torch.zeros_like(self.log_spread)
+        weight = torch.zeros_like(self.log_spread)
+        weight.index_add_(0, batch.refl_id, 1 / variance)
+        total.index_add_(0, batch.refl_id, value / variance)
+        seen = weight > 0
+        mean = total / weight.clamp_min(1e-30)
+        self.prior.wilson.start(mean, seen)
+        sigma = self.prior.wilson.epsilon * self.prior.wilson.wilson_sigma()
+        noise = weight.clamp_min(1e-30) ** -0.5
+        floor = torch.minimum(noise, sigma) * 0.5
+        spread = torch.where(seen, torch.maximum(mean, floor), sigma)
+        k = torch.where(seen, (spread / noise) ** 2, 1.0).clamp(0.6, 1e6)
+        mate = self._mate_row()
+        lonely = ~seen & seen[mate]  # F(-) never seen: start at F(+)
+        spread = torch.where(lonely, spread[mate], spread)
+        self.log_spread.copy_(spread.log())
+        self.log_concentration.copy_(k.log())
+
+    def _mate_row(self) -> Tensor:
+        mate = torch.arange(len(self.log_spread), device=self.log_spread.device)
+        plus, minus = self.prior.plus_row, self.prior.minus_row
+        mate[plus] = minus
+        mate[minus] = plus
+        return mate
+
+    @torch.no_grad()
+    def update_friedel_correlation(self, batch: MergeBatch, seed: int) -> None:
+        """Set 1 - r^2 by shell from half-set Bijvoet differences."""
+        prior = self.prior
+        if not (prior.coupled and prior.has_mate.any()):
+            return
+        value, variance, good = self.scaled_observations(batch)
+        sigma = (prior.wilson.epsilon * prior.wilson.wilson_sigma())[prior.plus_row]
+        amplitude2 = 0.5 * (
+            self.log_spread.exp()[prior.plus_row] + self.log_spread.exp()[prior.minus_row]
+        )
+        norm = 2 * (amplitude2 * sigma).sqrt()
+        # near F = 0 a difference of intensities says nothing of a difference of amplitudes
+        usable_group = prior.has_mate & (amplitude2 > 0.2 * sigma)
+        generator = torch.Generator().manual_seed(seed)
+        products, shells = [], []
+        for _ in range(N_SPLITS):
+            product, known = half_set_covariance(
+                batch.refl_id,
+                value,
+                good / variance,
+                prior.plus_row,
+                prior.minus_row,
+                norm,
+                generator,
+            )
+            keep = known & usable_group
+            products.append(product[keep])
+            shells.append(prior.shell[keep])
+        prior.one_minus_r2.copy_(
+            estimate_one_minus_r2(
+                torch.cat(products), torch.cat(shells), len(prior.one_minus_r2), prior.one_minus_r2
+            )
+        )

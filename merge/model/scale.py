@@ -1,0 +1,224 @@
+r"""Scale of an observation: expected photons = K F^2.
+
+    log K = -log(lp) + log sum_f w_f exp(gamma_f) - B(phi) / (2 d^2)
+            + sum_lm a_lm (Y_lm(-s0) + Y_lm(s1)) / 2 + network
+
+* ``gamma_f``: one scale per frame (beam flicker, illuminated volume), averaged over the frames
+  that the reflection crosses with the weights ``w_f`` of its rocking curve;
+* ``B(phi)``: radiation damage, piecewise linear over the scan, 0 at its start;
+* ``a_lm``: transmission of the incident and the diffracted beam as one smooth surface in the frame
+  of the crystal. The sum over the two directions is the same for a reflection and for the Friedel
+  mate measured along the reversed path, whatever the order l, and a surface of a few dozen
+  coefficients has no room for the thousands of Bijvoet differences;
+* the network sees only where on the detector and in the scan: it mends what is left.
+
+Terms other than lp have Gaussian priors; ``penalty`` is minus their log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import erf, factorial, lpmv
+from torch import Tensor, nn
+
+from integrator.types import IntensityTable, ReflectionMetadata
+from merge.config import MergeConfig
+from merge.model.prior import hat_design
+
+FRAMES_EACH_SIDE = 5
+
+
+@dataclass(frozen=True)
+class ScaleFeatures:
+    """What the scale depends on, computed once per observation (N rows).
+
+    Parameters
+    ----------
+    log_lp : Tensor, (N,)
+    frame : Tensor, (N, M) int64
+        Rows of the per-frame scale, counted through all experiments.
+    frame_weight : Tensor, (N, M)
+        Share of the rocking curve in each frame; rows sum to 1.
+    b_design : Tensor, (N, n_knots)
+        Interpolation of B times ``-1 / (2 d^2)``.
+    harmonics : Tensor, (N, n_lm)
+    position : Tensor, (N, 5)
+        Detector position, scan position and resolution, scaled to about [-1, 1].
+    n_frames : tuple of int
+        Frames of each experiment.
+    """
+
+    log_lp: Tensor
+    frame: Tensor
+    frame_weight: Tensor
+    b_design: Tensor
+    harmonics: Tensor
+    position: Tensor
+    n_frames: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> ScaleFeatures:
+        """Copy to a device."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return ScaleFeatures(**moved)
+
+
+def scale_features(
+    table: IntensityTable | ReflectionMetadata,
+    n_frames: list[int],
+    frame_width_deg: list[float],
+    config: MergeConfig,
+) -> ScaleFeatures:
+    """Compute :class:`ScaleFeatures` of every observation of a table."""
+    experiment = table.experiment
+    first = torch.as_tensor(np.concatenate([[0], np.cumsum(n_frames)[:-1]]))[experiment]
+    count = torch.as_tensor(n_frames)[experiment]
+    z = table.xyz_px[:, 2].double()
+    offsets = torch.arange(-FRAMES_EACH_SIDE, FRAMES_EACH_SIDE + 1)
+    frame = z.floor().long()[:, None] + offsets
+    # frame_sigma holds the frame's own width (1/12); the rocking curve itself is narrower
+    rocking = (table.frame_sigma.double() ** 2 - 1 / 12).clamp_min(1e-4).sqrt()
+    lower = (frame - z[:, None]) / rocking[:, None]
+    upper = lower + 1 / rocking[:, None]
+    weight = torch.as_tensor(erf(upper.numpy() / 2**0.5) - erf(lower.numpy() / 2**0.5))
+    inside = (frame >= 0) & (frame < count[:, None])
+    weight = torch.where(inside, weight, 0.0)
+    # a centroid just outside the scan: all weight on the nearest frame
+    nearest = (frame - z[:, None]).abs().argmin(1, keepdim=True)
+    weight.scatter_add_(1, nearest, torch.full_like(z, 1e-9)[:, None])
+    frame = torch.minimum(frame.clamp_min(0), count[:, None] - 1)
+    weight = weight / weight.sum(1, keepdim=True)
+
+    widths = torch.as_tensor(frame_width_deg, dtype=torch.float64)[experiment]
+    design = _b_design(z * widths, experiment, n_frames, frame_width_deg, config)
+    directions = [-table.s0_crystal.double(), table.s1_crystal.double()]
+    harmonics = sum(real_harmonics(v, config.absorption_order) for v in directions) / 2
+    return ScaleFeatures(
+        log_lp=table.lp.double().log(),
+        frame=frame + first[:, None],
+        frame_weight=weight,
+        b_design=design * (-0.5 / table.d.double() ** 2)[:, None],
+        harmonics=harmonics,
+        position=_scaled_position(table, count),
+        n_frames=tuple(n_frames),
+    )
+
+
+def _b_design(
+    angle: Tensor,
+    experiment: Tensor,
+    n_frames: list[int],
+    frame_width_deg: list[float],
+    config: MergeConfig,
+) -> Tensor:
+    """Interpolation on B knots of every experiment, the first knot of each left out (B = 0)."""
+    blocks = []
+    for k, (n, width) in enumerate(zip(n_frames, frame_width_deg, strict=True)):
+        span = abs(n * width)
+        n_knots = max(2, round(span / config.b_factor_spacing_deg) + 1)
+        knots = torch.linspace(0, span, n_knots, dtype=torch.float64)
+        block = hat_design(angle.abs(), knots)[:, 1:]
+        blocks.append(torch.where((experiment == k)[:, None], block, 0.0))
+    return torch.cat(blocks, 1)
+
+
+def _scaled_position(table: IntensityTable | ReflectionMetadata, n_frames: Tensor) -> Tensor:
+    xy = table.xyz_mm[:, :2].double()
+    centre = (xy.max(0).values + xy.min(0).values) / 2
+    half = ((xy.max(0).values - xy.min(0).values) / 2).clamp_min(1e-6)
+    scan = 2 * table.xyz_px[:, 2].double() / n_frames - 1
+    inv_d2 = table.d.double() ** -2
+    resolution = 2 * inv_d2 / inv_d2.max() - 1
+    x, y = ((xy - centre) / half).unbind(-1)
+    return torch.stack([x, y, x**2 + y**2 - 1, scan, resolution], -1)
+
+
+def real_harmonics(directions: Tensor, order: int) -> Tensor:
+    """Real spherical harmonics of orders 1 to ``order`` of unit vectors (N, 3): (N, n_lm)."""
+    v = directions.detach().cpu().numpy()
+    azimuth = np.arctan2(v[:, 1], v[:, 0])
+    columns = []
+    for l in range(1, order + 1):
+        for m in range(-l, l + 1):
+            k = abs(m)
+            norm = np.sqrt((2 * l + 1) / (4 * np.pi) * factorial(l - k) / factorial(l + k))
+            legendre = norm * lpmv(k, l, np.clip(v[:, 2], -1, 1))
+            turn = np.cos(k * azimuth) if m >= 0 else np.sin(k * azimuth)
+            columns.append(legendre * turn * (np.sqrt(2) if m else 1.0))
+    if not columns:
+        return torch.zeros(len(v), 0, dtype=torch.float64)
+    return torch.as_tensor(np.stack(columns, 1))
+
+
+class ScaleModel(nn.Module):
+    """Physical terms and a small network.
+
+    Parameters
+    ----------
+    features : ScaleFeatures
+        Of all observations; batches refer to its rows.
+    config : MergeConfig
+    """
+
+    b_sd = 3.0  # prior standard deviation of B [A^2]
+    harmonic_sd = 0.3
+    network_sd = 0.3
+
+    def __init__(self, features: ScaleFeatures, config: MergeConfig) -> None:
+        super().__init__()
+        for name in ("log_lp", "frame", "frame_weight", "b_design", "harmonics", "position"):
+            self.register_buffer(name, getattr(features, name), persistent=False)
+        self.n_frames = features.n_frames
+        self.physical = config.physical_scale
+        zeros = lambda n: nn.Parameter(torch.zeros(n, dtype=torch.float64))  # noqa: E731
+        self.log_frame_scale = zeros(sum(features.n_frames))
+        # frame-to-frame change of the log-scale; learned
+        self.log_step = nn.Parameter(torch.tensor(np.log(0.03), dtype=torch.float64))
+        self.b_factor = zeros(features.b_design.shape[1])
+        self.absorption = zeros(features.harmonics.shape[1])
+        self.network = None
+        if config.scale_network_width:
+            width = config.scale_network_width
+            self.network = nn.Sequential(
+                nn.Linear(features.position.shape[1], width), nn.Tanh(), nn.Linear(width, 1)
+            ).double()
+            nn.init.zeros_(self.network[-1].weight)
+            nn.init.zeros_(self.network[-1].bias)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """log K of the observations in rows ``index``, (B,)."""
+        log_scale = -self.log_lp[index]
+        if self.physical:
+            frames = self.log_frame_scale[self.frame[index]].exp()
+            log_scale = (
+                log_scale
+                + (self.frame_weight[index] * frames).sum(-1).log()
+                + self.b_design[index] @ self.b_factor
+                + self.harmonics[index] @ self.absorption
+            )
+        if self.network is not None:
+            log_scale = log_scale + self.network(self.position[index])[:, 0]
+        return log_scale
+
+    def penalty(self) -> Tensor:
+        """Minus the log-prior of all scale parameters, up to a constant, () [nats]."""
+        total = self.log_frame_scale.new_zeros(())
+        step = self.log_step.clamp(-7.0, 0.0)
+        first = 0
+        for n in self.n_frames:
+            gamma = self.log_frame_scale[first : first + n]
+            change = gamma.diff()
+            total = total + 0.5 * (change**2).sum() * torch.exp(-2 * step) + len(change) * step
+            # the mean belongs to the structure factors
+            total = total + 0.5 * (gamma.mean() / 0.1) ** 2
+            first += n
+        # weak prior of the step itself: without it few frames could run it to zero
+        total = total + 0.5 * ((step - np.log(0.03)) / 1.0) ** 2
+        total = total + 0.5 * (self.b_factor**2).sum() / self.b_sd**2
+        total = total + 0.5 * (self.absorption**2).sum() / self.harmonic_sd**2
+        if self.network is not None:
+            for p in self.network.parameters():
+                total = total + 0.5 * (p**2).sum() / self.network_sd**2
+        return total

@@ -1,0 +1,181 @@
+"""What is written at the end: integrated.refl, unmerged.mtz and sample shoeboxes for the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from integrator.io.dials import (
+    DialsFlag,
+    ReflectionTable,
+    read_experiments,
+    write_reflections,
+)
+from integrator.types import Flag, IntensityTable
+from merge.io.mtz import UnmergedTable, write_unmerged_mtz
+from pipelines.trainer import Trainer
+
+N_EXAMPLES = 12
+
+
+def integrated_reflections(
+    trainer: Trainer, table: IntensityTable, summed: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> ReflectionTable:
+    """Our observations as a DIALS table of integrated reflections.
+
+    ``intensity.prf`` is the maximum of the photon-count likelihood and ``intensity.sum`` the
+    plain sum over the spot: both raw photons, before L/P, and free of any prior.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    table : IntensityTable
+    summed : tuple of ndarray, (N,)
+        Summed intensity, its variance and the number of voxels, see :func:`sum_intensities`.
+    """
+    store = trainer.problem.store
+    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
+    n = len(table)
+    value = table.intensity.double().numpy()
+    # variance expected at the estimate: an observed count of 0 is not known without error
+    variance = (
+        (table.intensity.clamp_min(0) + table.effective_background) / table.exposure
+    ).double()
+    xyz = table.xyz_px.double().numpy()
+    flags = np.full(n, DialsFlag.PREDICTED, dtype=np.int64)
+    flags[usable] |= DialsFlag.INTEGRATED_SUM | DialsFlag.INTEGRATED_PRF
+    flags[~usable] |= DialsFlag.DONT_INTEGRATE
+    masked = (table.flags & (Flag.MASKED_CORE | Flag.PARTIAL_EDGE)).numpy() > 0
+    flags[masked] |= DialsFlag.FOREGROUND_INCLUDES_BAD_PIXELS
+    strong = usable & (value > 5 * np.sqrt(variance.numpy()))
+    flags[strong] |= DialsFlag.STRONG | DialsFlag.INDEXED
+    depth, height, width = store.box
+    frame, slow, fast = store.metadata().corner.numpy().T
+    bbox = np.stack([fast, fast + width, slow, slow + height, frame, frame + depth], 1)
+    sum_value, sum_variance, n_voxels = summed
+    identifiers = {i: e["identifier"] for i, e in enumerate(store.experiments)}
+    columns = {
+        "miller_index": table.miller_index.numpy().astype(np.int32),
+        "id": table.experiment.numpy().astype(np.int32),
+        "imageset_id": table.experiment.numpy().astype(np.int32),
+        "panel": table.panel.numpy().astype(np.uint64),
+        "entering": np.asarray(store.column("entering"), dtype=bool),
+        "s1": table.s1.double().numpy(),
+        "xyzcal.px": xyz,
+        "xyzcal.mm": table.xyz_mm.double().numpy(),
+        "xyzobs.px.value": xyz,
+        "xyzobs.px.variance": np.full_like(xyz, 0.1),
+        "xyzobs.mm.value": table.xyz_mm.double().numpy(),
+        "xyzobs.mm.variance": np.full_like(xyz, 1e-4),
+        "d": table.d.double().numpy(),
+        "bbox": bbox.astype(np.int32),
+        "zeta": store.metadata().zeta.double().numpy(),
+        "lp": table.lp.double().numpy(),
+        "qe": np.ones(n),
+        "partiality": np.ones(n),
+        "partial_id": np.arange(n, dtype=np.uint64),
+        "intensity.prf.value": value,
+        "intensity.prf.variance": variance.numpy(),
+        "intensity.sum.value": sum_value,
+        "intensity.sum.variance": sum_variance,
+        "background.mean": table.background.double().numpy(),
+        "background.sum.value": table.background.double().numpy() * n_voxels,
+        "background.sum.variance": table.background.double().numpy() * n_voxels,
+        "num_pixels.valid": n_voxels.astype(np.int32),
+        "num_pixels.foreground": n_voxels.astype(np.int32),
+        "num_pixels.background": np.full(n, depth * height * width, np.int32)
+        - n_voxels.astype(np.int32),
+        "num_pixels.background_used": np.full(n, depth * height * width, np.int32)
+        - n_voxels.astype(np.int32),
+        "profile.correlation": np.ones(n),
+        "flags": flags,
+    }
+    return ReflectionTable(columns, identifiers)
+
+
+@torch.no_grad()
+def sum_intensities(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Background-subtracted sum over the voxels that hold the spot, its variance, their number.
+
+    The share of the profile on the summed, valid voxels divides the sum, so that a spot cut by a
+    gap is not summed short.
+    """
+    n = len(trainer.problem.store)
+    value, variance, voxels = np.zeros(n), np.ones(n), np.ones(n)
+    for batch in trainer.dataset.batches(trainer.config.training.batch_size):
+        batch = batch.to(trainer.device)
+        posterior = trainer.model.integrator.inference(batch)
+        counts, valid = batch.counts.flatten(1), batch.is_valid.flatten(1)
+        core = valid & (posterior.profile > 1e-3)
+        share = (posterior.profile * core).sum(1).clamp_min(0.05)
+        background = posterior.background_fit.background
+        rows = batch.metadata.refl_row.numpy(force=True)
+        value[rows] = (((counts - background) * core).sum(1) / share).numpy(force=True)
+        spread = ((counts.clamp_min(0) * core).sum(1) + 1.0) / share**2
+        variance[rows] = spread.numpy(force=True)
+        voxels[rows] = core.sum(1).numpy(force=True)
+    return value, variance, np.maximum(voxels, 1)
+
+
+def write_integrated(trainer: Trainer, path: Path) -> None:
+    """Write integrated.refl, which ``dials.scale`` accepts with the run's EXPT."""
+    summed = sum_intensities(trainer)
+    write_reflections(path, integrated_reflections(trainer, trainer.table, summed))
+
+
+@torch.no_grad()
+def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
+    """Write scaled, unmerged observations: prior-free intensity over our scale."""
+    merger = trainer.model.merger
+    batch = trainer.merge_input()
+    value, variance, good = (t.cpu().numpy() for t in merger.scaled_observations(batch))
+    rows = batch.scale_index.cpu()
+    scale = merger.scale(batch.scale_index).exp().cpu().numpy()
+    metadata = trainer.problem.metadata[rows]
+    lp = metadata.lp.double().numpy()
+    keep = good > 0.5
+    table = UnmergedTable(
+        miller_index=metadata.miller_index.numpy()[keep],
+        experiment=metadata.experiment.numpy()[keep],
+        intensity=value[keep],
+        sigma=np.sqrt(variance)[keep],
+        xyz_px=metadata.xyz_px.double().numpy()[keep],
+        lp=lp[keep],
+        scale=(scale * lp)[keep],
+    )
+    write_unmerged_mtz(
+        path,
+        table,
+        read_experiments(expt),
+        cell=trainer.problem.cell,
+        space_group=trainer.problem.space_group,
+        history=["scaled by braggflux; outliers (probability above 1/2) left out"],
+    )
+
+
+@torch.no_grad()
+def write_examples(trainer: Trainer, path: Path) -> None:
+    """Some shoeboxes with their posteriors, from weak to strong, for the report."""
+    table = trainer.table
+    usable = torch.nonzero((table.flags & Flag.REJECTED) == 0)[:, 0]
+    order = usable[table.intensity[usable].argsort()]
+    n = min(N_EXAMPLES, len(order))
+    rows = order[torch.linspace(0, len(order) - 1, n).long()]
+    batch = trainer.problem.store.read(rows).to(trainer.device)
+    posterior = trainer.model.integrator.inference(batch)
+    rate = trainer.model.integrator.generative(posterior).reshape(batch.counts.shape)
+    q = posterior.q_intensity
+    arrays = {
+        "counts": batch.counts,
+        "rate": rate,
+        "is_valid": batch.is_valid,
+        "miller_index": batch.metadata.miller_index,
+        "resolution": batch.metadata.d,
+        "intensity": posterior.likelihood.mode,
+        "posterior_mean": q.base_dist.mean - posterior.likelihood.effective_background,
+        "posterior_sd": q.base_dist.variance.sqrt(),
+        "background": table.background[rows],
+    }
+    np.savez_compressed(path, **{k: v.cpu().numpy() for k, v in arrays.items()})
