@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write to"
     )
-    parser.add_argument("--preset", default="hewl-iodide", help="hewl-iodide (demo), tiny or multipanel (tests) [hewl-iodide]")
+    parser.add_argument(
+        "--preset",
+        default="hewl-iodide",
+        help="hewl-iodide (the demo), or tiny or multipanel (seconds) [hewl-iodide]",
+    )
     parser.add_argument("--seed", default="0", help="same seed, same frames [0]")
 
 
