@@ -135,7 +135,7 @@ def _against_dials(title: str, ours: ReflectionTable, dials: ReflectionTable) ->
     strength = dials_value / dials_sigma
     rows = []
     bins = [(_range_name(x, y), x, y) for x, y in pairwise(STRENGTH_EDGES)]
-    for name, x, y in [*bins, ("> 3", 3.0, np.inf)]:
+    for name, x, y in [*bins, ("all > 3", 3.0, np.inf)]:
         q = (strength > x) & (strength <= y)
         n = int(q.sum())
         if n < MIN_PAIRS:

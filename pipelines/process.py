@@ -67,8 +67,8 @@ def finish(
     if merged or integrated or truth:
         rows = compare(directory, integrated=integrated, merged=merged, truth=truth)
         show(row for row in rows if row["comparison"] != PEAKS)  # they have their own table
-    report = write_report(directory)
     directory.finish()
+    report = write_report(directory)
     show_peaks(directory)
     logger.info("report: %s", report)
     logger.info("merged: %s", directory.merged)

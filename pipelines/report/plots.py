@@ -134,7 +134,11 @@ def shell_statistics(rows: Rows) -> str | None:
 
 def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | None:
     """One panel per metric of compare.csv: bins across, a line for each subject."""
-    chosen = [r for r in rows if r["comparison"] == title and r["bin"] != "all" and r["value"]]
+    chosen = [
+        r
+        for r in rows
+        if r["comparison"] == title and r["value"] and not r["bin"].startswith("all")
+    ]
     metrics = [m for m in metrics if any(r["metric"] == m for r in chosen)]
     if not metrics:
         return None
