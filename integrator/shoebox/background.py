@@ -22,7 +22,7 @@ from integrator.io.shoebox_store import BackgroundField, ShoeboxStore
 from integrator.shoebox.canvas import FrameCanvas
 from integrator.types import ReflectionMetadata
 
-MAX_TILES = 4096
+MAX_TILES = 1024
 """Over all panels: bounds the memory of the per-frame sums."""
 
 
@@ -48,21 +48,31 @@ class BackgroundAccumulator:
             canvas.panel_view(self._is_watched, panel)[...] = watched
         self._total = np.zeros(canvas.size, dtype=np.int64)
         self._count = np.zeros(canvas.size, dtype=np.int32)
-        self._tile = _tiles(canvas)
-        n_tiles = int(self._tile.max()) + 1
+        self._side = _tile_side(canvas)
+        n_tiles = len(self._tile_sums(self._total))
         self._frame_total = np.zeros((n_images, n_tiles))
         self._frame_count = np.zeros((n_images, n_tiles))
 
     def add(self, frame: int, is_dark: NDArray[np.bool_]) -> None:
         """Add a frame's pixels where ``is_dark`` (size of the canvas) and recorded."""
         counts = self._canvas.counts
-        pixels = np.nonzero(is_dark & self._is_watched & (counts >= 0))[0]
-        values, tiles = counts[pixels], self._tile[pixels]
-        self._total[pixels] += values
-        self._count[pixels] += 1
-        n_tiles = self._frame_total.shape[1]
-        self._frame_total[frame] = np.bincount(tiles, weights=values, minlength=n_tiles)
-        self._frame_count[frame] = np.bincount(tiles, minlength=n_tiles)
+        is_used = is_dark & self._is_watched
+        is_used &= counts >= 0
+        values = counts * is_used
+        self._total += values
+        self._count += is_used
+        self._frame_total[frame] = self._tile_sums(values)
+        self._frame_count[frame] = self._tile_sums(is_used)
+
+    def _tile_sums(self, flat: NDArray) -> NDArray[np.float64]:
+        """Sum an array of the canvas' size over square tiles of the panels, (n_tiles,)."""
+        sums = []
+        for panel in range(len(self._canvas.panel_shapes)):
+            view = self._canvas.panel_view(flat, panel)
+            rows, columns = (np.arange(0, n, self._side) for n in view.shape)
+            partial = np.add.reduceat(view, rows, axis=0, dtype=np.float64)
+            sums.append(np.add.reduceat(partial, columns, axis=1).ravel())
+        return np.concatenate(sums)
 
     def result(self) -> BackgroundField:
         """Return the statistic of all frames added."""
@@ -149,15 +159,7 @@ class ExpectedBackground:
         return expected
 
 
-def _tiles(canvas: FrameCanvas) -> NDArray[np.int32]:
-    """Give each canvas pixel the number of its tile; the padding is in tile 0, never dark."""
+def _tile_side(canvas: FrameCanvas) -> int:
+    """Choose the size of tiles [pixels] so that there are about :data:`MAX_TILES`."""
     area = sum(slow * fast for slow, fast in canvas.panel_shapes)
-    side = max(16, math.ceil(math.sqrt(area / MAX_TILES)))
-    tile = np.zeros(canvas.size, dtype=np.int32)
-    first = 0
-    for panel, (slow, fast) in enumerate(canvas.panel_shapes):
-        across = -(-fast // side)
-        rows, columns = np.arange(slow) // side, np.arange(fast) // side
-        canvas.panel_view(tile, panel)[...] = first + rows[:, None] * across + columns
-        first += across * (-(-slow // side))
-    return tile
+    return max(16, math.ceil(math.sqrt(area / MAX_TILES)))

@@ -155,6 +155,15 @@ def test_a_predicted_table_gives_the_positions(store, experiment, tmp_path):
     assert share[1] == pytest.approx(float(share[0]), rel=0.2)
 
 
+def test_box_can_be_given(experiment, tmp_path):
+    given = run_extraction(
+        [experiment], 3.0, tmp_path / "s.h5", extent_override=EXTENT, box=(3, 13, 15)
+    )
+    assert given.box == (3, 13, 15)
+    with pytest.raises(UserError, match="three odd numbers"):
+        run_extraction([experiment], 3.0, tmp_path / "t.h5", extent_override=EXTENT, box=(3, 4, 5))
+
+
 def test_strong_spots_are_no_full_set(table):
     assert not is_full_set(table)
 
