@@ -43,7 +43,6 @@ def run_extraction(
     d_max: float | None = None,
     reflections: ReflectionTable | None = None,
     extent_override: SpotExtent | None = None,
-    box: tuple[int, int, int] | None = None,
     n_sigma: float = 4.0,
     box: tuple[int, int, int] | None = None,
     settings: MaskSettings | None = None,
@@ -67,8 +66,6 @@ def run_extraction(
         must agree with the experiments, and the full set is predicted.
     extent_override : SpotExtent, optional
         Instead of measuring.
-    box : (int, int, int), optional
-        (frames, slow, fast), odd; instead of the box that follows from the spot size.
     n_sigma : float
         Half size of the box in standard deviations of the spot.
     box : (int, int, int), optional
@@ -100,8 +97,6 @@ def run_extraction(
         extent = extent_override or measure_extent(sweeps, n_sigma=n_sigma)
         if box is not None:
             extent = replace(extent, box=box)
-        if box is not None:
-            extent = replace(extent, box=tuple(box))
         logger.info(
             "%d reflections, boxes of %d frames x %d x %d pixels",
             sum(map(len, predictions)),
