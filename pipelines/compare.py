@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
@@ -321,7 +322,15 @@ def _is_centric(file: MergedMtz, hkl: NDArray) -> NDArray[np.bool_]:
 
 
 def _different_crystal(a: MergedMtz, b: MergedMtz) -> str:
-    if a.space_group.number != b.space_group.number:
+    """Say why indices of two files do not mean the same reflections, or nothing.
+
+    Screw axes make no difference: only the point group and its asymmetric unit do.
+    """
+    kinds = [
+        (f.space_group.point_group_hm(), gemmi.ReciprocalAsu(f.space_group).condition_str())
+        for f in (a, b)
+    ]
+    if kinds[0] != kinds[1]:
         return f"space groups differ: {a.space_group.xhm()} and {b.space_group.xhm()}"
     if not np.allclose(a.cell.parameters, b.cell.parameters, rtol=CELL_TOLERANCE):
         return f"cells differ: {a.cell.parameters} and {b.cell.parameters}"

@@ -95,6 +95,9 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
 def show_peaks(run: RunDirectory, n_columns: int = 8) -> None:
     """Print epoch x site, the leading columns of :func:`peaks_table`."""
     header, rows, notes = peaks_table(run)
+    if not rows:
+        sys.stdout.write("".join(f"{note}\n" for note in notes))
+        return
     if len(header) - 1 > n_columns:
         notes.append(f"weaker sites: {run.peaks_file}")
     rows = [row[: n_columns + 1] for row in rows]

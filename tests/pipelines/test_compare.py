@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import gemmi
 import numpy as np
 import pytest
 
@@ -155,6 +156,16 @@ def test_bijvoet_differences_agree_with_the_independent_scorer(run, shared, tmp_
     assert value(rows, title, "> 5", "cc Bijvoet", REFERENCE) == pytest.approx(0.782, abs=1e-3)
     assert value(rows, title, "2.2-2", "cc Bijvoet", REFERENCE) == pytest.approx(0.259, abs=1e-3)
     assert value(rows, "merged by resolution [A]", "all", "cc I", BOTH) > 0.999
+
+
+@pytest.mark.realdata
+def test_screw_axes_do_not_hinder_the_comparison(run, shared):
+    """DIALS' full data of L-cysteine are in P222, ours in P212121."""
+    mtz = gemmi.read_mtz_file(str(shared / "data" / "l_cysteine" / "dials_full_merged.mtz"))
+    mtz.spacegroup = gemmi.SpaceGroup("P 21 21 21")
+    mtz.write_to_file(str(run.merged))
+    rows = compare(run, merged=shared / "data" / "l_cysteine" / "dials_full_merged.mtz")
+    assert value(rows, "merged by resolution [A]", "all", "cc I", BOTH) == pytest.approx(1.0)
 
 
 @pytest.mark.realdata

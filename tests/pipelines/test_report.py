@@ -136,6 +136,11 @@ def test_peaks_on_the_terminal_end_with_the_reference(run, capsys):
     assert lines[-1].split() == ["DIALS", "20.00", "15.00", "18.00", "5.12"]
 
 
+def test_without_a_model_the_reason_is_said(run, capsys):
+    show_peaks(run)
+    assert capsys.readouterr().out.startswith("no peaks: they need the phases of a model")
+
+
 def test_plain_table_is_aligned():
     lines = plain_table("t", ["a", "long"], [["x", "1"], ["yyy", "22"]])
     assert lines == ["t", "a    long", "---  ----", "x       1", "yyy    22"]
