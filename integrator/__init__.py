@@ -1,0 +1,1 @@
+"""Raw detector counts to posteriors over intensity, background and profile."""

@@ -10,17 +10,17 @@ class IntegratorConfig:
     """Profile, background and encoder of the integrator."""
 
     # Nodes of the profile grid per standard deviation of the spot, along each axis.
-    nodes_per_sigma: float = 2.0
+    nodes_per_sigma: float = 1.5
     # Half width of the profile grid along the rotation, in standard deviations of the rocking curve.
     rotation_n_sigma: float = 4.0
     # Rounds of expectation maximisation for the mean strong-spot profile.
-    profile_em_rounds: int = 25
+    profile_em_rounds: int = 15
     # Strong spots from which the mean profile starts.
-    n_profile_spots: int = 3000
+    n_profile_spots: int = 2000
     # Width of the hidden layers of the encoder.
     encoder_width: int = 48
     # Rounds of Fisher scoring for intensity and background given the profile.
-    n_scoring_rounds: int = 4
+    n_scoring_rounds: int = 2
     # Prior standard deviation of the log background level about the mean background image.
     background_level_sd: float = 0.1
     # Prior standard deviation of the relative background slope across half a box.

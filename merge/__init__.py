@@ -1,0 +1,1 @@
+"""Photon-count likelihoods or unmerged intensities to structure-factor posteriors."""

@@ -18,11 +18,11 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from integrator.atomic import replacing
 from integrator.crystal.cell import inv_d2
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.crystal.symmetry import is_centric
 from merge.half_sets import HalfSet, Observations, friedel_rows, half_sets, weighted_merge
-from merge.io.atomic import replacing
 
 Array = NDArray[np.float64]
 Row = dict[str, float | int | str | None]

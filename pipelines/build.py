@@ -62,8 +62,8 @@ def build_problem(store: ShoeboxStore, config: RunConfig) -> Problem:
     used = (refl_id >= 0) & ((store.flags & Flag.REJECTED) == 0)
     if not used.any():
         raise UserError(
-            f"none of {len(store)} observations in {store.path} can be merged in {space_group.xhm()} "
-            f"to {d_min:.2f} A: all are masked, outside the frames or systematically absent; "
+            f"none of {len(store)} observations in {store.path} can be merged in "
+            f"{space_group.xhm()} to {d_min:.2f} A: all are masked, outside the frames or systematically absent; "
             "check the pixel mask and the space group"
         )
     torch.manual_seed(config.training.seed)

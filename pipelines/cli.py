@@ -26,6 +26,7 @@ from typing import NoReturn
 from integrator.errors import UserError
 from pipelines import log
 from pipelines.provenance import package_version
+from pipelines.runtime import tune_process
 
 #: Explicit, so that `--help` needs no search of the file system; in the order of a user's day.
 COMMANDS = ("process", "run", "extract", "peaks", "compare", "report", "simulate")
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 on success, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C.
     """
     try:
+        tune_process()
         args = build_parser().parse_args(argv)
         log.configure(verbose=args.verbose)
         args.run(args)

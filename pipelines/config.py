@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, Self
 
+from integrator.atomic import replacing
 from integrator.config import IntegratorConfig
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 from merge.config import MergeConfig
 from pipelines import schema
 

@@ -18,8 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from integrator.atomic import replacing
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 from pipelines.config import DialsConfig
 
 logger = logging.getLogger(__name__)

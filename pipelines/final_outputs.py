@@ -1,4 +1,4 @@
-"""What is written at the end: integrated.refl, unmerged.mtz and sample shoeboxes for the report."""
+"""What is written at the end: integrated.refl, unmerged.mtz and shoeboxes for the report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from integrator.io.dials import (
     read_experiments,
     write_reflections,
 )
+from integrator.io.shoebox_store import ShoeboxStore
 from integrator.types import Flag, IntensityTable
 from merge.io.mtz import UnmergedTable, write_unmerged_mtz
 from pipelines.trainer import Trainer
@@ -36,26 +37,11 @@ def integrated_reflections(
         Summed intensity, its variance and the number of voxels, see :func:`sum_intensities`.
     """
     store = trainer.problem.store
-    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
     n = len(table)
-    value = table.intensity.double().numpy()
     # variance expected at the estimate: an observed count of 0 is not known without error
-    variance = (
-        (table.intensity.clamp_min(0) + table.effective_background) / table.exposure
-    ).double()
-    xyz = table.xyz_px.double().numpy()
-    flags = np.full(n, DialsFlag.PREDICTED, dtype=np.int64)
-    flags[usable] |= DialsFlag.INTEGRATED_SUM | DialsFlag.INTEGRATED_PRF
-    flags[~usable] |= DialsFlag.DONT_INTEGRATE
-    masked = (table.flags & (Flag.MASKED_CORE | Flag.PARTIAL_EDGE)).numpy() > 0
-    flags[masked] |= DialsFlag.FOREGROUND_INCLUDES_BAD_PIXELS
-    strong = usable & (value > 5 * np.sqrt(variance.numpy()))
-    flags[strong] |= DialsFlag.STRONG | DialsFlag.INDEXED
-    depth, height, width = store.box
-    frame, slow, fast = store.metadata().corner.numpy().T
-    bbox = np.stack([fast, fast + width, slow, slow + height, frame, frame + depth], 1)
-    sum_value, sum_variance, n_voxels = summed
-    identifiers = {i: e["identifier"] for i, e in enumerate(store.experiments)}
+    variance = (table.intensity.clamp_min(0) + table.effective_background) / table.exposure
+    xyz, xyz_mm = table.xyz_px.double().numpy(), table.xyz_mm.double().numpy()
+    value, variance = table.intensity.double().numpy(), variance.double().numpy()
     columns = {
         "miller_index": table.miller_index.numpy().astype(np.int32),
         "id": table.experiment.numpy().astype(np.int32),
@@ -64,35 +50,64 @@ def integrated_reflections(
         "entering": np.asarray(store.column("entering"), dtype=bool),
         "s1": table.s1.double().numpy(),
         "xyzcal.px": xyz,
-        "xyzcal.mm": table.xyz_mm.double().numpy(),
+        "xyzcal.mm": xyz_mm,
         "xyzobs.px.value": xyz,
         "xyzobs.px.variance": np.full_like(xyz, 0.1),
-        "xyzobs.mm.value": table.xyz_mm.double().numpy(),
+        "xyzobs.mm.value": xyz_mm,
         "xyzobs.mm.variance": np.full_like(xyz, 1e-4),
         "d": table.d.double().numpy(),
-        "bbox": bbox.astype(np.int32),
+        "bbox": _bounding_boxes(store),
         "zeta": store.metadata().zeta.double().numpy(),
         "lp": table.lp.double().numpy(),
         "qe": np.ones(n),
         "partiality": np.ones(n),
         "partial_id": np.arange(n, dtype=np.uint64),
         "intensity.prf.value": value,
-        "intensity.prf.variance": variance.numpy(),
-        "intensity.sum.value": sum_value,
-        "intensity.sum.variance": sum_variance,
-        "background.mean": table.background.double().numpy(),
-        "background.sum.value": table.background.double().numpy() * n_voxels,
-        "background.sum.variance": table.background.double().numpy() * n_voxels,
+        "intensity.prf.variance": variance,
+        "profile.correlation": np.ones(n),
+        "flags": _dials_flags(table, value, variance),
+        **_sum_columns(table, summed, int(np.prod(store.box))),
+    }
+    identifiers = {i: e["identifier"] for i, e in enumerate(store.experiments)}
+    return ReflectionTable(columns, identifiers)
+
+
+def _bounding_boxes(store: ShoeboxStore) -> np.ndarray:
+    """(N, 6) int32: fast, slow and frame ranges, half-open."""
+    depth, height, width = store.box
+    frame, slow, fast = store.metadata().corner.numpy().T
+    box = [fast, fast + width, slow, slow + height, frame, frame + depth]
+    return np.stack(box, 1).astype(np.int32)
+
+
+def _dials_flags(table: IntensityTable, value: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
+    flags = np.full(len(table), DialsFlag.PREDICTED, dtype=np.int64)
+    flags[usable] |= DialsFlag.INTEGRATED_SUM | DialsFlag.INTEGRATED_PRF
+    flags[~usable] |= DialsFlag.DONT_INTEGRATE
+    masked = (table.flags & (Flag.MASKED_CORE | Flag.PARTIAL_EDGE)).numpy() > 0
+    flags[masked] |= DialsFlag.FOREGROUND_INCLUDES_BAD_PIXELS
+    flags[usable & (value > 5 * np.sqrt(variance))] |= DialsFlag.STRONG | DialsFlag.INDEXED
+    return flags
+
+
+def _sum_columns(
+    table: IntensityTable, summed: tuple[np.ndarray, np.ndarray, np.ndarray], n_box: int
+) -> dict[str, np.ndarray]:
+    value, variance, n_voxels = summed
+    background = table.background.double().numpy()
+    rest = (n_box - n_voxels).astype(np.int32)
+    return {
+        "intensity.sum.value": value,
+        "intensity.sum.variance": variance,
+        "background.mean": background,
+        "background.sum.value": background * n_voxels,
+        "background.sum.variance": background * n_voxels,
         "num_pixels.valid": n_voxels.astype(np.int32),
         "num_pixels.foreground": n_voxels.astype(np.int32),
-        "num_pixels.background": np.full(n, depth * height * width, np.int32)
-        - n_voxels.astype(np.int32),
-        "num_pixels.background_used": np.full(n, depth * height * width, np.int32)
-        - n_voxels.astype(np.int32),
-        "profile.correlation": np.ones(n),
-        "flags": flags,
+        "num_pixels.background": rest,
+        "num_pixels.background_used": rest,
     }
-    return ReflectionTable(columns, identifiers)
 
 
 @torch.no_grad()
@@ -157,7 +172,7 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
 
 @torch.no_grad()
 def write_examples(trainer: Trainer, path: Path) -> None:
-    """Some shoeboxes with their posteriors, from weak to strong, for the report."""
+    """Write some shoeboxes with their posteriors, from weak to strong, for the report."""
     table = trainer.table
     usable = torch.nonzero((table.flags & Flag.REJECTED) == 0)[:, 0]
     order = usable[table.intensity[usable].argsort()]

@@ -34,7 +34,7 @@ class ElboTerms:
 
     def detached(self) -> dict[str, float]:
         """Plain numbers."""
-        return {k: float(v) for k, v in vars(self).items()}
+        return {k: float(v.detach()) for k, v in vars(self).items()}
 
 
 def assemble_elbo(
@@ -107,7 +107,7 @@ class JointModel(nn.Module):
         return self.integrator.loss(batch, posterior), table
 
     def merge_terms(self, table: IntensityTable) -> tuple[MergeLoss, MergeBatch]:
-        """Merge's terms for the usable rows of a table."""
+        """Give the merge's terms for the usable rows of a table."""
         refl_id = self.refl_id[table.refl_row]
         keep = usable(table, refl_id)
         batch = merge_batch(table[keep], refl_id[keep])

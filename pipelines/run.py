@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from integrator.atomic import replacing
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 from integrator.io.intensity_file import read_intensities, write_intensities
 from integrator.io.shoebox_store import ShoeboxStore
 from integrator.types import IntensityTable
@@ -32,7 +32,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
     Parameters
     ----------
     config : RunConfig
-        ``expt``, ``refl``, ``model`` and ``out`` are needed.
+        ``expt``, ``refl`` and ``out`` are needed; without ``model`` there are no peaks.
     resume : bool
         Go on from the latest checkpoint; the result is that of an uninterrupted run.
     """
@@ -43,7 +43,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
     store = _shoeboxes(directory, config)
     problem = build_problem(store, config)
     anomalous = None
-    if config.merge.anomalous:
+    if config.merge.anomalous and config.model is not None:
         anomalous = AnomalousModel(
             config.model, problem.cell, problem.space_group, problem.asu.d_min
         )
@@ -82,7 +82,7 @@ def _shoeboxes(directory: RunDirectory, config: RunConfig) -> ShoeboxStore:
 
 
 def _write_reference(directory: RunDirectory, config: RunConfig) -> None:
-    if config.reference is None:
+    if config.reference is None or config.model is None:
         return
     d_min = config.extraction.d_min
     try:

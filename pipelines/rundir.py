@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
+from integrator.atomic import replacing
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 from pipelines import log, provenance, schema
 from pipelines.config import RunConfig
 

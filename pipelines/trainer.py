@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from integrator.shoebox.dataset import ShoeboxDataset
-from integrator.types import IntensityTable
+from integrator.types import Flag, IntensityTable
 from merge.model.merger import merge_batch, usable
 from merge.types import MergeBatch
 from pipelines.build import Problem
@@ -125,7 +125,7 @@ class Trainer:
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)))
             self.integrator_optimizer.step()
             for name in self._integration:
-                self._integration[name] += float(getattr(terms, name))
+                self._integration[name] += float(getattr(terms, name).detach())
             if progress is not None:
                 progress(k + 1, n_batches)
         return sum(norms) / max(len(norms), 1)
@@ -211,23 +211,23 @@ class Trainer:
         self, epoch: int, began: float, terms: ElboTerms, gradient_norm: float | None
     ) -> EpochResult:
         merger = self.model.merger
-        n = max(int((self.table.flags & 8 == 0).sum()), 1)
+        n = max(int(((self.table.flags & Flag.REJECTED) == 0).sum()), 1)
         pixels = getattr(self, "_integration", None) if epoch else None
         metrics: dict[str, float | int | None] = {
             "epoch": epoch,
             "wall_s": round(time.monotonic() - began, 2),
             "gpu_mem_mb": _gpu_memory(self.device),
             "lr": self.integrator_optimizer.param_groups[0].get("lr") if epoch else None,
-            "merge_elbo": float(terms.elbo) / n,
-            "merge_nll": float(terms.nll) / n,
-            "kl_structure_factor": float(terms.kl_structure_factor) / n,
-            "scale_penalty": float(terms.scale_penalty) / n,
+            "merge_elbo": float(terms.elbo.detach()) / n,
+            "merge_nll": float(terms.nll.detach()) / n,
+            "kl_structure_factor": float(terms.kl_structure_factor.detach()) / n,
+            "scale_penalty": float(terms.scale_penalty.detach()) / n,
             "pixel_nll": pixels and pixels["nll"] / n,
             "kl_profile": pixels and pixels["kl_profile"] / n,
             "kl_background": pixels and pixels["kl_background"] / n,
             "grad_norm": gradient_norm,
-            "relative_error": float(merger.likelihood.relative_error),
-            "outlier_fraction": float(torch.sigmoid(merger.likelihood.logit_outlier)),
+            "relative_error": float(merger.likelihood.relative_error.detach()),
+            "outlier_fraction": float(torch.sigmoid(merger.likelihood.logit_outlier.detach())),
         }
         return EpochResult(epoch, metrics)
 

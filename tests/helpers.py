@@ -14,6 +14,11 @@ import torch
 from scipy import stats
 from scipy.special import erf
 
+from integrator.config import IntegratorConfig
+from integrator.model.background import MeanBackground
+from integrator.model.encoder import PositionFeatures
+from integrator.model.integrator import Integrator
+from integrator.model.profile import SpotShape
 from integrator.types import ReflectionMetadata, ShoeboxBatch
 
 
@@ -109,3 +114,19 @@ def poisson_boxes(
     if is_valid is None:
         is_valid = np.ones(counts.shape, dtype=bool)
     return ShoeboxBatch(torch.as_tensor(counts * is_valid), torch.as_tensor(is_valid), metadata)
+
+
+def make_integrator(
+    metadata: ReflectionMetadata, spot: Spot, level: float, config: IntegratorConfig | None = None
+) -> Integrator:
+    """Untrained integrator with a Gaussian profile and a flat mean background of ``level``."""
+    shape = SpotShape(
+        spot.sigma_x_px, spot.sigma_y_px, spot.sigma_m_deg, spot.box, (spot.frame_width_deg,)
+    )
+    image = torch.full((120, 120), level)
+    return Integrator(
+        shape,
+        MeanBackground([[image]], [torch.ones(120)], spot.box),
+        PositionFeatures.from_metadata(metadata),
+        config or IntegratorConfig(),
+    )

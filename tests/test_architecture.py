@@ -17,17 +17,19 @@ FOUNDATIONS = ("integrator.crystal", "integrator.distributions", "integrator.typ
 #: Module prefix -> what of ours it may import. The most specific prefix counts.
 MAY_IMPORT = {
     "integrator.errors": (),
+    "integrator.atomic": ("integrator.errors",),
     "integrator.crystal": ("integrator.crystal", "integrator.errors"),
     "integrator.distributions": ("integrator.distributions", "integrator.errors"),
     "integrator.types": ("integrator.errors",),
     "integrator": ("integrator",),
-    "merge": ("merge", *FOUNDATIONS, "integrator.errors"),
+    "merge": ("merge", *FOUNDATIONS, "integrator.errors", "integrator.atomic"),
     "fixtures": (
         "fixtures",
         "integrator.crystal",
         "integrator.types",
         "integrator.io",
         "integrator.errors",
+        "integrator.atomic",
     ),
     "pipelines": ("pipelines", "integrator", "merge"),
     # `braggflux simulate` is the one door to the simulator.

@@ -19,10 +19,10 @@ from typing import Any
 import gemmi
 import numpy as np
 
+from integrator.atomic import replacing
 from integrator.crystal.geometry import Experiment, ImageFiles, Scan
 from integrator.errors import UserError
 from integrator.io import dials_models as models
-from integrator.io.atomic import replacing
 
 Block = dict[str, Any]
 

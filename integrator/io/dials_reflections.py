@@ -17,9 +17,9 @@ import msgpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from integrator.atomic import replacing
 from integrator.crystal.geometry import Experiment
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 
 log = logging.getLogger(__name__)
 

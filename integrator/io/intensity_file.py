@@ -8,8 +8,8 @@ from pathlib import Path
 import h5py
 import torch
 
+from integrator.atomic import replacing
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 from integrator.types import IntensityTable
 
 FORMAT = "braggflux-intensities"

@@ -28,8 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from integrator.atomic import replacing
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 from integrator.shoebox.mask import MaskBit
 from integrator.types import ReflectionMetadata, ShoeboxBatch
 

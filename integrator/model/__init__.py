@@ -1,0 +1,1 @@
+"""Generative model of a shoebox and its amortized posterior."""

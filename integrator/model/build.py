@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-from scipy.ndimage import gaussian_filter
-from torch import Tensor
 
 from integrator.config import IntegratorConfig
 from integrator.errors import UserError
-from integrator.io.shoebox_store import BackgroundField, ShoeboxStore
+from integrator.io.shoebox_store import ShoeboxStore
 from integrator.model.background import MeanBackground
 from integrator.model.encoder import PositionFeatures
 from integrator.model.integrator import Integrator
 from integrator.model.profile import SpotShape
 from integrator.model.start import MIN_PHOTONS, spot_brightness, start_profile
+from integrator.shoebox.background import mean_image
 from integrator.types import Flag
 
 CHUNK = 4096
@@ -25,12 +24,7 @@ def build_integrator(store: ShoeboxStore, config: IntegratorConfig) -> Integrato
     shape = SpotShape(
         sigma_x, sigma_y, sigma_m, tuple(int(n) for n in store.box), sweep_widths(store)
     )
-    fields = [store.background(e) for e in range(len(store.experiments))]
-    background = MeanBackground(
-        [smoothed_images(f, config.background_smoothing_px) for f in fields],
-        [torch.as_tensor(f.frame_ratio, dtype=torch.float32).clamp_min(0.05) for f in fields],
-        shape.box,
-    )
+    background = mean_background(store, config.background_smoothing_px)
     features = PositionFeatures.from_metadata(store.metadata())
     return Integrator(shape, background, features, config)
 
@@ -40,24 +34,19 @@ def sweep_widths(store: ShoeboxStore) -> tuple[float, ...]:
     return tuple(float(e["oscillation_deg"][1]) for e in store.experiments)
 
 
-def smoothed_images(field: BackgroundField, sigma_px: float) -> list[Tensor]:
-    """Mean background of each panel, smoothed; pixels without a clear frame take neighbours'.
+def mean_background(store: ShoeboxStore, smoothing_px: float) -> MeanBackground:
+    """Mean background of a store's sweeps, smoothed by ``smoothing_px``.
 
     A pixel's mean over a few hundred frames of 0.1 photon is uncertain by a tenth and more, and
     background has no structure as fine as a pixel.
     """
-    images = []
-    for total, count in zip(field.total, field.count, strict=True):
-        numerator, denominator = total.astype(float), count.astype(float)
-        overall = numerator.sum() / max(denominator.sum(), 1.0)
-        # a wide filter first, so that no pixel is without any value
-        wide = (gaussian_filter(numerator, 8 * sigma_px) + 1e-6 * overall) / (
-            gaussian_filter(denominator, 8 * sigma_px) + 1e-6
-        )
-        weight = gaussian_filter(denominator, sigma_px)
-        level = gaussian_filter(numerator, sigma_px) + wide
-        images.append(torch.as_tensor(level / (weight + 1.0), dtype=torch.float32))
-    return images
+    images, levels = [], []
+    for number in range(len(store.experiments)):
+        field = store.background(number)
+        panels = zip(field.total, field.count, strict=True)
+        images.append([torch.from_numpy(mean_image(*panel, smoothing_px)) for panel in panels])
+        levels.append(torch.as_tensor(field.frame_ratio, dtype=torch.float32).clamp_min(0.05))
+    return MeanBackground(images, levels, tuple(int(n) for n in store.box))
 
 
 def start_from_strong_spots(integrator: Integrator, store: ShoeboxStore, seed: int) -> int:

@@ -184,7 +184,7 @@ class Integrator(nn.Module):
         return moments, (signal * share).sum((1, 2, 3)), intensity
 
     def generative(self, posterior: IntegrationPosterior) -> Tensor:
-        """Expected photons of each voxel at the reference intensity, (B, P)."""
+        """Give the expected photons of each voxel at the reference intensity, (B, P)."""
         return (
             posterior.reference[:, None] * posterior.profile + posterior.background_fit.background
         )

@@ -12,15 +12,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor
 
 from integrator.crystal.geometry import Experiment
-from integrator.io.shoebox_store import BackgroundField, ShoeboxStore
+from integrator.io.shoebox_store import BackgroundField
 from integrator.shoebox.canvas import FrameCanvas
-from integrator.types import ReflectionMetadata
 
 MAX_TILES = 1024
 """Over all panels: bounds the memory of the per-frame sums."""
@@ -117,46 +114,6 @@ def mean_image(
     return np.divide(counts, frames, out=np.zeros_like(counts), where=frames > 1e-9).astype(
         np.float32
     )
-
-
-class ExpectedBackground:
-    """Background expected in boxes from the statistic of a store.
-
-    Parameters
-    ----------
-    store : ShoeboxStore
-    smoothing_px : float
-        Of the background images, see :func:`mean_image`.
-    """
-
-    def __init__(self, store: ShoeboxStore, smoothing_px: float = 2.0) -> None:
-        self._box = store.box
-        self._images: list[list[Tensor]] = []
-        self._ratios: list[Tensor] = []
-        for number in range(len(store.experiments)):
-            field = store.background(number)
-            panels = zip(field.total, field.count, strict=True)
-            self._images.append([torch.from_numpy(mean_image(*p, smoothing_px)) for p in panels])
-            self._ratios.append(torch.from_numpy(field.frame_ratio).float())
-
-    def __call__(self, metadata: ReflectionMetadata) -> Tensor:
-        """Give the expected photons per voxel, (B, D, H, W) float32.
-
-        Voxels outside of the panel or scan take the value at the edge.
-        """
-        depth, height, width = (torch.arange(n) for n in self._box)
-        expected = torch.empty(len(metadata), *self._box)
-        place = torch.stack([metadata.experiment, metadata.panel], dim=1)
-        for experiment, panel in torch.unique(place, dim=0).tolist():
-            rows = torch.nonzero((place == torch.tensor([experiment, panel])).all(1))[:, 0]
-            image, ratio = self._images[experiment][panel], self._ratios[experiment]
-            frame, slow, fast = metadata.corner[rows].T[:, :, None]
-            slow = (slow + height).clamp(0, image.shape[0] - 1)
-            fast = (fast + width).clamp(0, image.shape[1] - 1)
-            plane = image[slow[:, :, None], fast[:, None, :]]
-            along = ratio[(frame + depth).clamp(0, len(ratio) - 1)]
-            expected[rows] = along[:, :, None, None] * plane[:, None]
-        return expected
 
 
 def _tile_side(canvas: FrameCanvas) -> int:

@@ -15,10 +15,10 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from integrator.atomic import replacing
 from integrator.crystal.symmetry import is_in_asu
 from integrator.errors import UserError
 from merge.half_sets import HalfSet, mean_of_mates
-from merge.io.atomic import replacing
 from merge.io.merged_table import MergedTable, merged_table
 from merge.io.unmerged_mtz import (
     UnmergedMtz,

@@ -10,10 +10,10 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from integrator.atomic import replacing
 from integrator.crystal.geometry import Crystal, Experiment
 from integrator.crystal.symmetry import to_asu
 from integrator.errors import UserError
-from merge.io.atomic import replacing
 
 Array = NDArray[np.float64]
 

@@ -1,0 +1,1 @@
+"""Generative model of merged data: scales, structure factors, priors, likelihood."""

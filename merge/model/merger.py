@@ -37,7 +37,7 @@ def merge_batch(table: IntensityTable, refl_id: Tensor) -> MergeBatch:
 
 
 def usable(table: IntensityTable, refl_id: Tensor) -> Tensor:
-    """Observations that enter the merge: inside the table of reflections and not rejected, (N,)."""
+    """Tell which observations enter the merge: of a known reflection and not rejected, (N,)."""
     return (refl_id >= 0) & ((table.flags & Flag.REJECTED) == 0)
 
 
@@ -99,7 +99,7 @@ class Merger(nn.Module):
         )
 
     def generative(self, batch: MergeBatch, q: Nakagami) -> tuple[Tensor, Tensor]:
-        """Expected intensity at the quadrature nodes of q(F), (Q, B) [photons]; weights (Q,)."""
+        """Give K F^2 at the quadrature nodes of q(F), (Q, B) [photons], and weights (Q,)."""
         nodes, weights = q.intensity_nodes(self.config.n_nodes)
         return self.scale(batch.scale_index).exp() * nodes[:, batch.refl_id], weights
 

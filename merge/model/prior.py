@@ -6,7 +6,8 @@ centric. Sigma(d) is a spline in 1/d^2, learned in the logarithm: over a data se
 Double-Wilson (Read 1990, Acta Cryst. A46, 900, for the conditional; Hekstra et al. 2025 for its
 use in merging): given F(+), an acentric F(-) follows Rice's law,
 
-    p(F- | F+) = 2 F- / S exp(-(F-^2 + r^2 F+^2) / S) I_0(2 r F+ F- / S),   S = epsilon Sigma (1 - r^2).
+    p(F- | F+) = 2 F- / S exp(-(F-^2 + r^2 F+^2) / S) I_0(2 r F+ F- / S),
+    S = epsilon Sigma (1 - r^2).
 
 r(d) comes from the data by the correlation of half-set Bijvoet differences (empirical Bayes, see
 ``merge.model.friedel``): r must not be learned by gradient with F, its likelihood there runs to 1.

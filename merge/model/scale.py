@@ -188,7 +188,7 @@ class ScaleModel(nn.Module):
             nn.init.zeros_(self.network[-1].bias)
 
     def forward(self, index: Tensor) -> Tensor:
-        """log K of the observations in rows ``index``, (B,)."""
+        """Log K of the observations in rows ``index``, (B,)."""
         log_scale = -self.log_lp[index]
         if self.physical:
             frames = self.log_frame_scale[self.frame[index]].exp()

@@ -10,8 +10,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from integrator.atomic import replacing
 from integrator.errors import UserError
-from integrator.io.atomic import replacing
 from pipelines import provenance, schema
 from pipelines.config import RunConfig
 from pipelines.report import plots

@@ -96,7 +96,7 @@ def test_efficiency_lost_by_a_wrong_reference_is_bounded():
 
 @pytest.mark.parametrize("true", [5.0, 50.0, 1000.0])
 def test_log_ratio_follows_the_pixels_within_two_sigma(true):
-    """Mean size of the error of the log-ratio against J0, in nats: the ratio itself is 1/2 and 2."""
+    """Mean size of the error of the log-ratio against J0 [nats]; the ratio itself is 1/2 and 2."""
     rho, b = spot()
     counts = simulate(true, rho, b, 300)
     likelihood = matched(counts, rho, b, true)

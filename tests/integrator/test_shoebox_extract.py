@@ -10,7 +10,8 @@ import torch
 
 from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Panel, Scan
 from integrator.errors import UserError
-from integrator.shoebox.background import ExpectedBackground, mean_image, pixel_inv_d
+from integrator.model.build import mean_background
+from integrator.shoebox.background import mean_image, pixel_inv_d
 from integrator.shoebox.extent import SpotExtent, frame_sigma
 from integrator.shoebox.extract import extract_shoeboxes
 from integrator.shoebox.mask import MaskBit, MaskSettings
@@ -283,7 +284,7 @@ def test_frame_ratio_and_expected_background_recover_a_known_field(tmp_path):
     smooth = mean_image(field.total[0], field.count[0])
     np.testing.assert_allclose(smooth / (image * factor.mean()), 1, atol=0.15)
     metadata = store.metadata()
-    boxes = ExpectedBackground(store)(metadata)
+    boxes = mean_background(store, smoothing_px=2.0)(metadata)
     inside = torch.nonzero(store.flags & Flag.PARTIAL_EDGE == 0)[:, 0]
     for row in inside[:20].tolist():
         f, s, q = metadata.corner[row].tolist()
