@@ -11,7 +11,7 @@ class IntegratorConfig:
 
     # Nodes of the profile grid per standard deviation of the spot, along each axis.
     nodes_per_sigma: float = 1.5
-    # Half width of the profile grid along the rotation, in standard deviations of the rocking curve.
+    # Half width of the profile grid along the rotation, in rocking-curve standard deviations.
     rotation_n_sigma: float = 4.0
     # Rounds of expectation maximisation for the mean strong-spot profile.
     profile_em_rounds: int = 15
