@@ -16,11 +16,9 @@ from integrator.model.build import build_integrator, start_from_strong_spots, sw
 from integrator.types import Flag, ReflectionMetadata
 from merge.model.merger import Merger
 from merge.model.scale import scale_features
+from pipelines.checks import crystal_form
 from pipelines.config import RunConfig
 from pipelines.joint import JointModel
-
-#: Largest relative difference of cell edges between sweeps that are merged into one crystal form.
-CELL_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,9 @@ def build_problem(store: ShoeboxStore, config: RunConfig) -> Problem:
     UserError
         The sweeps have different crystal forms, or no observation can be merged.
     """
-    cell, space_group = crystal_form(store)
+    cell, space_group = crystal_form(
+        [(e["unit_cell"], e["space_group"]) for e in store.experiments]
+    )
     metadata = store.metadata()
     d_min = config.extraction.d_min or float(metadata.d.min())
     # a hair beyond: the cell of a scan-varying crystal differs a little from frame to frame
@@ -63,8 +63,8 @@ def build_problem(store: ShoeboxStore, config: RunConfig) -> Problem:
     if not used.any():
         raise UserError(
             f"none of {len(store)} observations in {store.path} can be merged in "
-            f"{space_group.xhm()} to {d_min:.2f} A: all are masked, outside the frames or systematically absent; "
-            "check the pixel mask and the space group"
+            f"{space_group.xhm()} to {d_min:.2f} A: all are masked, outside the frames or "
+            "systematically absent; check the pixel mask and the space group"
         )
     torch.manual_seed(config.training.seed)
     integrator = build_integrator(store, config.integrator)
@@ -76,17 +76,3 @@ def build_problem(store: ShoeboxStore, config: RunConfig) -> Problem:
     wavelength = float(np.mean([e["wavelength"] for e in store.experiments]))
     model = JointModel(integrator, merger, refl_id, store.flags)
     return Problem(store, asu, model, cell, space_group, wavelength)
-
-
-def crystal_form(store: ShoeboxStore) -> tuple[gemmi.UnitCell, gemmi.SpaceGroup]:
-    """Mean cell and the space group of all sweeps."""
-    cells = np.array([e["unit_cell"] for e in store.experiments])
-    groups = {e["space_group"] for e in store.experiments}
-    spread = np.ptp(cells[:, :3], axis=0) / cells[:, :3].mean(0)
-    if len(groups) > 1 or spread.max() > CELL_TOLERANCE:
-        raise UserError(
-            f"the sweeps hold different crystals (space groups {', '.join(sorted(groups))}; cell "
-            f"edges differ by {100 * spread.max():.1f} %); sweeps of one run must agree in space "
-            f"group and within {100 * CELL_TOLERANCE:.0f} %: run them apart"
-        )
-    return gemmi.UnitCell(*cells.mean(0)), gemmi.SpaceGroup(groups.pop())
