@@ -85,8 +85,8 @@ class ProfilePrior(nn.Module):
 class ProfileEncoder(nn.Module):
     """q(z | shoebox): a correction to the prior, gated by the information in the spot.
 
-    The posterior mean is ``prior mean + gain * network(moments)`` with gain = info / (info + c):
-    an empty box gets the prior, exactly.
+    The posterior mean is ``prior mean + gain * network(moments)`` with gain = info / (info + c),
+    and the network's say in the width is gated likewise: an empty box gets the prior, exactly.
     """
 
     def __init__(self, n_latent: int, n_features: int, width: int) -> None:
@@ -129,5 +129,5 @@ class ProfileEncoder(nn.Module):
         base = prior.base_dist
         mean = base.loc + gain * (shift + self.linear(torch.tanh(relative)))
         # data shrink the posterior from the prior's width as 1 / sqrt(1 + info / c)
-        sd = base.scale * (1 - gain).sqrt() * torch.exp(log_ratio.clamp(-3.0, 3.0))
+        sd = base.scale * (1 - gain).sqrt() * torch.exp(gain * log_ratio.clamp(-3.0, 3.0))
         return Independent(Normal(mean, sd.clamp_min(1e-4)), 1)
