@@ -116,8 +116,13 @@ def _compare_observations(
         rows = [_missing(title, "cc", BOTH, f"no integrated.refl of DIALS: {dials_missing}")]
         dials = None
     else:
-        dials = _profile_fitted(read_reflections(integrated))
-        rows = _against_dials(title, ours, dials)
+        dials = read_reflections(integrated)
+        if "intensity.prf.value" in dials:
+            dials = _profile_fitted(dials)
+            rows = _against_dials(title, ours, dials)
+        else:  # too few spots for its profiles
+            rows = [_missing(title, "cc", BOTH, f"{integrated.name} has no profile intensities")]
+            dials = None
     if true_counts is not None:
         rows += _against_true_counts(ours, dials, true_counts)
     return rows

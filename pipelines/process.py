@@ -8,6 +8,7 @@ from pathlib import Path
 
 from integrator.errors import UserError
 from pipelines import log
+from pipelines.checks import check_input, check_known_crystal
 from pipelines.compare import PEAKS, compare, show
 from pipelines.config import RunConfig
 from pipelines.dials_chain import DialsChain, Reference
@@ -43,17 +44,18 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     if truth is not None and not truth.is_file():
         raise UserError(f"--truth {truth} does not exist; give an MTZ file with F(+), F(-)")
     config.require("out")
+    check_known_crystal(config.dials, config.model)
     directory = RunDirectory(config.out)
     directory.check_free(resume=resume)
     chain = DialsChain(directory.dials, config.dials, config.extraction.d_min)
     log.attach_file(directory.log_file)
     expt, refl = chain.geometry()
+    config = replace(config, expt=expt, refl=refl)
+    check_input(config)
     reference = Reference(reason="not asked for (dials.has_reference is false)")
     if config.dials.has_reference:
         reference = chain.reference()
-    directory = run(
-        replace(config, expt=expt, refl=refl, reference=reference.merged), resume=resume
-    )
+    directory = run(replace(config, reference=reference.merged), resume=resume)
     if reference.reason:
         directory.note("reference", reference.reason)
     return finish(directory, integrated=reference.integrated, truth=truth)

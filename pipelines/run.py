@@ -16,6 +16,7 @@ from integrator.types import IntensityTable
 from pipelines import log
 from pipelines.anomalous import AnomalousModel, peak_heights_from_mtz
 from pipelines.build import Problem, build_problem
+from pipelines.checks import check_input, why_no_peaks
 from pipelines.config import RunConfig
 from pipelines.epoch_outputs import EpochWriter
 from pipelines.extraction import extract
@@ -38,22 +39,39 @@ def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
     """
     config = config.resolved()
     device = choose_device(config.training.device)
+    check_input(config)
     directory = RunDirectory.create(config, resume=resume)
     log.attach_file(directory.log_file)
+    try:
+        trainer, writer = _prepare(directory, config, device)
+        _train(trainer, writer, directory, config)
+    except UserError:
+        # a mistake found late must not stand in the way of the corrected command
+        directory.abandon()
+        raise
+    _finish(trainer, writer, directory, config)
+    return directory
+
+
+def _prepare(
+    directory: RunDirectory, config: RunConfig, device: torch.device
+) -> tuple[Trainer, EpochWriter]:
+    """Cut the boxes, build the model, score the reference."""
     store = _shoeboxes(directory, config)
     problem = build_problem(store, config)
     anomalous = None
-    if config.merge.anomalous and config.model is not None:
+    if reason := why_no_peaks(config):
+        directory.note("peaks", reason)
+    else:
         anomalous = AnomalousModel(
             config.model, problem.cell, problem.space_group, problem.asu.d_min
         )
+        if anomalous.why_no_sites:
+            directory.note("peaks", anomalous.why_no_sites)
     _write_reference(directory, config)
     trainer = Trainer(problem, config, device, _exchange(directory, config))
     _log_problem(problem, device)
-    writer = EpochWriter(directory, trainer, anomalous)
-    _train(trainer, writer, directory, config)
-    _finish(trainer, writer, directory, config)
-    return directory
+    return trainer, EpochWriter(directory, trainer, anomalous)
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -258,6 +259,19 @@ class RunDirectory:
             if name in before and before[name]["sha256"] != record["sha256"]:
                 return f"another input ({name} {record['path']} has changed since the run began)"
         return ""
+
+    def abandon(self) -> None:
+        """Leave nothing of a run that failed before its first checkpoint, but `process`' part."""
+        if self.latest_file.is_file():
+            return
+        self._clear()
+        for path in (self.config_file, self.config_difference, self.provenance_file):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.mtz_folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if {p.name for p in self.path.iterdir()} <= {self.log_file.name}:
+            self.log_file.unlink(missing_ok=True)
+            self.path.rmdir()
 
     def _clear(self) -> None:
         """Remove what an earlier configuration has left before its first checkpoint."""

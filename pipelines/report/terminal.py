@@ -85,9 +85,10 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
         for e in epochs
     ]
     notes = []
-    if not peaks and run.read_config().model is None:
-        notes.append("no peaks: they need the phases of a model, and none was given (--model)")
-    if (reason := run.read_provenance()["notes"].get("reference")) is not None:
+    reasons = run.read_provenance()["notes"]
+    if (reason := reasons.get("peaks")) is not None:
+        notes.append(f"no peaks: {reason}")
+    if (reason := reasons.get("reference")) is not None:
         notes.append(f"no {REFERENCE} row: {reason}")
     return ["epoch", *(name for name, _ in columns)], rows, notes
 

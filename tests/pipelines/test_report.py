@@ -137,6 +137,7 @@ def test_peaks_on_the_terminal_end_with_the_reference(run, capsys):
 
 
 def test_without_a_model_the_reason_is_said(run, capsys):
+    run.note("peaks", "they need the phases of a model, and none was given (--model)")
     show_peaks(run)
     assert capsys.readouterr().out.startswith("no peaks: they need the phases of a model")
 
