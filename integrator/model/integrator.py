@@ -17,6 +17,7 @@ from torch.distributions import (
     AffineTransform,
     Distribution,
     Gamma,
+    Independent,
     TransformedDistribution,
     kl_divergence,
 )
@@ -48,7 +49,9 @@ class IntegrationPosterior:
     reference : Tensor, (B,)
         Intensity J0 >= 0 at which the likelihood was matched [photons].
     likelihood : ShiftedPoisson
-        Likelihood of J with the background given.
+        Likelihood of J with profile and background given.
+    information_fraction : Tensor, (B,)
+        Share of its information that is left when profile and background are uncertain.
     """
 
     p_profile: Distribution
@@ -57,11 +60,12 @@ class IntegrationPosterior:
     background_fit: BackgroundFit
     reference: Tensor
     likelihood: ShiftedPoisson
+    information_fraction: Tensor
 
     @property
     def marginal_likelihood(self) -> ShiftedPoisson:
-        """Likelihood of J less the information spent on the background."""
-        return self.likelihood.tempered(self.background_fit.information_fraction)
+        """Likelihood of J less the information spent on profile and background."""
+        return self.likelihood.tempered(self.information_fraction)
 
     @property
     def q_intensity(self) -> Distribution:
@@ -147,13 +151,41 @@ class Integrator(nn.Module):
         )
         posterior = self.encoder(moments, information, features, prior)
         latent = posterior.rsample() if sample else posterior.mean
-        profile = self.profile(weights, latent).flatten(1).clamp_min(1e-12)
+        node_weights = self.profile.node_weights(latent)
+        profile = weights.project(node_weights).flatten(1).clamp_min(1e-12)
         fit = self.background.fit(counts, is_valid, profile.detach(), mean_background, start)
         reference = choose_reference(fit, expected)
         likelihood = shifted_poisson_from_pixels(
             counts, profile, fit.background, is_valid, reference
         )
-        return IntegrationPosterior(prior, posterior, profile, fit, reference, likelihood)
+        variance = self._profile_variance(weights, node_weights, batch, profile, fit, posterior)
+        own = likelihood.variance(reference)
+        fraction = fit.information_fraction * own / (own + reference**2 * variance)
+        return IntegrationPosterior(
+            prior, posterior, profile, fit, reference, likelihood, fraction.detach()
+        )
+
+    @torch.no_grad()
+    def _profile_variance(
+        self,
+        weights: VoxelWeights,
+        node_weights: Tensor,
+        batch: ShoeboxBatch,
+        profile: Tensor,
+        fit: BackgroundFit,
+        posterior: Independent,
+    ) -> Tensor:
+        """Relative variance of the estimate of J from the width of q(z), (B,).
+
+        If the true profile is rho + delta, an estimate with weights w_p is off by the factor
+        <delta, w> / <rho, w> over the recorded voxels: next to nothing for a strong, whole spot,
+        and much where a gap or the edge of the box leaves the profile to extrapolate.
+        """
+        rate = fit.intensity.clamp_min(0.0)[:, None] * profile + fit.background
+        pixel = (batch.is_valid.flatten(1) * profile / rate).reshape(batch.counts.shape)
+        slope = self.profile.sensitivity(weights, node_weights, pixel)
+        overlap = (pixel.flatten(1) * profile).sum(1, keepdim=True).clamp_min(1e-12)
+        return ((slope / overlap) ** 2 * posterior.variance).sum(1)
 
     @torch.no_grad()
     def _encode_inputs(

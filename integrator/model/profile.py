@@ -52,12 +52,12 @@ class VoxelWeights:
         return w.reshape(n, -1, shape[2], shape[3])
 
     def back_project(self, voxels: Tensor) -> Tensor:
-        """Adjoint of :meth:`project`, summed over the batch: (G3, Gy, Gx)."""
+        """Adjoint of :meth:`project`: (B, G3, Gy, Gx) of voxel values (B, D, H, W)."""
         n, depth, height, width = voxels.shape
         w = torch.bmm(self.rotation.transpose(1, 2), voxels.reshape(n, depth, -1))
         w = w.reshape(n, -1, height, width)
         w = torch.matmul(self.slow[:, None].transpose(-1, -2), w)
-        return torch.matmul(w, self.fast[:, None]).sum(0)
+        return torch.matmul(w, self.fast[:, None])
 
 
 def hat_integral(u: Tensor) -> Tensor:
@@ -171,6 +171,21 @@ class ProfileModel(nn.Module):
     def forward(self, weights: VoxelWeights, latent: Tensor | None = None) -> Tensor:
         """Voxel profile, (B, D, H, W)."""
         return weights.project(self.node_weights(latent))
+
+    @torch.no_grad()
+    def sensitivity(self, weights: VoxelWeights, node_weights: Tensor, pixel: Tensor) -> Tensor:
+        """Differentiate ``sum_p pixel_p rho_p`` with respect to each latent, (B, K).
+
+        Parameters
+        ----------
+        weights : VoxelWeights
+        node_weights : Tensor, (B, G3, Gy, Gx)
+        pixel : Tensor, (B, D, H, W)
+        """
+        value = (weights.back_project(pixel) * node_weights).flatten(1)  # (B, G)
+        basis = self.basis.flatten(1)
+        mean = node_weights.flatten(1) @ basis.T  # softmax: only what differs from the mean moves
+        return value @ basis.T - value.sum(1, keepdim=True) * mean
 
     @torch.no_grad()
     def set_mean(self, node_weights: Tensor) -> None:

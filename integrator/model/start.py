@@ -55,8 +55,8 @@ def start_profile(integrator: Integrator, strong: ShoeboxBatch, chunk: int = 512
             ratio = valid * batch.counts / (scale * profile + background)
             # equal say for every spot: a few very bright ones must not set the profile alone
             say = 1 / scale.clamp_min(1.0).sqrt()
-            collected += weights.back_project(say * scale * ratio)
-            exposed += weights.back_project(say * scale * valid)
+            collected += weights.back_project(say * scale * ratio).sum(0)
+            exposed += weights.back_project(say * scale * valid).sum(0)
         # a node that hardly any recorded voxel sees keeps its share
         seen = exposed > 1e-3 * exposed.max()
         update = torch.where(seen, collected / exposed.clamp_min(1e-12), torch.ones_like(exposed))
