@@ -1,0 +1,329 @@
+"""Unmerged observations in memory, however they came, and what is done before they are merged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import gemmi
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from integrator.crystal.cell import reciprocal_metric
+from integrator.crystal.symmetry import is_centric, to_asu
+from integrator.errors import UserError
+
+Array = NDArray[np.float64]
+
+#: Largest relative difference of cell lengths (and of angles, in radians) within a crystal form.
+CELL_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class UnmergedData:
+    """Observations of one dataset, one row each, sorted by image.
+
+    Parameters
+    ----------
+    miller_index : (N, 3) int32
+        As observed, not mapped to the asymmetric unit.
+    intensity, sigma : (N,)
+        Finite; sigma is positive.
+    image : (N,) int64
+        Number of the image (still, frame or batch), 0 .. n_images - 1, never falling.
+    wavelength : (N,) or None
+        [A] of each observation where the input gives one for each observation or each still.
+    metadata : dict of str to (N,) float64
+        Every other column under its own name.
+    cell : gemmi.UnitCell
+    space_group : gemmi.SpaceGroup
+    name : str
+        Stem of the input file.
+    has_lp_applied : bool
+        Intensities are already free of the Lorentz and polarization factors.
+    """
+
+    miller_index: NDArray[np.int32]
+    intensity: Array
+    sigma: Array
+    image: NDArray[np.int64]
+    wavelength: Array | None
+    metadata: dict[str, Array]
+    cell: gemmi.UnitCell
+    space_group: gemmi.SpaceGroup
+    name: str
+    has_lp_applied: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        """Refuse columns of unequal length and rows out of order."""
+        columns = {"intensity": self.intensity, "sigma": self.sigma, "image": self.image}
+        columns |= self.metadata
+        if self.wavelength is not None:
+            columns["wavelength"] = self.wavelength
+        wrong = [n for n, c in columns.items() if np.shape(c) != (len(self),)]
+        if wrong or self.miller_index.shape != (len(self), 3):
+            raise ValueError(f"{wrong or 'miller_index'} do not have {len(self)} rows")
+        if len(self) and (np.any(np.diff(self.image) < 0) or self.image[0] < 0):
+            raise ValueError("rows must be sorted by image, counted from 0")
+
+    def __len__(self) -> int:
+        """Return N."""
+        return len(self.intensity)
+
+    @property
+    def n_images(self) -> int:
+        """One more than the largest image number."""
+        return int(self.image[-1]) + 1 if len(self) else 0
+
+    @property
+    def image_starts(self) -> NDArray[np.int64]:
+        """First row of each image and, at the end, N: (n_images + 1,)."""
+        return np.searchsorted(self.image, np.arange(self.n_images + 1))
+
+    @property
+    def is_polychromatic(self) -> bool:
+        """Whether observations of one image have different wavelengths (Laue)."""
+        if self.wavelength is None:
+            return False
+        same_image = np.diff(self.image) == 0
+        return bool(np.any(np.diff(self.wavelength)[same_image] != 0.0))
+
+    def select(self, rows: ArrayLike) -> UnmergedData:
+        """Return the given rows (boolean mask or rising indices); images keep their numbers."""
+        index = np.asarray(rows)
+        return replace(
+            self,
+            miller_index=self.miller_index[index],
+            intensity=self.intensity[index],
+            sigma=self.sigma[index],
+            image=self.image[index],
+            wavelength=None if self.wavelength is None else self.wavelength[index],
+            metadata={name: column[index] for name, column in self.metadata.items()},
+        )
+
+
+def make_unmerged(
+    *,
+    source: str,
+    miller_index: ArrayLike,
+    intensity: ArrayLike,
+    sigma: ArrayLike,
+    image_label: ArrayLike,
+    metadata: Mapping[str, ArrayLike],
+    wavelength: ArrayLike | None,
+    cell: gemmi.UnitCell,
+    space_group: gemmi.SpaceGroup,
+    name: str,
+    has_lp_applied: bool,
+) -> UnmergedData:
+    """Drop rows without a usable intensity, sort by image, and number the images from 0.
+
+    Parameters
+    ----------
+    source : str
+        The input, for messages.
+    image_label : array_like, (N,)
+        Any numbers that tell images apart (batch numbers); they are numbered in rising order.
+    miller_index, intensity, sigma, metadata, wavelength, cell, space_group, name, has_lp_applied
+        As :class:`UnmergedData` has them.
+
+    Raises
+    ------
+    UserError
+        No row has a finite intensity and a positive finite sigma.
+    """
+    intensity, sigma = np.asarray(intensity, float), np.asarray(sigma, float)
+    usable = np.isfinite(intensity) & np.isfinite(sigma) & (sigma > 0.0)
+    if not usable.any():
+        raise UserError(_why_unusable(source, intensity, sigma))
+    _, number = np.unique(np.asarray(image_label)[usable], return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    rows = np.flatnonzero(usable)[order]
+
+    def take(column: ArrayLike) -> Array:
+        return np.asarray(column)[rows].astype(np.float64)
+
+    return UnmergedData(
+        miller_index=np.asarray(miller_index)[rows].astype(np.int32),
+        intensity=intensity[rows],
+        sigma=sigma[rows],
+        image=number[order].astype(np.int64),
+        wavelength=None if wavelength is None else take(wavelength),
+        metadata={key: take(column) for key, column in metadata.items()},
+        cell=cell,
+        space_group=space_group,
+        name=name,
+        has_lp_applied=has_lp_applied,
+    )
+
+
+def _why_unusable(source: str, intensity: Array, sigma: Array) -> str:
+    if len(sigma) and np.all(sigma == 0.0):
+        what = f"all {len(sigma)} sigmas are 0"
+    elif len(sigma) and not np.isfinite(sigma).any():
+        what = f"none of the {len(sigma)} sigmas is finite"
+    else:
+        what = f"none of {len(intensity)} observations has a finite intensity and a sigma above 0"
+    return f"{source}: {what}; merging needs sigma > 0: integrate again or give another file"
+
+
+def check_one_crystal_form(
+    datasets: Sequence[UnmergedData], tolerance: float = CELL_TOLERANCE
+) -> None:
+    """Make sure that datasets may share structure factors.
+
+    Parameters
+    ----------
+    datasets : sequence of UnmergedData
+        Compared with the first.
+    tolerance : float
+        Allowed relative difference of a, b, c and difference of the angles in radians.
+
+    Raises
+    ------
+    UserError
+        Naming the two datasets with different space groups or cells.
+    """
+    for other in datasets[1:]:
+        first = datasets[0]
+        if other.space_group.xhm() != first.space_group.xhm():
+            raise UserError(
+                f"{first.name} has space group {first.space_group.xhm()} and {other.name} has "
+                f"{other.space_group.xhm()}; datasets merged together need one space group: "
+                "reindex, or merge them in separate runs"
+            )
+        if not first.cell.is_similar(other.cell, tolerance, float(np.degrees(tolerance))):
+            raise UserError(
+                f"the cells of {first.name} ({_text(first.cell)}) and {other.name} "
+                f"({_text(other.cell)}) differ by more than {tolerance:.1%}: leave one out, or "
+                "raise the tolerance"
+            )
+
+
+def _text(cell: gemmi.UnitCell) -> str:
+    return " ".join(f"{value:.2f}" for value in cell.parameters)
+
+
+def reindex(data: UnmergedData, operator: str) -> UnmergedData:
+    """Apply a reindexing operator to indices and cell; the space group stays.
+
+    Parameters
+    ----------
+    data : UnmergedData
+    operator : str
+        New indices in terms of the old, for example ``"k,h,-l"``.
+
+    Raises
+    ------
+    UserError
+        Not an operator in h, k, l; one that changes hand or volume; or one after which the cell
+        does not fit the space group.
+    """
+    rotation = _parse_operator(operator)
+    # r = h M = h' R^-1 M with the rows of M being a*, b*, c*
+    inverse = np.linalg.inv(rotation)
+    metric = np.linalg.inv(inverse @ reciprocal_metric(data.cell) @ inverse.T)
+    a, b, c = np.sqrt(np.diag(metric))
+    cosines = metric[1, 2] / (b * c), metric[0, 2] / (a * c), metric[0, 1] / (a * b)
+    cell = gemmi.UnitCell(a, b, c, *np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0))))
+    if not cell.is_compatible_with_spacegroup(data.space_group, eps=0.01):
+        raise UserError(
+            f"the reindexing operator {operator} turns the cell of {data.name} into "
+            f"{_text(cell)}, unfit for {data.space_group.xhm()}; give one of this lattice"
+        )
+    return replace(data, miller_index=data.miller_index @ rotation, cell=cell)
+
+
+def _parse_operator(operator: str) -> NDArray[np.int32]:
+    """Return R of ``h' = h R``, (3, 3)."""
+    try:
+        op = gemmi.Op(operator)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"reindexing operator {operator!r} cannot be read; write the new indices in terms of "
+            "the old, like k,h,-l"
+        ) from error
+    rotation = np.array(op.rot)
+    if not set(operator.lower()) & set("hkl") or np.any(op.tran) or np.any(rotation % op.DEN):
+        raise UserError(
+            f"reindexing operator {operator!r} must give whole combinations of h, k, l without "
+            "shifts, like k,h,-l"
+        )
+    rotation = (rotation // op.DEN).astype(np.int32)
+    determinant = round(np.linalg.det(rotation))
+    if determinant != 1:
+        raise UserError(
+            f"reindexing operator {operator!r} has determinant {determinant}; it must be 1, to "
+            "keep hand and volume: for k,h,l write k,h,-l"
+        )
+    return rotation
+
+
+def combine_friedel(plus: UnmergedData, minus: UnmergedData) -> UnmergedData:
+    """Join the Friedel halves of one crystal form that are kept in two files.
+
+    The indices come out as observed: rows of ``minus`` that are stored as their mates are negated.
+    Images with the same BATCH (without it, the same number) are one image.
+
+    Parameters
+    ----------
+    plus, minus : UnmergedData
+        Centric reflections may be in either.
+
+    Returns
+    -------
+    UnmergedData
+        With the columns that both have.
+
+    Raises
+    ------
+    UserError
+        The crystal forms differ, or a file holds both mates.
+    """
+    check_one_crystal_form([plus, minus])
+    halves = [_as_half(plus, +1), _as_half(minus, -1)]
+    has_batch = all("BATCH" in half.metadata for half in halves)
+    has_wavelength = all(half.wavelength is not None for half in halves)
+    shared = [key for key in plus.metadata if key in minus.metadata]
+
+    def joined(column) -> NDArray:
+        return np.concatenate([column(half) for half in halves])
+
+    return make_unmerged(
+        source=f"{plus.name} and {minus.name}",
+        miller_index=joined(lambda half: half.miller_index),
+        intensity=joined(lambda half: half.intensity),
+        sigma=joined(lambda half: half.sigma),
+        image_label=joined(lambda half: half.metadata["BATCH"] if has_batch else half.image),
+        metadata={key: joined(lambda half, key=key: half.metadata[key]) for key in shared},
+        wavelength=joined(lambda half: half.wavelength) if has_wavelength else None,
+        cell=plus.cell,
+        space_group=plus.space_group,
+        name=_common_name(plus.name, minus.name),
+        has_lp_applied=plus.has_lp_applied and minus.has_lp_applied,
+    )
+
+
+def _as_half(data: UnmergedData, sign: int) -> UnmergedData:
+    """Return ``data`` with all acentric indices on the side ``sign`` of Friedel's law."""
+    acentric = ~is_centric(data.miller_index, data.space_group)
+    found = to_asu(data.miller_index, data.space_group).friedel_sign[acentric]
+    n_right = int(np.count_nonzero(found == sign))
+    if n_right == len(found):
+        return data
+    if n_right == 0:
+        return replace(data, miller_index=-data.miller_index)
+    raise UserError(
+        f"{data.name} holds {n_right} observations of F({'+' if sign > 0 else '-'}) and "
+        f"{len(found) - n_right} of its Friedel mate; --friedel takes two files of one mate each: "
+        "give a file with both as one input, without --friedel"
+    )
+
+
+def _common_name(first: str, second: str) -> str:
+    """Return the words that two names share; the first name when they share none."""
+    words = [re.split(r"[_\-.]+", name) for name in (first, second)]
+    if len(words[0]) != len(words[1]):
+        return first
+    return "_".join(a for a, b in zip(*words, strict=True) if a == b) or first
