@@ -61,7 +61,8 @@ class ShiftedPoisson:
     def log_maximum(self) -> Tensor:
         """Log-likelihood at :attr:`mode`, (B,)."""
         a, t = self.effective_counts, self.exposure
-        return torch.xlogy(a, a / t) - a + t * self.effective_background
+        # the clamp leaves 0 log 0 = 0 and gives it a gradient: boxes without a photon exist
+        return torch.xlogy(a, a.clamp_min(1e-30) / t) - a + t * self.effective_background
 
     @property
     def observed_variance(self) -> Tensor:

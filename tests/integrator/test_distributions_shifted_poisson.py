@@ -144,6 +144,20 @@ def test_maximum_and_curvature():
     torch.testing.assert_close(-1 / curvature, likelihood.observed_variance)
 
 
+def test_no_photon_at_all_has_a_finite_gradient():
+    rho, b = spot()
+    rho = rho.requires_grad_()
+    likelihood = matched(torch.zeros_like(rho), rho, b, 0.0)
+    assert likelihood.effective_counts.item() == 0.0
+    # log L = -J t + const, and its maximum over J + beta >= 0 is at -beta
+    assert likelihood.mode.item() == -likelihood.effective_background.item()
+    torch.testing.assert_close(
+        likelihood.log_maximum, likelihood.exposure * likelihood.effective_background
+    )
+    (likelihood.log_maximum + likelihood.log_prob(torch.ones(1))).sum().backward()
+    assert torch.isfinite(rho.grad).all()
+
+
 def test_gradients_by_profile_and_background():
     rng = np.random.default_rng(2)
     rho = torch.as_tensor(rng.dirichlet(np.ones(12), 2)).requires_grad_()
