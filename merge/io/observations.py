@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from integrator.crystal.cell import reciprocal_metric
-from integrator.crystal.symmetry import is_centric, to_asu
+from integrator.crystal.symmetry import is_centric, rotations, to_asu
 from integrator.errors import UserError
 
 Array = NDArray[np.float64]
@@ -201,6 +201,31 @@ def check_one_crystal_form(
             )
 
 
+def typical_cell(cells: ArrayLike, space_group: gemmi.SpaceGroup) -> gemmi.UnitCell:
+    """Return the median of many cells, made to obey the symmetry.
+
+    The metric tensor G of the median cell is averaged over the rotations R of the space group,
+    ``R^T G R``, which is exact for every lattice and setting.
+
+    Parameters
+    ----------
+    cells : array_like, (n, 6)
+        [A, degrees]
+    space_group : gemmi.SpaceGroup
+    """
+    median = gemmi.UnitCell(*np.median(np.asarray(cells, dtype=float), axis=0))
+    metric = np.linalg.inv(reciprocal_metric(median))
+    turns = rotations(space_group)
+    return _cell_of(np.mean(turns.transpose(0, 2, 1) @ metric @ turns, axis=0))
+
+
+def _cell_of(metric: Array) -> gemmi.UnitCell:
+    """Return the cell with this metric tensor."""
+    a, b, c = np.sqrt(np.diag(metric))
+    cosines = metric[1, 2] / (b * c), metric[0, 2] / (a * c), metric[0, 1] / (a * b)
+    return gemmi.UnitCell(a, b, c, *np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0))))
+
+
 def _text(cell: gemmi.UnitCell) -> str:
     return " ".join(f"{value:.2f}" for value in cell.parameters)
 
@@ -223,10 +248,7 @@ def reindex(data: UnmergedData, operator: str) -> UnmergedData:
     rotation = _parse_operator(operator)
     # r = h M = h' R^-1 M with the rows of M being a*, b*, c*
     inverse = np.linalg.inv(rotation)
-    metric = np.linalg.inv(inverse @ reciprocal_metric(data.cell) @ inverse.T)
-    a, b, c = np.sqrt(np.diag(metric))
-    cosines = metric[1, 2] / (b * c), metric[0, 2] / (a * c), metric[0, 1] / (a * b)
-    cell = gemmi.UnitCell(a, b, c, *np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0))))
+    cell = _cell_of(np.linalg.inv(inverse @ reciprocal_metric(data.cell) @ inverse.T))
     if not cell.is_compatible_with_spacegroup(data.space_group, eps=0.01):
         raise UserError(
             f"the reindexing operator {operator} turns the cell of {data.name} into "
