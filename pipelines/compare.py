@@ -49,6 +49,7 @@ def compare(
     merged: Path | None = None,
     truth: Path | None = None,
     true_counts: Path | None = None,
+    full: Path | None = None,
 ) -> list[Row]:
     """Compare a run with what is given and write compare.csv.
 
@@ -63,6 +64,8 @@ def compare(
         MTZ with the true F(+), F(-).
     true_counts : Path, optional
         ``.npz`` with ``miller_index``, ``xyz_px`` and ``photons`` of each observation.
+    full : Path, optional
+        Merged MTZ of more data of the same crystal form.
 
     Returns
     -------
@@ -74,12 +77,12 @@ def compare(
     UserError
         A named file does not exist or is not what it should be.
     """
-    for path in (integrated, merged, truth, true_counts):
+    for path in (integrated, merged, truth, true_counts, full):
         if path is not None and not path.is_file():
             raise UserError(f"{path} does not exist; give a file, or leave the option out")
     dials_missing = run.read_provenance()["notes"].get("reference", "not given")
     rows = _compare_observations(run, integrated, true_counts, dials_missing)
-    rows += _compare_merged(run, merged, truth, dials_missing)
+    rows += _compare_merged(run, merged, truth, full, dials_missing)
     rows += _compare_peaks(run, dials_missing)
     write_rows(run.compare_file, rows, COLUMNS)
     return rows
@@ -201,7 +204,7 @@ def _against_true_counts(
 
 
 def _compare_merged(
-    run: RunDirectory, merged: Path | None, truth: Path | None, dials_missing: str
+    run: RunDirectory, merged: Path | None, truth: Path | None, full: Path | None, absent: str
 ) -> list[Row]:
     title = "merged by resolution [A]"
     if not run.merged.is_file():
@@ -209,12 +212,14 @@ def _compare_merged(
     ours = read_merged_mtz(run.merged)
     dials = None if merged is None else read_merged_mtz(merged)
     if dials is None:
-        rows = [_missing(title, "cc I", BOTH, f"no merged MTZ of DIALS: {dials_missing}")]
+        rows = [_missing(title, "cc I", BOTH, f"no merged MTZ of DIALS: {absent}")]
     else:
         rows = _merged_against_dials(title, ours, dials)
+    tables = {OURS: ours} | ({} if dials is None else {REFERENCE: dials})
     if truth is not None:
-        tables = {OURS: ours} | ({} if dials is None else {REFERENCE: dials})
         rows += _merged_against_truth(tables, read_merged_mtz(truth))
+    if full is not None:
+        rows += _merged_against_full(tables, read_merged_mtz(full))
     return rows
 
 
@@ -234,6 +239,23 @@ def _merged_against_dials(title: str, ours: MergedMtz, dials: MergedMtz) -> list
         x, y = difference[pairs], other_difference[pairs]
         rows.append(_cc_row(title, name, "cc Bijvoet", BOTH, x, y))
     return rows
+
+
+def _merged_against_full(tables: dict[str, MergedMtz], full: MergedMtz) -> list[Row]:
+    """Correlate the intensities that all files have with those of more data."""
+    title = "merged against the full data by resolution [A]"
+    for name, table in tables.items():
+        if reason := _different_crystal(table, full):
+            return [_missing(title, "cc I", name, reason)]
+    files = [full, *tables.values()]
+    common = _common(files)
+    values = np.stack([f.table.i_mean[rows] for f, rows in zip(files, common, strict=True)])
+    usable = np.isfinite(values).all(axis=0)
+    return [
+        _cc_row(title, name, "cc I", subject, value[q & usable], values[0][q & usable])
+        for name, q in _shells(full, full.table.miller_index[common[0]])
+        for subject, value in zip(tables, values[1:], strict=True)
+    ]
 
 
 def _merged_against_truth(tables: dict[str, MergedMtz], truth: MergedMtz) -> list[Row]:

@@ -41,16 +41,16 @@ def merged_amplitudes(
 ) -> Amplitudes:
     """Merge the observations (or the ``chosen`` ones, (B,) bool) with the merger's scales."""
     value, variance, good = merger.scaled_observations(batch)
-    weight = good / variance
-    counted = torch.ones_like(weight)
-    if chosen is not None:
-        weight, counted = weight * chosen, counted * chosen
     n_rows = len(merger.n_obs)
+    # only its mates can tell an outlier: the best observation of a reflection keeps its full say
+    counted = torch.ones_like(good) if chosen is None else chosen.to(good.dtype)
+    good = good.clamp_min(1e-30) * counted
+    best = good.new_zeros(n_rows).scatter_reduce_(0, batch.refl_id, good, "amax")
+    weight = good / best[batch.refl_id].clamp_min(1e-30) / variance
     total = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight)
     mean = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight * value) / total
     n_obs = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, counted).long()
-    # all observations outliers: a reflection that the data do not determine
-    seen = (n_obs > 0) & (total > 0)
+    seen = n_obs > 0
     mean = torch.where(seen, mean, torch.nan)
     sigma = torch.where(seen, total, torch.nan) ** -0.5
     prior = merger.prior.wilson.p_structure_factor()

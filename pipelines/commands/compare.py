@@ -1,8 +1,9 @@
 r"""Set a run's intensities, amplitudes and peaks beside DIALS' own.
 
 Observations are matched by Miller index and position; merged reflections by index and shell. With
-the truth of simulated frames both programs are compared with it. Writes RUN_DIR/compare.csv,
-rebuilds the report and prints the tables; what cannot be compared has a row with the reason.
+the truth of simulated frames, or with merged data of more frames, both programs are compared with
+that. Writes RUN_DIR/compare.csv, rebuilds the report and prints the tables; what cannot be
+compared has a row with the reason.
 
 Examples
 --------
@@ -24,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--merged", type=Path, metavar="MTZ", help="DIALS merged.mtz")
     parser.add_argument("--truth", type=Path, metavar="MTZ", help="true F(+), F(-)")
     parser.add_argument(
+        "--full", type=Path, metavar="MTZ", help="merged data of more frames of this crystal form"
+    )
+    parser.add_argument(
         "--true-counts",
         type=Path,
         metavar="NPZ",
@@ -44,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         merged=args.merged,
         truth=args.truth,
         true_counts=args.true_counts,
+        full=args.full,
     )
     show(rows)
     write_report(run_directory)
