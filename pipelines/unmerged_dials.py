@@ -1,0 +1,223 @@
+"""Unmerged observations from integrated or scaled DIALS tables, sweeps and stills alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from integrator.crystal.geometry import Experiment
+from integrator.errors import UserError
+from integrator.io.dials import (
+    DialsFlag,
+    ReflectionTable,
+    match_experiments,
+    read_experiments,
+    read_reflections,
+)
+from merge.io.mtz import batch_offsets
+from merge.io.observations import UnmergedData, make_unmerged, typical_cell
+from merge.io.unmerged_data import read_unmerged
+
+Array = NDArray[np.float64]
+
+log = logging.getLogger(__name__)
+
+#: Reflections of which less was recorded are left out, as ``dials.scale`` does.
+MIN_PARTIALITY = 0.4
+#: Columns of the table that become metadata when they are there.
+_METADATA = ("zeta", "background.mean", "partiality", "profile.correlation", "qe")
+
+
+def read_inputs(
+    paths: Sequence[str | Path], *, space_group: gemmi.SpaceGroup | None = None
+) -> list[UnmergedData]:
+    """Read one dataset from each file, or from each pair of DIALS files.
+
+    A .refl goes with the .expt of the same stem, else with the one at the same place among the
+    .expt files.
+
+    Parameters
+    ----------
+    paths : sequence of str or Path
+        In any order; the datasets come in the order of the files other than .expt.
+    space_group : gemmi.SpaceGroup, optional
+        Of CrystFEL streams, which do not know it.
+
+    Raises
+    ------
+    UserError
+        As :func:`merge.io.unmerged_data.read_unmerged`, or when .refl and .expt do not pair.
+    """
+    given = [Path(path) for path in paths]
+    tables = [path for path in given if path.suffix == ".refl"]
+    lists = [path for path in given if path.suffix == ".expt"]
+    if len(tables) != len(lists):
+        raise UserError(
+            f"{len(tables)} .refl and {len(lists)} .expt files were given; each .refl needs the "
+            ".expt of the same DIALS step"
+        )
+    by_stem = {path.with_suffix(""): path for path in lists}
+    has_namesake = all(path.with_suffix("") in by_stem for path in tables)
+    datasets = []
+    for path in given:
+        if path.suffix == ".refl":
+            experiments = lists[tables.index(path)]
+            if has_namesake:
+                experiments = by_stem[path.with_suffix("")]
+            datasets.append(read_dials(path, experiments))
+        elif path.suffix != ".expt":
+            datasets += read_unmerged([path], space_group=space_group)
+    return datasets
+
+
+def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
+    """Read integrated or scaled reflections.
+
+    Intensities are ``intensity.scale / inverse_scale_factor`` when the table was scaled, else
+    those of profile fitting, else (none were fitted) summed and divided by the partiality. The
+    columns ``lp`` and ``qe`` are applied where they exist. What DIALS flags as not integrated,
+    or bad for scaling, is left out.
+
+    Metadata: ``xobs yobs BATCH``; of sweeps ``XDET YDET ROT LP`` and the unit vectors
+    ``s0c_x`` to ``s1c_z`` of both beams in the frame of the crystal; of stills ``ewald_offset``
+    [1/A] and ``panel``; and what the table has of ``zeta background.mean partiality
+    profile.correlation qe``.
+
+    Parameters
+    ----------
+    table, experiments : str or Path
+        The .refl and .expt of one step.
+
+    Raises
+    ------
+    UserError
+        The files do not belong together, have no crystal or more than one space group, mix sweeps
+        and stills, or hold no integrated reflection.
+    """
+    reflections = read_reflections(table)
+    models = read_experiments(experiments)
+    is_still = _check(models, experiments)
+    number = match_experiments(reflections, models)
+    intensity, variance, good = _intensities(reflections)
+    good &= (number >= 0) & reflections["miller_index"].any(axis=1)
+    if not good.any():
+        raise UserError(
+            f"{table} holds no integrated reflection of an indexed crystal; give the table of "
+            "dials.integrate, dials.scale or dials.stills_process"
+        )
+    log.info("%s: %d of %d rows are used", table, good.sum(), len(good))
+    reflections, number = reflections.select(good), number[good]
+    describe = _of_stills if is_still else _of_sweeps
+    metadata = describe(reflections, models, number)
+    if "xyzobs.px.value" in reflections:
+        metadata["xobs"], metadata["yobs"] = reflections["xyzobs.px.value"][:, :2].T
+    metadata |= {name: reflections[name] for name in _METADATA if name in reflections}
+    return make_unmerged(
+        source=str(table),
+        miller_index=reflections["miller_index"],
+        intensity=intensity[good],
+        sigma=np.sqrt(np.maximum(variance[good], 0.0)),
+        image_label=metadata["BATCH"],
+        metadata=metadata,
+        wavelength=np.array([m.beam.wavelength for m in models])[number] if is_still else None,
+        cell=typical_cell(
+            [models[i].crystal.unit_cell.parameters for i in np.unique(number)],
+            models[0].crystal.space_group,
+        ),
+        space_group=models[0].crystal.space_group,
+        name=Path(table).stem,
+        has_lp_applied="lp" in reflections,
+    )
+
+
+def _check(models: Sequence[Experiment], source: str | Path) -> bool:
+    """Whether all are stills."""
+    if not models or any(model.crystal is None for model in models):
+        raise UserError(f"{source} has an experiment without a crystal; give one after indexing")
+    groups = {model.crystal.space_group.xhm() for model in models}
+    if len(groups) > 1:
+        raise UserError(
+            f"{source} has crystals of the space groups {', '.join(sorted(groups))}; reindex them "
+            "to one (dials.reindex), or give them as separate inputs"
+        )
+    stills = {model.scan is None for model in models}
+    if len(stills) > 1:
+        raise UserError(f"{source} mixes sweeps and stills; give them as separate inputs")
+    return stills.pop()
+
+
+def _intensities(table: ReflectionTable) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Corrected intensities and variances, and which rows have them."""
+    flags = table["flags"].astype(np.int64)
+    partiality = table.columns.get("partiality", np.ones(len(table)))
+    good = partiality >= MIN_PARTIALITY
+    if np.any(flags & DialsFlag.SCALED) and "inverse_scale_factor" in table:
+        scale = table["inverse_scale_factor"]
+        good &= ((flags & DialsFlag.SCALED) != 0) & ((flags & DialsFlag.BAD_FOR_SCALING) == 0)
+        good &= scale > 0.0
+        kind, factor = "scale", 1.0 / np.where(good, scale, 1.0)  # lp and qe are in already
+    else:
+        fitted = np.any(flags & DialsFlag.INTEGRATED_PRF) and "intensity.prf.value" in table
+        kind = "prf" if fitted else "sum"
+        flag = DialsFlag.INTEGRATED_PRF if fitted else DialsFlag.INTEGRATED_SUM
+        good &= (flags & flag) != 0
+        factor = table.columns.get("lp", np.ones(len(table)))
+        if "qe" in table:
+            good &= table["qe"] > 0.0
+            factor = factor / np.where(good, table["qe"], 1.0)
+        if not fitted:
+            factor = factor / np.where(good, partiality, 1.0)
+    value, variance = table[f"intensity.{kind}.value"], table[f"intensity.{kind}.variance"]
+    return value * factor, variance * factor**2, good
+
+
+def _of_sweeps(
+    table: ReflectionTable, models: Sequence[Experiment], number: NDArray[np.int64]
+) -> dict[str, Array]:
+    """Metadata of rotation data."""
+    table.require(["xyzcal.px", "s1"], "says where a reflection is on its sweep")
+    x, y, z = table["xyzcal.px"].T
+    rot, batch, beams = np.empty(len(z)), np.empty(len(z)), np.empty((len(z), 6))
+    offsets = batch_offsets(models)
+    for i, model in enumerate(models):
+        rows = number == i
+        first, last = model.scan.image_range
+        # a centroid may be predicted just outside the scan
+        batch[rows] = offsets[i] + np.clip(np.floor(z[rows]) + first, first, last)
+        rot[rows] = model.scan.phi_deg(z[rows])
+        beams[rows] = _beams_in_crystal(model, table["s1"][rows], rot[rows])
+    names = [f"{beam}c_{axis}" for beam in ("s0", "s1") for axis in "xyz"]
+    metadata = {"BATCH": batch, "XDET": x, "YDET": y, "ROT": rot}
+    if "lp" in table:
+        metadata["LP"] = table["lp"]
+    return metadata | dict(zip(names, beams.T, strict=True))
+
+
+def _beams_in_crystal(model: Experiment, s1: Array, phi: Array) -> Array:
+    """Return unit vectors of both beams with the rotation undone, (n, 6)."""
+    gonio = model.goniometer
+    turn = Rotation.from_rotvec(np.radians(phi)[:, None] * gonio.rotation_axis)
+    undo = Rotation.from_matrix(gonio.fixed_rotation).inv() * turn.inv()
+    crystal = []
+    for beam in (np.broadcast_to(model.beam.s0, s1.shape), s1):
+        unit = beam / np.linalg.norm(beam, axis=1, keepdims=True)
+        crystal.append(undo.apply(unit @ gonio.setting_rotation))  # row times S: S^-1 applied
+    return np.concatenate(crystal, axis=1)
+
+
+def _of_stills(
+    table: ReflectionTable, models: Sequence[Experiment], number: NDArray[np.int64]
+) -> dict[str, Array]:
+    """Metadata of stills; all images at once."""
+    settings = np.stack([model.crystal.A for model in models])
+    s0 = np.stack([model.beam.s0 for model in models])
+    wavelength = np.array([model.beam.wavelength for model in models])
+    r = np.einsum("nij,nj->ni", settings[number], table["miller_index"].astype(float))
+    offset = np.linalg.norm(r + s0[number], axis=1) - 1.0 / wavelength[number]
+    return {"BATCH": number.astype(float), "ewald_offset": offset, "panel": table["panel"]}
