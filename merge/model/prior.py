@@ -62,7 +62,8 @@ class WilsonPrior(nn.Module):
         known = is_observed & (intensity > 0)
         design = self.design[known]
         target = (intensity[known] / self.epsilon[known]).log() + 0.577
-        normal = design.T @ design + 1e-6 * torch.eye(design.shape[1], dtype=design.dtype)
+        ridge = 1e-6 * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
+        normal = design.T @ design + ridge
         self.log_sigma.copy_(torch.linalg.solve(normal, design.T @ target))
 
 
