@@ -54,6 +54,31 @@ def half_set_covariance(
     return difference.prod(0), seen[plus_row] & seen[minus_row]
 
 
+def mean_half_set_covariance(
+    row: Tensor,
+    intensity: Tensor,
+    weight: Tensor,
+    plus_row: Tensor,
+    minus_row: Tensor,
+    norm: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Mean of :func:`half_set_covariance` over several splits; same arguments and results.
+
+    Splits of the same observations are no independent data: averaged by group, the groups alone
+    count for the standard error.
+    """
+    total = torch.zeros_like(norm)
+    count = torch.zeros_like(norm)
+    for _ in range(N_SPLITS):
+        product, known = half_set_covariance(
+            row, intensity, weight, plus_row, minus_row, norm, generator
+        )
+        total += torch.where(known, product, 0.0)
+        count += known
+    return total / count.clamp_min(1), count > 0
+
+
 def estimate_one_minus_r2(
     products: Tensor, shell: Tensor, n_shells: int, fallback: Tensor
 ) -> Tensor:

@@ -18,7 +18,7 @@ from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.distributions.nakagami import Nakagami
 from integrator.types import Flag, IntensityTable
 from merge.config import MergeConfig
-from merge.model.friedel import N_SPLITS, estimate_one_minus_r2, half_set_covariance
+from merge.model.friedel import estimate_one_minus_r2, mean_half_set_covariance
 from merge.model.likelihood import PhotonCountLikelihood
 from merge.model.prior import DoubleWilsonPrior, WilsonPrior
 from merge.model.scale import ScaleFeatures, ScaleModel
@@ -179,23 +179,18 @@ class Merger(nn.Module):
         norm = 2 * (amplitude2 * sigma).sqrt()
         # near F = 0 a difference of intensities says nothing of a difference of amplitudes
         usable_group = prior.has_mate & (amplitude2 > 0.2 * sigma)
-        generator = torch.Generator().manual_seed(seed)
-        products, shells = [], []
-        for _ in range(N_SPLITS):
-            product, known = half_set_covariance(
-                batch.refl_id,
-                value,
-                good / variance,
-                prior.plus_row,
-                prior.minus_row,
-                norm,
-                generator,
-            )
-            keep = known & usable_group
-            products.append(product[keep])
-            shells.append(prior.shell[keep])
+        product, known = mean_half_set_covariance(
+            batch.refl_id,
+            value,
+            good / variance,
+            prior.plus_row,
+            prior.minus_row,
+            norm,
+            torch.Generator().manual_seed(seed),
+        )
+        keep = known & usable_group
         prior.one_minus_r2.copy_(
             estimate_one_minus_r2(
-                torch.cat(products), torch.cat(shells), len(prior.one_minus_r2), prior.one_minus_r2
+                product[keep], prior.shell[keep], len(prior.one_minus_r2), prior.one_minus_r2
             )
         )
