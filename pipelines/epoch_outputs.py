@@ -26,6 +26,7 @@ from pipelines.trainer import EpochResult, Trainer
 logger = logging.getLogger(__name__)
 
 N_SHELLS = 10
+NOT_TRAINED = "no training step yet"
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,14 @@ class EpochWriter:
         overall, outer = rows[-1], rows[-2]
         names = ("cc_half", "cc_anom", "r_pim", "completeness", "redundancy", "z_spread")
         metrics = dict(result.metrics)
-        reasons = {}
-        for name in names:
-            metrics[name] = overall.get(name)
-            if metrics[name] is None and overall.get("reason"):
-                reasons[name] = overall["reason"]
-        metrics["cc_half_outer"] = outer.get("cc_half")
+        reasons = {key: NOT_TRAINED for key, value in metrics.items() if value is None}
+        if "gpu_mem_mb" in reasons:
+            reasons["gpu_mem_mb"] = "no GPU in use"
+        shells = {name: (overall, name) for name in names} | {"cc_half_outer": (outer, "cc_half")}
+        for key, (row, name) in shells.items():
+            metrics[key] = row.get(name)
+            if metrics[key] is None:
+                reasons[key] = row.get("reason") or "not defined here"
         for peak in peaks:
             metrics[f"peak_sigma/{peak.label}"] = peak.peak_sigma
             if peak.peak_sigma is None:

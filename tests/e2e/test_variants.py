@@ -1,0 +1,144 @@
+"""Couplings, Friedel mates merged, no model, several sweeps, and what the command line makes of it."""
+
+from __future__ import annotations
+
+import gemmi
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from fixtures.simulate import simulate
+from integrator.io.dials import (
+    ReflectionTable,
+    read_experiments,
+    read_reflections,
+    write_experiments,
+    write_reflections,
+)
+from integrator.io.intensity_file import read_intensities
+from pipelines.process import finish
+from pipelines.run import run
+from pipelines.rundir import read_rows
+from pipelines.schema import updated
+
+
+def amplitudes(path, label="F") -> dict[tuple[int, int, int], float]:
+    mtz = gemmi.read_mtz_file(str(path))
+    hkl = map(tuple, mtz.make_miller_array().tolist())
+    values = zip(hkl, mtz.column_with_label(label), strict=True)
+    return {h: v for h, v in values if np.isfinite(v)}
+
+
+def correlation(a: dict, b: dict) -> float:
+    shared = sorted(a.keys() & b.keys())
+    assert len(shared) > 300
+    return np.corrcoef([a[h] for h in shared], [b[h] for h in shared])[0, 1]
+
+
+def true_means(path) -> dict[tuple[int, int, int], float]:
+    plus, minus = amplitudes(path, "F(+)"), amplitudes(path, "F(-)")
+    return {h: (plus[h] + minus[h]) / 2 for h in plus}
+
+
+def test_staged_hands_the_table_on_through_a_file(configure, straight, tiny, tmp_path):
+    directory = run(configure(tmp_path / "run", training__coupling="staged", training__epochs=2))
+    path = directory.path / "intensities.h5"
+    with h5py.File(path) as file:
+        assert len(file.attrs) > 0, "the file says what it is"
+    table = read_intensities(path)
+    written = read_reflections(directory.integrated_refl)
+    np.testing.assert_allclose(
+        table.intensity.numpy(), written["intensity.prf.value"], rtol=1e-5, atol=1e-4
+    )
+    assert directory.read_config().training.coupling == "staged"
+    # Seen 2026-11: 0.998, as joint
+    assert correlation(amplitudes(directory.merged), true_means(tiny.truth_mtz)) > 0.99
+    joint = read_reflections(straight.integrated_refl)["intensity.prf.value"]
+    assert not np.array_equal(joint, written["intensity.prf.value"]), "the merge takes part"
+    assert np.corrcoef(joint, written["intensity.prf.value"])[0, 1] > 0.999
+
+
+def test_mates_merged_together(configure, tiny, tmp_path, capsys):
+    directory = finish(
+        run(configure(tmp_path / "run", merge__anomalous=False, training__epochs=1))
+    )
+    mtz = gemmi.read_mtz_file(str(directory.merged))
+    labels = {c.label: c.type for c in mtz.columns}
+    assert labels["F"] == "F"
+    assert labels["N"] == "I"
+    assert not any("(" in label for label in labels)
+    assert correlation(amplitudes(directory.merged), true_means(tiny.truth_mtz)) > 0.99
+    assert directory.read_peaks() == []
+    assert "no peaks: Bijvoet mates are merged together" in capsys.readouterr().out
+
+
+def test_without_a_model_there_are_no_peaks_and_the_report_says_why(configure, tmp_path, capsys):
+    config = updated(configure(tmp_path / "run", training__epochs=1), {"model": None})
+    directory = finish(run(config))
+    assert read_rows(directory.peaks_file) == []
+    header = directory.peaks_file.read_text().strip()
+    assert header == "epoch,chain,seqid,residue,atom,peak_sigma"
+    assert "F(+)" in gemmi.read_mtz_file(str(directory.merged)).column_labels()
+    reason = "no peaks: they need the phases of a model, and none was given"
+    assert reason in capsys.readouterr().out
+    assert reason in directory.report.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def two_sweeps(tiny, tmp_path_factory):
+    """Two crystals of one form in two orientations, in one experiment list."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    other = simulate(folder / "second", preset="tiny", seed=1)
+    experiments = [*read_experiments(tiny.expt), *read_experiments(other.expt)]
+    tables = [read_reflections(tiny.refl), read_reflections(other.refl)]
+    for number, table in enumerate(tables):
+        table.columns["id"] = np.full(len(table), number, np.int32)
+    joined = {
+        name: np.concatenate([t[name] for t in tables])
+        for name in tables[0].columns
+        if name in tables[1]
+    }
+    identifiers = {i: e.identifier for i, e in enumerate(experiments)}
+    expt, refl = folder / "two.expt", folder / "two.refl"
+    write_experiments(expt, experiments)
+    write_reflections(refl, ReflectionTable(joined, identifiers))
+    return expt, refl
+
+
+def test_several_sweeps_merge_into_one(two_sweeps, configure, straight, tiny, tmp_path):
+    expt, refl = (str(path) for path in two_sweeps)
+    directory = run(configure(tmp_path / "run", expt=expt, refl=refl, training__epochs=2))
+    table = read_reflections(directory.integrated_refl)
+    assert set(np.unique(table["id"])) == {0, 1}
+    assert len(table.identifiers) == 2
+    overall = read_rows(directory.statistics_file)[-1]
+    alone = read_rows(straight.statistics_file)[-1]
+    assert int(overall["n_obs"]) > 1.8 * int(alone["n_obs"])
+    assert float(overall["redundancy"]) > float(alone["redundancy"])
+    assert float(overall["completeness"]) > 1.2 * float(alone["completeness"])
+    # the sweeps share no frame but a crystal form: a scale for each, and one truth
+    assert correlation(amplitudes(directory.merged), true_means(tiny.truth_mtz)) > 0.99
+    batches = np.array(
+        gemmi.read_mtz_file(str(directory.unmerged)).column_with_label("BATCH"), copy=True
+    )
+    assert len(np.unique(batches)) == 32, "frames of both sweeps, numbered apart"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_one_line(tiny, tmp_path, capsys):
+    from pipelines import cli
+
+    out = tmp_path / "run"
+    argv = ["run", str(tiny.expt), str(tiny.refl), "--out", str(out), "--device", "cuda"]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("braggflux: error: --device cuda: torch sees no CUDA device")
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.gpu
+def test_cuda_gives_what_the_cpu_gives(configure, straight, tmp_path):
+    directory = run(configure(tmp_path / "run", training__device="cuda"))
+    assert correlation(amplitudes(directory.merged), amplitudes(straight.merged)) > 0.999
