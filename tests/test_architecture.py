@@ -33,7 +33,7 @@ MAY_IMPORT = {
     ),
     "pipelines": ("pipelines", "integrator", "merge"),
     # `braggflux simulate` is the one door to the simulator.
-    "pipelines.commands.simulate": ("pipelines", "fixtures"),
+    "pipelines.commands.simulate": ("pipelines", "fixtures", "integrator.errors"),
 }
 TOP_LEVEL = {
     "pyproject.toml",

@@ -1,12 +1,14 @@
-"""Raw HDF5 frames of a known crystal, with their truth.
+"""Raw HDF5 frames or serial stills of a known crystal, with their truth.
 
 Writes an NXmx master with its data files as a detector does, the true geometry as DIALS files, the
 true photons of every observation (truth.npz), the true F(+) and F(-) (MTZ) and the model.
+The preset stills makes no frames, but unmerged observations of a serial experiment (stills.h5).
 
 Examples
 --------
 braggflux simulate --out demo/frames
 braggflux simulate --out small --preset tiny --seed 3
+braggflux simulate --out serial --preset stills --images 1646
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
+
+from integrator.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         default="hewl-iodide",
-        help="hewl-iodide (the demo), or tiny or multipanel (seconds) [hewl-iodide]",
+        help="hewl-iodide (the demo), tiny or multipanel (seconds), or stills [hewl-iodide]",
+    )
+    parser.add_argument(
+        "--images", metavar="N", help="of the preset stills [164639, as many as CXIDB 81]"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="PDB", help="of the preset stills [lysozyme with iodides]"
     )
     parser.add_argument("--seed", default="0", help="same seed, same frames [0]")
 
@@ -37,7 +47,26 @@ def run(args: argparse.Namespace) -> None:
     from pipelines import log, schema
 
     seed = schema.coerce(args.seed, int, "--seed")
+    if args.preset == "stills":
+        _run_stills(args, seed)
+        return
+    if args.images is not None or args.model is not None:
+        raise UserError("--images and --model belong to --preset stills; leave them out")
     with log.progress("frames") as advance:
         files = simulate(args.out, preset=args.preset, seed=seed, progress=advance)
     logger.info("frames: %s", files.master)
     logger.info("model: %s", files.model)
+
+
+def _run_stills(args: argparse.Namespace, seed: int) -> None:
+    from fixtures.stills import StillsExperiment, StillsSettings
+    from pipelines import log, schema
+    from pipelines.stills_store import write_stills
+
+    given = {"n_images": args.images and schema.coerce(args.images, int, "--images")}
+    given |= {"model": args.model, "seed": seed}
+    settings = StillsSettings(**{key: v for key, v in given.items() if v is not None})
+    with log.progress("stills") as advance:
+        files = write_stills(args.out, StillsExperiment(settings), advance)
+    logger.info("observations: %s", files.observations)
+    logger.info("true amplitudes: %s", files.truth_mtz)
