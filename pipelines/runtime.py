@@ -15,7 +15,7 @@ def tune_process() -> None:
     """Keep freed memory, and let idle threads sleep.
 
     By default glibc maps every large temporary anew and hands it back at once; faulting its pages
-    in costs several times the arithmetic on it (measured: docs/performance.md). Threads that spin
+    in costs several times the arithmetic on it (measured: docs/experiments.md). Threads that spin
     while they wait slow each other down on a machine with other work. Both are left alone where
     the user has set them, and off Linux.
     """

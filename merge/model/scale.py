@@ -5,12 +5,15 @@ r"""Scale of an observation: expected photons = K F^2.
 
 * ``gamma_f``: one scale per frame (beam flicker, illuminated volume), averaged over the frames
   that the reflection crosses with the weights ``w_f`` of its rocking curve;
-* ``B(phi)``: radiation damage, piecewise linear over the scan, 0 at its start;
+* ``B(phi)``: radiation damage, piecewise linear over the scan. Only its change over the scan can
+  be known beside F: its mean is 0, and ``gamma_f`` is the scale at the mean 1/d^2;
 * ``a_lm``: transmission of the incident and the diffracted beam as one smooth surface in the frame
   of the crystal. The sum over the two directions is the same for a reflection and for the Friedel
   mate measured along the reversed path, whatever the order l, and a surface of a few dozen
   coefficients has no room for the thousands of Bijvoet differences;
-* the network sees only where on the detector and in the scan: it mends what is left.
+* the network beside these terms sees only where on the detector a spot lies: response and profile
+  errors that vary there. Given the scan too it would compete with B, and could tell Bijvoet mates
+  apart. Without physical terms it is all there is, and gets scan and resolution as well.
 
 Terms other than lp have Gaussian priors; ``penalty`` is minus their log.
 """
@@ -29,6 +32,7 @@ from merge.config import MergeConfig
 from merge.model.prior import hat_design
 
 FRAMES_EACH_SIDE = 5
+N_DETECTOR_FEATURES = 3
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,10 @@ class ScaleFeatures:
     frame_weight : Tensor, (N, M)
         Share of the rocking curve in each frame; rows sum to 1.
     b_design : Tensor, (N, n_knots)
-        Interpolation of B times ``-1 / (2 d^2)``.
+        Interpolation of B times ``-1 / (2 d^2)``, both centred.
     harmonics : Tensor, (N, n_lm)
     position : Tensor, (N, 5)
-        Detector position, scan position and resolution, scaled to about [-1, 1].
+        Detector position (3), scan position and resolution, scaled to about [-1, 1].
     n_frames : tuple of int
         Frames of each experiment.
     """
@@ -95,12 +99,14 @@ def scale_features(
     design = _b_design(z * widths, experiment, n_frames, frame_width_deg, config)
     directions = [-table.s0_crystal.double(), table.s1_crystal.double()]
     harmonics = sum(real_harmonics(v, config.absorption_order) for v in directions) / 2
+    inv_d2 = table.d.double() ** -2
     return ScaleFeatures(
         log_lp=table.lp.double().log(),
         frame=frame + first[:, None],
         frame_weight=weight,
-        b_design=design * (-0.5 / table.d.double() ** 2)[:, None],
-        harmonics=harmonics,
+        # Centred: otherwise every change of B needs all frame scales and all F to follow.
+        b_design=(design - design.mean(0)) * (-0.5 * (inv_d2 - inv_d2.mean()))[:, None],
+        harmonics=harmonics - harmonics.mean(0),
         position=_scaled_position(table, count),
         n_frames=tuple(n_frames),
     )
@@ -113,13 +119,13 @@ def _b_design(
     frame_width_deg: list[float],
     config: MergeConfig,
 ) -> Tensor:
-    """Interpolation on B knots of every experiment, the first knot of each left out (B = 0)."""
+    """Interpolation on the B knots of every experiment, (N, n_knots)."""
     blocks = []
     for k, (n, width) in enumerate(zip(n_frames, frame_width_deg, strict=True)):
         span = abs(n * width)
         n_knots = max(2, round(span / config.b_factor_spacing_deg) + 1)
         knots = torch.linspace(0, span, n_knots, dtype=torch.float64)
-        block = hat_design(angle.abs(), knots)[:, 1:]
+        block = hat_design(angle.abs(), knots)
         blocks.append(torch.where((experiment == k)[:, None], block, 0.0))
     return torch.cat(blocks, 1)
 
@@ -178,11 +184,13 @@ class ScaleModel(nn.Module):
         self.log_step = nn.Parameter(torch.tensor(np.log(0.03), dtype=torch.float64))
         self.b_factor = zeros(features.b_design.shape[1])
         self.absorption = zeros(features.harmonics.shape[1])
+        n_features = features.position.shape[1]
+        self.n_inputs = N_DETECTOR_FEATURES if config.physical_scale else n_features
         self.network = None
         if config.scale_network_width:
             width = config.scale_network_width
             self.network = nn.Sequential(
-                nn.Linear(features.position.shape[1], width), nn.Tanh(), nn.Linear(width, 1)
+                nn.Linear(self.n_inputs, width), nn.Tanh(), nn.Linear(width, 1)
             ).double()
             nn.init.zeros_(self.network[-1].weight)
             nn.init.zeros_(self.network[-1].bias)
@@ -199,7 +207,7 @@ class ScaleModel(nn.Module):
                 + self.harmonics[index] @ self.absorption
             )
         if self.network is not None:
-            log_scale = log_scale + self.network(self.position[index])[:, 0]
+            log_scale = log_scale + self.network(self.position[index, : self.n_inputs])[:, 0]
         return log_scale
 
     def penalty(self) -> Tensor:
