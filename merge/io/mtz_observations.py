@@ -31,6 +31,9 @@ PARTIAL_FLAG = 256
 #: Total fraction of the parts of one reflection that counts as all of it (AIMLESS' default).
 FULL_FRACTION = (0.95, 1.05)
 
+#: Where the reflections of an MTZ file begin [bytes].
+DATA_OFFSET = 80
+
 
 def read_mtz(path: str | Path) -> UnmergedData:
     """Read observations with their original indices from an unmerged MTZ file.
@@ -55,6 +58,7 @@ def read_mtz(path: str | Path) -> UnmergedData:
     """
     path = Path(path)
     mtz = load_mtz(path)
+    _check_complete(mtz, path)
     isym_label = _column_of_type(mtz, "Y")
     batch_label = _column_of_type(mtz, "B")
     if batch_label is None:
@@ -90,6 +94,17 @@ def read_mtz(path: str | Path) -> UnmergedData:
         name=path.stem,
         has_lp_applied=bool(set(ROTATION_LABELS) & {n.upper() for n in columns}),
     )
+
+
+def _check_complete(mtz: gemmi.Mtz, path: Path) -> None:
+    """Refuse a file that ends within its header, which gemmi reads as far as it goes."""
+    with path.open("rb") as file:
+        file.seek(DATA_OFFSET + 4 * len(mtz.columns) * mtz.nreflections)
+        if b"MTZENDOFHEADERS" not in file.read():
+            raise UserError(
+                f"{path} is not a complete MTZ file (it ends before MTZENDOFHEADERS); write it "
+                "again or give another"
+            )
 
 
 def _column_of_type(mtz: gemmi.Mtz, kind: str) -> str | None:
