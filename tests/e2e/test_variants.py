@@ -1,4 +1,4 @@
-"""Couplings, Friedel mates merged, no model, several sweeps, and what the command line makes of it."""
+"""Couplings, Friedel mates merged, no model, several sweeps, devices."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from integrator.io.dials import (
     write_reflections,
 )
 from integrator.io.intensity_file import read_intensities
+from pipelines import cli
 from pipelines.process import finish
 from pipelines.run import run
 from pipelines.rundir import read_rows
@@ -127,8 +128,6 @@ def test_several_sweeps_merge_into_one(two_sweeps, configure, straight, tiny, tm
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_line(tiny, tmp_path, capsys):
-    from pipelines import cli
-
     out = tmp_path / "run"
     argv = ["run", str(tiny.expt), str(tiny.refl), "--out", str(out), "--device", "cuda"]
     assert cli.main(argv) == 2
@@ -139,6 +138,7 @@ def test_cuda_without_a_gpu_is_one_line(tiny, tmp_path, capsys):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_gives_what_the_cpu_gives(configure, straight, tmp_path):
     directory = run(configure(tmp_path / "run", training__device="cuda"))
     assert correlation(amplitudes(directory.merged), amplitudes(straight.merged)) > 0.999
