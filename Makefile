@@ -21,6 +21,8 @@ DEMO ?= demo
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_NAME := hewl-iodide
+# The edges of the simulated detector; beyond, only its corners record anything.
+DEMO_D_MIN := 2.5
 
 .PHONY: env dials demo test lint reference-config
 
@@ -72,10 +74,10 @@ demo: $(STAMP) $(DEMO)/frames/model.pdb
 	truth=$$(ls "$$frames"/*truth*.mtz); \
 	if command -v dials.import >/dev/null; then \
 	  "$(BIN)/braggflux" process "$$frames"/*_master.h5 --model "$$frames/model.pdb" \
-	    --space-group P43212 --truth "$$truth" --out "$(DEMO)/run" --resume; \
+	    --space-group P43212 --d-min $(DEMO_D_MIN) --truth "$$truth" --out "$(DEMO)/run" --resume; \
 	else \
 	  echo "make demo: no DIALS, so the true geometry is used and the DIALS row is missing"; \
-	  "$(BIN)/braggflux" run "$$frames"/*.expt "$$frames"/*.refl --model "$$frames/model.pdb" \
+	  "$(BIN)/braggflux" run "$$frames"/*.expt "$$frames"/*.refl --model "$$frames/model.pdb" --d-min $(DEMO_D_MIN) \
 	    --out "$(DEMO)/run" --resume; \
 	fi
 
