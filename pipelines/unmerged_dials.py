@@ -80,9 +80,9 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
     """Read integrated or scaled reflections.
 
     Intensities are ``intensity.scale / inverse_scale_factor`` when the table was scaled, else
-    those of profile fitting, else (none were fitted) summed and divided by the partiality. The
-    columns ``lp`` and ``qe`` are applied where they exist. What DIALS flags as not integrated,
-    or bad for scaling, is left out.
+    those of profile fitting, else (where none at all were fitted) summed and divided by the
+    partiality. The columns ``lp`` and ``qe`` are applied where they exist. What DIALS flags as not
+    integrated, or bad for scaling, is left out.
 
     Metadata: ``xobs yobs BATCH``; of sweeps ``XDET YDET ROT LP`` and the unit vectors
     ``s0c_x`` to ``s1c_z`` of both beams in the frame of the crystal; of stills ``ewald_offset``
@@ -157,10 +157,9 @@ def _intensities(table: ReflectionTable) -> tuple[Array, Array, NDArray[np.bool_
     flags = table["flags"].astype(np.int64)
     partiality = table.columns.get("partiality", np.ones(len(table)))
     good = partiality >= MIN_PARTIALITY
-    if np.any(flags & DialsFlag.SCALED) and "inverse_scale_factor" in table:
+    if "intensity.scale.value" in table:
         scale = table["inverse_scale_factor"]
-        good &= ((flags & DialsFlag.SCALED) != 0) & ((flags & DialsFlag.BAD_FOR_SCALING) == 0)
-        good &= scale > 0.0
+        good &= ((flags & DialsFlag.BAD_FOR_SCALING) == 0) & (scale > 0.0)
         kind, factor = "scale", 1.0 / np.where(good, scale, 1.0)  # lp and qe are in already
     else:
         fitted = np.any(flags & DialsFlag.INTEGRATED_PRF) and "intensity.prf.value" in table
