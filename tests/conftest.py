@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+# Small tensors gain nothing from threads, and on a busy machine lose a factor of ten.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 

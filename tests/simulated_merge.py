@@ -24,6 +24,7 @@ CELL = gemmi.UnitCell(31, 36, 41, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
 WAVELENGTH = 1.0
 FRAME_WIDTH = 1.0
+DAMAGE = 2.0  # growth of B over the scan [A^2]
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def simulate(
     background: float = 20.0,
     one_minus_r2: float = 0.01,
     relative_error: float = 0.0,
-    damage: float = 2.0,
+    damage: float = DAMAGE,
     flicker: float = 0.1,
     absorption: float = 0.1,
     seed: int = 0,
@@ -135,7 +136,7 @@ def simulate(
     s0_crystal = unturn.apply(np.tile([0, 0, 1.0], (len(hkl), 1)))
     s1_crystal = unturn.apply(s1 * WAVELENGTH)
     lp = rng.uniform(0.5, 1.0, len(hkl))
-    gamma = flicker * rng.normal(size=n_frames) + 0.1 * np.sin(np.arange(n_frames) / 40)
+    gamma = flicker * (rng.normal(size=n_frames) + np.sin(np.arange(n_frames) / 40))
     log_scale = -np.log(lp) + np.log(frame_average(np.exp(gamma), frame, 0.4))
     log_scale -= damage * (frame / n_frames) / (2 * asu.d[refl_id] ** 2)
     # a quadratic form of the directions: harmonics of order 2, alike for both beams
@@ -186,12 +187,12 @@ def _table(hkl, s1, s0_crystal, s1_crystal, frame, d, lp, counts, beta) -> Inten
 
 
 def fit(merger: Merger, batch: MergeBatch, n_steps: int = 200, rate: float = 0.03) -> None:
-    """Full-batch Adam as in an epoch of the merge, the correlation of mates half way."""
+    """Full-batch Adam as in the epochs of the merge, the correlation of mates now and then."""
     merger.start(batch)
     weights = merger.group_weights(batch.refl_id)
     optimizer = torch.optim.Adam(merger.parameters(), lr=rate)
     for step in range(n_steps):
-        if step == n_steps // 2:
+        if step and step % (n_steps // 5) == 0:
             merger.update_friedel_correlation(batch, seed=0)
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.05 ** (step / n_steps)
