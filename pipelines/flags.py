@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from integrator.errors import UserError
 from pipelines import schema
 from pipelines.config import RunConfig
+
+Config = TypeVar("Config")
 
 RUN_FLAGS = {
     "--model": "model",
@@ -26,12 +29,34 @@ RUN_FLAGS = {
     "--d-min": "extraction.d_min",
 }
 
+MERGE_FLAGS = {
+    "--anomalous": "anomalous",
+    "--stills": "stills",
+    "--laue": "laue",
+    "--d-min": "d_min",
+    "--metadata": "metadata",
+    "--likelihood": "likelihood",
+    "--dof": "dof",
+    "--prior": "prior",
+    "--correlation": "correlation",
+    "--epochs": "epochs",
+    "--batch-size": "batch_size",
+    "--seed": "seed",
+}
 
-def add_config_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, str]) -> None:
-    """Add ``flags`` (name -> dotted key), ``--config``, ``--set`` and nothing else."""
-    defaults = schema.flatten(schema.to_mapping(RunConfig()))
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, flags: Mapping[str, str], cls: type = RunConfig
+) -> None:
+    """Add ``flags`` (name -> dotted key of ``cls``), ``--config``, ``--set`` and nothing else."""
+    defaults = schema.flatten(schema.to_mapping(cls()))
     for flag, key in flags.items():
-        hint, text = schema.find_option(RunConfig, key)
+        hint, text = schema.find_option(cls, key)
+        if hint is bool:
+            parser.add_argument(
+                flag, dest=_destination(key), action="store_const", const="true", help=text
+            )
+            continue
         default = "" if defaults[key] is None else f"; default {defaults[key]}"
         parser.add_argument(
             flag,
@@ -53,10 +78,14 @@ def add_config_arguments(parser: argparse.ArgumentParser, flags: Mapping[str, st
 
 
 def config_from_args(
-    args: argparse.Namespace, flags: Mapping[str, str], fixed: Mapping[str, object] | None = None
-) -> RunConfig:
+    args: argparse.Namespace,
+    flags: Mapping[str, str],
+    fixed: Mapping[str, object] | None = None,
+    cls: type[Config] = RunConfig,
+) -> Config:
     """Combine defaults, ``--config``, ``--set``, flags and ``fixed`` (dotted key -> value)."""
-    config = RunConfig.load(args.config) if args.config else RunConfig()
+    given = schema.load_mapping(args.config) if args.config else {}
+    config = schema.from_mapping(cls, given)
     overrides: dict[str, object] = {}
     for assignment in args.assignments:
         key, equals, value = assignment.partition("=")

@@ -79,6 +79,7 @@ def write_merged_mtz(
     history: Sequence[str] = (),
     names: DatasetNames = DatasetNames(),  # noqa: B008 - immutable
     title: str = "",
+    normalised: Array | None = None,
 ) -> None:
     """Write ``F(+) SIGF(+) F(-) SIGF(-) I(+) ... F SIGF IMEAN SIGIMEAN N(+) N(-)`` and half sets.
 
@@ -97,6 +98,8 @@ def write_merged_mtz(
         Lines of at most 80 characters; longer ones are cut.
     names : DatasetNames
     title : str
+    normalised : (R,), optional
+        Normalised amplitudes, column ``E``.
 
     Raises
     ------
@@ -106,6 +109,8 @@ def write_merged_mtz(
     if not is_in_asu(table.miller_index, space_group).all():
         raise ValueError("miller_index must lie in the CCP4 asymmetric unit")
     columns = list(_columns(table))
+    if normalised is not None:
+        columns.append(("E", "E", normalised))
     mtz = gemmi.Mtz()  # no HKL_base: readers would take its wavelength 0 for the data's
     dataset = mtz.add_dataset(names.dataset)
     dataset.project_name, dataset.crystal_name = names.project, names.crystal

@@ -1,0 +1,1 @@
+"""Merging of measured intensities (I, sigma) from any program: rotation, Laue, stills."""

@@ -1,0 +1,94 @@
+"""Held-out observations: how well the model predicts what it has not seen.
+
+Two kinds, each a share of the data: whole images (their scales come from their neighbours in the
+scan, or from the image encoder, which sees one half of such an image to predict the other) and
+single observations of the other images (their scales are known, their reflections are determined
+by what is left). A cluster is held out as a whole: its members have an error in common, and
+predicting one from the other would reward memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge.intensities.merger import IntensityMerger
+from merge.intensities.table import ObservationTable
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which observations are held out, (N,) bool each."""
+
+    by_image: Tensor
+    by_observation: Tensor
+    is_seen: Tensor
+
+    @property
+    def is_used(self) -> Tensor:
+        """Observations to train on."""
+        return ~(self.by_image | self.by_observation)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Quality of a prediction; None where nothing was held out or it does not vary."""
+
+    n_obs: int
+    log_likelihood: float | None
+    cc_pred: float | None
+
+
+def split(table: ObservationTable, share: float, is_still: bool, seed: int) -> Split:
+    """Hold out ``share`` of the units and ``share`` of the clusters of the others."""
+    rng = np.random.default_rng(seed)
+    o = table.observations
+    n_units = round(share * table.n_units)
+    if share and table.n_units > 5:
+        n_units = max(n_units, 1)
+    chosen = rng.permutation(table.n_units)[:n_units]
+    by_image = torch.as_tensor(np.isin(o.unit.numpy(), chosen))
+    drawn = rng.random(int(o.cluster.max()) + 1) < share
+    by_observation = torch.as_tensor(drawn)[o.cluster] & ~by_image
+    seen = ~by_observation
+    if is_still:
+        half = torch.as_tensor(rng.random(len(seen)) < 0.5)
+        seen &= ~by_image | half
+    return Split(by_image, by_observation, seen)
+
+
+@torch.no_grad()
+def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Tensor:
+    """Predictive log-density of each cluster that is wholly chosen, (C,); NaN for the others."""
+    batch = table.everything()
+    density = merger.log_density(batch, merger.generative(batch, merger.inference()), predict=True)
+    if batch.cluster is not None:
+        left = torch.zeros(len(density), dtype=torch.int64)
+        left.index_add_(0, batch.cluster, (~chosen).long())
+        chosen = left == 0
+    return torch.where(chosen, density, torch.nan)
+
+
+@torch.no_grad()
+def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Prediction:
+    """Predict the chosen observations, (N,) bool.
+
+    ``cc_pred`` is the correlation of measured and expected intensities, each divided by the
+    expected standard deviation, so that a few strong reflections do not decide it alone.
+    """
+    n_obs = int(chosen.sum())
+    if n_obs < 10:
+        return Prediction(n_obs, None, None)
+    batch = table.everything()
+    e = merger.generative(batch, merger.inference())
+    sigma = (e.variance + e.spread).sqrt()[chosen]
+    measured = (batch.observations.intensity[chosen] / sigma).numpy()
+    expected = (e.mean[chosen] / sigma).numpy()
+    density = log_likelihoods(merger, table, chosen)
+    total = float(density[~density.isnan()].sum()) / n_obs
+    if measured.std() == 0 or expected.std() == 0:
+        return Prediction(n_obs, total, None)
+    return Prediction(n_obs, total, float(np.corrcoef(measured, expected)[0, 1]))

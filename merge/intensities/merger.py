@@ -1,0 +1,165 @@
+"""Variational merging of measured intensities: scales, error model, prior and q(F).
+
+    I_i = K_i F_h^2 + error,    F_h ~ Wilson or double-Wilson,    q(F_h) = Nakagami(k_h, Omega_h)
+
+Every tree of rows (an amplitude and those that are expected to resemble it) has one divergence. A
+batch weighs it with the share of the tree's observations that it holds, and the prior of the scale
+parameters with its share of all observations, so that any batches that cover the data once add up
+to the full batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from integrator.distributions.nakagami import Nakagami
+from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.likelihood import IntensityLikelihood
+from merge.intensities.prior import TreePrior
+from merge.intensities.scale import ObservationScale
+from merge.intensities.table import Batch, ObservationTable
+from merge.intensities.unique import UniqueRows
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the model expects of each observation, (N,).
+
+    Parameters
+    ----------
+    mean, spread : Tensor
+        Of K F^2 under q(F).
+    variance : Tensor
+        Error model's D.
+    scale : Tensor
+        K; with harmonics, ``mean`` over <F^2> of the first.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    variance: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class MergeTerms:
+    """Terms of the ELBO of one batch [nats], summed with their weights."""
+
+    log_likelihood: Tensor
+    kl_structure_factor: Tensor
+    scale_penalty: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """The objective, higher is better."""
+        return self.log_likelihood - self.kl_structure_factor - self.scale_penalty
+
+
+class IntensityMerger(nn.Module):
+    """The whole model.
+
+    Parameters
+    ----------
+    unique : UniqueRows
+    table : ObservationTable
+    config : IntensityMergeConfig
+    """
+
+    def __init__(
+        self, unique: UniqueRows, table: ObservationTable, config: IntensityMergeConfig
+    ) -> None:
+        super().__init__()
+        self.prior = TreePrior(unique, config.n_wilson_knots, config.n_correlation_shells)
+        self.scale = ObservationScale(table, config)
+        self.likelihood = IntensityLikelihood(
+            config.likelihood == "normal",
+            config.dof,
+            config.error_model,
+            table.has_clusters and config.error_model,
+            float(table.observations.sigma.median()),
+        )
+        self.register_buffer("group", torch.as_tensor(unique.group))
+        self._levels = [
+            (torch.as_tensor(rows), torch.as_tensor(unique.parent[rows]))
+            for level in range(1, int(unique.depth.max()) + 1)
+            for rows in [(unique.depth == level).nonzero()[0]]
+        ]
+        self.n_groups = unique.n_groups
+        # of a row with a parent: relative to the parent's, so that a common change is one step
+        self.log_spread_step = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
+        self.log_concentration = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
+        self.count(table)
+
+    def count(self, table: ObservationTable) -> None:
+        """Count the used observations of each row and tree, for the weights of the KL."""
+        used = table.observations.is_used[table.terms.observation]
+        rows = table.terms.row[used]
+        self.n_obs = torch.bincount(rows, minlength=len(self.group))
+        self.n_group = torch.bincount(self.group[rows], minlength=self.n_groups)
+
+    @property
+    def log_spread(self) -> Tensor:
+        """Log of <F^2> of each row, (R,)."""
+        total = self.log_spread_step
+        for rows, parent in self._levels:
+            total = total.index_add(0, rows, total[parent])
+        return total
+
+    @torch.no_grad()
+    def set_log_spread(self, value: Tensor) -> None:
+        """Set <F^2> of each row from its log, (R,)."""
+        step = value.clone()
+        for rows, parent in self._levels:
+            step[rows] = value[rows] - value[parent]
+        self.log_spread_step.copy_(step)
+
+    def inference(self) -> Nakagami:
+        """q(F) of every row, (R,)."""
+        return Nakagami(
+            self.log_concentration.clamp(-1.2, 20.0).exp(),
+            self.log_spread.exp(),
+            validate_args=False,
+        )
+
+    def generative(self, batch: Batch, q: Nakagami) -> Expectation:
+        """Mean and variance of every observation."""
+        log_scale, relative = self.scale(batch)
+        row = batch.terms.row
+        mean = log_scale.exp() * q.spread[row]
+        spread = mean**2 / q.concentration[row]
+        if batch.observation_of_term is not None:
+            into = batch.observation_of_term
+            n = len(batch.observations)
+            mean = mean.new_zeros(n).index_add(0, into, mean)
+            spread = spread.new_zeros(n).index_add(0, into, spread)
+            first = torch.ones_like(into, dtype=torch.bool)
+            first[1:] = into.diff() > 0
+            row = row[first]
+        variance = self.likelihood.variance(batch.observations.sigma, mean, relative)
+        return Expectation(mean, spread, variance, mean / q.spread[row])
+
+    def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
+        """Terms of the ELBO that this batch contributes."""
+        used = batch.observations.is_used
+        log_density = self.log_density(batch, self.generative(batch, q))
+        if batch.cluster is not None:  # a cluster is used or held out as a whole
+            used = used.new_zeros(len(log_density)).index_put((batch.cluster,), used)
+        rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
+        held = torch.bincount(self.group[rows], minlength=self.n_groups)
+        weight = (held / self.n_group.clamp_min(1))[self.group]
+        return MergeTerms(
+            (log_density * used).sum(),
+            (weight * self.prior.kl(q)).sum(),
+            batch.share * self.scale.penalty(),
+        )
+
+    def log_density(self, batch: Batch, e: Expectation, predict: bool = False) -> Tensor:
+        """Bound the log-density of each cluster (or observation), or give the predictive one."""
+        residual = batch.observations.intensity - e.mean
+        variance, spread = e.variance, e.spread
+        if predict:
+            variance, spread = variance + spread, torch.zeros_like(spread)
+        return self.likelihood(residual, e.mean, spread, variance, batch.cluster)

@@ -1,0 +1,85 @@
+r"""Wilson's prior for rows without a parent, double-Wilson for those with one.
+
+    p(F) = Wilson(epsilon Sigma(d))
+    p(F | F_parent) = Rice (acentric) or folded normal (centric) about r F_parent with
+                      S = epsilon Sigma (1 - r^2)
+
+The formulas and the reasons are those of :mod:`merge.model.prior`; here the parents form trees
+over any number of datasets (Hekstra et al. 2025), and r is a constant per resolution shell that
+:mod:`merge.intensities.correlation` chooses by held-out data.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+
+from integrator.distributions.nakagami import Nakagami
+from merge.intensities.unique import UniqueRows
+from merge.model.prior import WilsonPrior
+
+
+class TreePrior(nn.Module):
+    """Prior of all rows.
+
+    Parameters
+    ----------
+    unique : UniqueRows
+    n_knots : int
+        Of Sigma(d), which all datasets share: they are merged on one scale.
+    n_shells : int
+        Resolution shells of r, equally many rows each.
+    """
+
+    def __init__(self, unique: UniqueRows, n_knots: int, n_shells: int) -> None:
+        super().__init__()
+        self.wilson = WilsonPrior(
+            torch.as_tensor(unique.d) ** -2.0,
+            torch.as_tensor(unique.epsilon),
+            torch.as_tensor(unique.is_centric),
+            n_knots,
+        )
+        self.register_buffer("child", torch.as_tensor(np.flatnonzero(unique.parent >= 0)))
+        self.register_buffer("parent", torch.as_tensor(unique.parent[unique.parent >= 0]))
+        order = np.argsort(np.argsort(-unique.d, kind="stable"), kind="stable")
+        shell = torch.as_tensor(order * n_shells // len(order))
+        self.register_buffer("shell", shell)  # (R,)
+        self.register_buffer("one_minus_r2", torch.full((n_shells,), 0.01, dtype=torch.float64))
+        self.is_coupled = False
+
+    def conditional(self) -> tuple[Tensor, Tensor]:
+        """R and S of each child, (C,)."""
+        share = self.one_minus_r2[self.shell[self.child]]
+        sigma = (self.wilson.epsilon * self.wilson.wilson_sigma())[self.child]
+        return (1 - share).sqrt(), sigma * share
+
+    def kl(self, q: Nakagami) -> Tensor:
+        """Divergence of each row, (R,); that of a child is averaged over q of its parent."""
+        alone = kl_divergence(q, self.wilson.p_structure_factor())
+        if not self.is_coupled:
+            return alone
+        return alone.index_copy(0, self.child, self._conditional_kl(q))
+
+    def _conditional_kl(self, q: Nakagami) -> Tensor:
+        child, parent = self.child, self.parent
+        r, variance = self.conditional()
+        mean, variance_q = q.mean, q.variance
+        product = r * mean[parent] * mean[child] / variance
+        # <(F - r F_parent)^2> written without cancellation
+        square = (mean[child] - r * mean[parent]) ** 2
+        square = square + variance_q[child] + r**2 * variance_q[parent]
+        rice = (
+            torch.log(2 / variance)
+            + 0.5 * q.log_intensity_mean[child]
+            - square / variance
+            + torch.log(torch.special.i0e(2 * product))
+        )
+        folded = -0.5 * (math.log(2 * math.pi) + variance.log() + square / variance) + torch.log1p(
+            torch.exp(-2 * product)
+        )
+        log_p = torch.where(self.wilson.is_centric[child], folded, rice)
+        return -q.entropy()[child] - log_p

@@ -1,0 +1,201 @@
+"""Starting values and optimisation of the merge."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.merger import IntensityMerger
+from merge.intensities.table import ObservationTable
+
+logger = logging.getLogger(__name__)
+
+BETAS = (0.9, 0.95)
+N_START_ROUNDS = 3
+
+#: Called after each epoch with its number and the ELBO.
+Observer = Callable[[int, float], None]
+
+
+@torch.no_grad()
+def start(merger: IntensityMerger, table: ObservationTable) -> None:
+    """Start scales from image and spectrum means, amplitudes from weighted means.
+
+    Images are first compared with the mean intensity at their resolutions, then with the merged
+    intensities.
+    """
+    everything = table.everything()
+    o, terms = everything.observations, everything.terms
+    first = torch.ones_like(terms.observation, dtype=torch.bool)
+    first[1:] = terms.observation.diff() > 0
+    row, inv_d2, wavelength = terms.row[first], terms.inv_d2[first], terms.wavelength[first]
+    used = o.is_used.double()
+    scale = merger.scale
+    shell = _shells(inv_d2)
+    by_shell = _mean(o.intensity, used, shell, int(shell.max()) + 1)
+    expected = by_shell.clamp_min(1e-6 * by_shell.max())[shell]
+    for _ in range(N_START_ROUNDS):
+        log_k = scale(everything)[0][first]
+        residual = used * o.intensity / log_k.exp()
+        if len(scale.log_image_scale):
+            n = len(scale.log_image_scale)
+            scale.log_image_scale += _log_ratio(residual, used * expected, o.image, n)
+            scale.log_image_scale -= scale.log_image_scale.mean()
+            residual = used * o.intensity / scale(everything)[0][first].exp()
+        if scale.spectrum is not None:
+            knots = scale.spectrum_knots
+            nearest = (wavelength[:, None] - knots).abs().argmin(1)
+            scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
+        expected = _merge_once(merger, table, row, first)[row]
+
+
+@torch.no_grad()
+def _merge_once(
+    merger: IntensityMerger, table: ObservationTable, row: Tensor, first: Tensor
+) -> Tensor:
+    """Set q(F) from inverse-variance means with the present scales; return <F^2>, (R,)."""
+    o = table.observations
+    k = merger.scale(table.everything())[0][first].exp()
+    value = o.intensity / k
+    # a robust relative error: strong observations must not have all the say
+    variance = (o.sigma / k) ** 2 + (0.2 * value) ** 2 + (0.02 * value.abs().median()) ** 2
+    weight = o.is_used / variance
+    n_rows = len(merger.group)
+    total = torch.zeros(n_rows, dtype=k.dtype).index_add_(0, row, weight)
+    mean = torch.zeros(n_rows, dtype=k.dtype).index_add_(0, row, weight * value)
+    mean = mean / total.clamp_min(1e-30)
+    seen = total > 0
+    wilson = merger.prior.wilson
+    wilson.start(mean, seen)
+    sigma = wilson.epsilon * wilson.wilson_sigma()
+    noise = total.clamp_min(1e-30) ** -0.5
+    spread = torch.where(seen, torch.maximum(mean, 0.5 * torch.minimum(noise, sigma)), sigma)
+    k_start = torch.where(seen, (spread / noise) ** 2, 1.0).clamp(0.6, 1e5)
+    merger.set_log_spread(spread.log())
+    merger.log_concentration.copy_(k_start.log())
+    return spread
+
+
+@torch.no_grad()
+def pool_trees(merger: IntensityMerger) -> None:
+    """Set every amplitude of a tree to the tree's mean.
+
+    A coupled fit starts here: from separate values an outlier that is alone in its row would be
+    believed by Student's t, and its relatives be taken for the outliers.
+    """
+    log_spread = merger.log_spread
+    weight = (merger.n_obs > 0) * merger.log_concentration.exp()
+    total = torch.zeros(merger.n_groups, dtype=log_spread.dtype)
+    mean = total.index_add(0, merger.group, weight * log_spread)
+    total = total.index_add(0, merger.group, weight)
+    mean = (mean / total.clamp_min(1e-30))[merger.group]
+    merger.set_log_spread(torch.where(total[merger.group] > 0, mean, log_spread))
+
+
+def fit(
+    merger: IntensityMerger,
+    table: ObservationTable,
+    config: IntensityMergeConfig,
+    *,
+    epochs: int | None = None,
+    with_scales: bool = True,
+    observer: Observer | None = None,
+) -> float:
+    """Maximise the ELBO by Adam with cosine decay; returns it at the end [nats].
+
+    Parameters
+    ----------
+    merger : IntensityMerger
+    table : ObservationTable
+    config : IntensityMergeConfig
+    epochs : int, optional
+        Instead of the configured number.
+    with_scales : bool
+        False leaves scales, error model and Wilson's Sigma as they are.
+    observer : callable, optional
+    """
+    epochs = epochs or config.epochs
+    merger.count(table)
+    optimizer = _optimizer(merger, config, with_scales)
+    generator = torch.Generator().manual_seed(config.seed)
+    n_batches = len(table.unit_batches(config.batch_size, generator))
+    everything = table.everything() if n_batches == 1 else None
+    began, elbo = time.monotonic(), math.nan
+    total_steps = epochs * n_batches
+    step = 0
+    for epoch in range(1, epochs + 1):
+        elbo = 0.0
+        for units in (
+            table.unit_batches(config.batch_size, generator) if everything is None else [None]
+        ):
+            batch = everything if units is None else table.batch(units)
+            _set_rate(optimizer, step / total_steps)
+            optimizer.zero_grad(set_to_none=True)
+            value = merger.loss(batch, merger.inference()).elbo
+            (-value).backward()
+            optimizer.step()
+            elbo += float(value.detach())
+            step += 1
+        if observer is not None:
+            observer(epoch, elbo)
+    n = int(table.observations.is_used.sum())
+    logger.debug(
+        "elbo %.4f/obs after %d epochs, %.1f s", elbo / n, epochs, time.monotonic() - began
+    )
+    return elbo
+
+
+def _optimizer(
+    merger: IntensityMerger, config: IntensityMergeConfig, with_scales: bool
+) -> torch.optim.Optimizer:
+    amplitudes = [merger.log_spread_step, merger.log_concentration]
+    groups = [{"params": amplitudes, "start": config.learning_rate}]
+    if with_scales:
+        networks = [
+            p
+            for module in (merger.scale.network, merger.scale.encoder)
+            if module is not None
+            for p in module.parameters()
+        ]
+        if merger.scale.embedding is not None:
+            networks += [merger.scale.embedding, merger.scale.deviation]
+        known = {id(p) for p in (*networks, *amplitudes)}
+        rest = [p for p in merger.parameters() if id(p) not in known and p.requires_grad]
+        groups.append({"params": rest, "start": 0.4 * config.learning_rate})
+        if networks:
+            groups.append({"params": networks, "start": config.network_learning_rate})
+    return torch.optim.Adam(groups, betas=BETAS, lr=config.learning_rate)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Rise over the first 5 %, then cosine to a hundredth."""
+    rise = min(1.0, (share + 1e-3) / 0.05)
+    decay = 0.505 + 0.495 * math.cos(math.pi * share)
+    for group in optimizer.param_groups:
+        group["lr"] = group["start"] * rise * decay
+
+
+def _shells(inv_d2: Tensor, n: int = 20) -> Tensor:
+    edges = torch.quantile(
+        inv_d2[:: max(1, len(inv_d2) // 100_000)], torch.linspace(0, 1, n + 1, dtype=inv_d2.dtype)
+    )
+    return torch.bucketize(inv_d2, edges[1:-1])
+
+
+def _mean(value: Tensor, weight: Tensor, index: Tensor, n: int) -> Tensor:
+    total = torch.zeros(n, dtype=value.dtype).index_add_(0, index, value * weight)
+    return total / torch.zeros_like(total).index_add_(0, index, weight).clamp_min(1e-30)
+
+
+def _log_ratio(above: Tensor, below: Tensor, index: Tensor, n: int) -> Tensor:
+    """Log of the ratio of the sums of each group; 0 where a group has nothing."""
+    a = torch.zeros(n, dtype=above.dtype).index_add_(0, index, above)
+    b = torch.zeros(n, dtype=above.dtype).index_add_(0, index, below)
+    known = (a > 0) & (b > 0)
+    return torch.where(known, a / b.clamp_min(1e-30), torch.ones_like(a)).log().clamp(-5.0, 5.0)
