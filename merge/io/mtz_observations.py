@@ -58,9 +58,14 @@ def read_mtz(path: str | Path) -> UnmergedData:
     """
     path = Path(path)
     mtz = load_mtz(path)
-    _check_complete(mtz, path)
-    isym_label = _column_of_type(mtz, "Y")
-    batch_label = _column_of_type(mtz, "B")
+    check_complete(mtz, path)
+    return observations_of(mtz, path)
+
+
+def observations_of(mtz: gemmi.Mtz, path: Path) -> UnmergedData:
+    """Take observations from a file in memory; its indices become the original ones."""
+    isym_label = column_of_type(mtz, "Y")
+    batch_label = column_of_type(mtz, "B")
     if batch_label is None:
         raise UserError(
             f"{path} is merged, or its images are unknown (no BATCH column; found "
@@ -96,7 +101,7 @@ def read_mtz(path: str | Path) -> UnmergedData:
     )
 
 
-def _check_complete(mtz: gemmi.Mtz, path: Path) -> None:
+def check_complete(mtz: gemmi.Mtz, path: Path) -> None:
     """Refuse a file that ends within its header, which gemmi reads as far as it goes."""
     with path.open("rb") as file:
         file.seek(DATA_OFFSET + 4 * len(mtz.columns) * mtz.nreflections)
@@ -107,7 +112,8 @@ def _check_complete(mtz: gemmi.Mtz, path: Path) -> None:
             )
 
 
-def _column_of_type(mtz: gemmi.Mtz, kind: str) -> str | None:
+def column_of_type(mtz: gemmi.Mtz, kind: str) -> str | None:
+    """Label of the first column of a type, if there is one."""
     found = mtz.columns_with_type(kind)
     return found[0].label if len(found) else None
 
@@ -124,7 +130,7 @@ def _intensity_labels(mtz: gemmi.Mtz, path: Path) -> tuple[str, str]:
             f"{' '.join(mtz.column_labels())}; give a file with intensities, amplitudes do not do"
         )
     by_name = {c.label.upper(): c.label for c in mtz.columns}
-    sigma = by_name.get(f"SIG{label.upper()}") or _column_of_type(mtz, "Q")
+    sigma = by_name.get(f"SIG{label.upper()}") or column_of_type(mtz, "Q")
     if sigma is None:
         raise UserError(
             f"{path} has no column SIG{label} (type Q) for the intensities {label}; found "

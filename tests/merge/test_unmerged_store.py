@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from integrator.errors import UserError
-from merge.io.unmerged_data import UnmergedData, read_unmerged
+from merge.io.store_conversion import convert_to_store
+from merge.io.unmerged_data import UnmergedData, read_mtz, read_stream, read_unmerged
 from merge.io.unmerged_store import UnmergedStore, write_unmerged_store
 
 CELL = gemmi.UnitCell(79.0, 79.0, 38.0, 90, 90, 90)
@@ -123,3 +124,62 @@ def test_other_files_are_refused(tmp_path):
     h5py.File(tmp_path / "other.h5", "w").close()
     with pytest.raises(UserError, match="not a store"):
         UnmergedStore(tmp_path / "other.h5")
+
+
+class TestConversion:
+    @pytest.mark.realdata
+    @pytest.mark.parametrize("rows", [5_000, 1_000_000])
+    def test_an_mtz_file_gives_what_the_reader_gives(self, shared, tmp_path, rows):
+        path = shared / "data" / "thermolysin_xfel" / "friedel_minus_n395.mtz"
+        convert_to_store(path, tmp_path / "a.h5", rows_at_a_time=rows)
+        with UnmergedStore(tmp_path / "a.h5") as store:
+            assert_equal(store.read(), read_mtz(path))
+            assert store.cell.parameters == pytest.approx(read_mtz(path).cell.parameters)
+        assert os.listdir(tmp_path) == ["a.h5"]
+
+    @pytest.mark.realdata
+    def test_rows_in_the_order_of_indices_and_of_the_other_byte_order(self, shared, tmp_path):
+        path = shared / "data" / "thermolysin_xfel" / "friedel_minus_n395.mtz"
+        mtz = gemmi.read_mtz_file(str(path))
+        rows = np.array(mtz)
+        mtz.set_data(rows[np.lexsort(rows[:, 2::-1].T)])
+        content = mtz.write_to_bytes()
+        n = 4 * rows.size
+        swapped = np.frombuffer(content[80 : 80 + n], np.uint32).byteswap().tobytes()
+        header = b"MTZ " + np.frombuffer(content[4:8], np.uint32).byteswap().tobytes()
+        header += b"\x11\x11\x00\x00" + content[12:80]
+        (tmp_path / "b.mtz").write_bytes(header + swapped + content[80 + n :])
+        convert_to_store(tmp_path / "b.mtz", tmp_path / "b.h5", rows_at_a_time=7_000)
+        with UnmergedStore(tmp_path / "b.h5") as store:
+            assert_equal(store.read(), replace(read_mtz(tmp_path / "b.mtz"), name="b"))
+            assert store.n_images == 395
+
+    @pytest.mark.realdata
+    def test_a_stream(self, shared, tmp_path):
+        path = shared / "data" / "small" / "crystfel.stream"
+        group = gemmi.SpaceGroup("P 43 21 2")
+        convert_to_store(path, tmp_path / "a.h5", space_group=group)
+        with UnmergedStore(tmp_path / "a.h5") as store:
+            data, whole = store.read(), read_stream(path, group)
+        np.testing.assert_array_equal(data.miller_index, whole.miller_index)
+        np.testing.assert_allclose(data.intensity, whole.intensity, rtol=1e-6)
+
+    @pytest.mark.realdata
+    def test_refused(self, shared, tmp_path):
+        source = shared / "data" / "thermolysin_xfel" / "friedel_minus_n395.mtz"
+        mtz = gemmi.read_mtz_file(str(source))
+        rows = np.array(mtz)
+        rows[9, -1] += 256
+        mtz.set_data(rows)
+        mtz.write_to_file(str(tmp_path / "partial.mtz"))
+        (tmp_path / "cut.mtz").write_bytes(source.read_bytes()[:90_000])
+        (tmp_path / "a.hkl").touch()
+        for name, words in (
+            ("partial.mtz", "holds partials"),
+            ("cut.mtz", "not a complete MTZ"),
+            ("a.hkl", "can be converted"),
+            ("none.mtz", "does not exist"),
+        ):
+            with pytest.raises(UserError, match=words):
+                convert_to_store(tmp_path / name, tmp_path / "a.h5", rows_at_a_time=5000)
+        assert not (tmp_path / "a.h5").exists()
