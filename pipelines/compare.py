@@ -11,35 +11,35 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
 from integrator.io.dials import DialsFlag, ReflectionTable, read_reflections
-from merge.io.mtz import MergedMtz, read_merged_mtz
+from pipelines.compare_merged import compare_merged
+from pipelines.comparison_rows import (
+    BOTH,
+    COLUMNS,
+    MIN_PAIRS,
+    OURS,
+    TOO_FEW,
+    Row,
+    correlation,
+    make_row,
+    missing_row,
+)
 from pipelines.matching import match_observations
 from pipelines.report.terminal import write_table
 from pipelines.rundir import REFERENCE, RunDirectory, write_rows
 
 Array = NDArray[np.float64]
-Row = dict[str, Any]
 
 PEAKS = "anomalous peak height [sigma]"
-COLUMNS = ("comparison", "bin", "metric", "subject", "value", "n", "reason")
-OURS = "ours"
-BOTH = f"{OURS} vs {REFERENCE}"
-#: Fewer pairs than this give no number.
-MIN_PAIRS = 10
-#: Relative difference of cell parameters within which indices mean the same reflections.
-CELL_TOLERANCE = 0.02
 #: Median absolute value of a standard normal variable.
 MEDIAN_ABS_NORMAL = 0.6745
 STRENGTH_EDGES = (-np.inf, 1.0, 3.0, 10.0, 30.0, 100.0, np.inf)  # DIALS' I / sigma
 PHOTON_EDGES = (0.0, 5.0, 20.0, 100.0, 500.0, 2000.0, np.inf)  # true photons
-SHELL_EDGES = (np.inf, 5.0, 3.5, 3.0, 2.5, 2.2, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 0.8, 0.0)  # d [A]
 
 
 def compare(
@@ -82,7 +82,7 @@ def compare(
             raise UserError(f"{path} does not exist; give a file, or leave the option out")
     dials_missing = run.read_provenance()["notes"].get("reference", "not given")
     rows = _compare_observations(run, integrated, true_counts, dials_missing)
-    rows += _compare_merged(run, merged, truth, full, dials_missing)
+    rows += compare_merged(run, merged, truth, full, dials_missing)
     rows += _compare_peaks(run, dials_missing)
     write_rows(run.compare_file, rows, COLUMNS)
     return rows
@@ -113,10 +113,10 @@ def _compare_observations(
 ) -> list[Row]:
     title = "observations by I/sigma of DIALS"
     if not run.integrated_refl.is_file():
-        return [_missing(title, "cc", BOTH, f"{run.integrated_refl.name} is not there yet")]
+        return [missing_row(title, "cc", BOTH, f"{run.integrated_refl.name} is not there yet")]
     ours = _profile_fitted(read_reflections(run.integrated_refl))
     if integrated is None:
-        rows = [_missing(title, "cc", BOTH, f"no integrated.refl of DIALS: {dials_missing}")]
+        rows = [missing_row(title, "cc", BOTH, f"no integrated.refl of DIALS: {dials_missing}")]
         dials = None
     else:
         dials = read_reflections(integrated)
@@ -124,7 +124,9 @@ def _compare_observations(
             dials = _profile_fitted(dials)
             rows = _against_dials(title, ours, dials)
         else:  # too few spots for its profiles
-            rows = [_missing(title, "cc", BOTH, f"{integrated.name} has no profile intensities")]
+            rows = [
+                missing_row(title, "cc", BOTH, f"{integrated.name} has no profile intensities")
+            ]
             dials = None
     if true_counts is not None:
         rows += _against_true_counts(ours, dials, true_counts)
@@ -148,19 +150,19 @@ def _against_dials(title: str, ours: ReflectionTable, dials: ReflectionTable) ->
         q = (strength > x) & (strength <= y)
         n = int(q.sum())
         if n < MIN_PAIRS:
-            rows.append(_missing(title, "cc", BOTH, _too_few(n), name, n))
+            rows.append(missing_row(title, "cc", BOTH, TOO_FEW, name, n))
             continue
         metrics = {
-            "cc": _correlation(value[q], dials_value[q]),
+            "cc": correlation(value[q], dials_value[q]),
             "sigma ratio": float(np.median(sigma[q] / dials_sigma[q])),
         }
         if x >= 1:  # a ratio to what may be zero says nothing
             metrics["median ratio"] = float(np.median(value[q] / dials_value[q]))
-        rows += [_row(title, name, metric, BOTH, v, n) for metric, v in metrics.items()]
+        rows += [make_row(title, name, metric, BOTH, v, n) for metric, v in metrics.items()]
     for subject, table, matched in ((OURS, ours, a), (REFERENCE, dials, b)):
         n_alone = len(table) - len(matched)
         rows.append(
-            _row("observations in one table only", "all", "count", subject, n_alone, n_alone)
+            make_row("observations in one table only", "all", "count", subject, n_alone, n_alone)
         )
     return rows
 
@@ -171,7 +173,7 @@ def _against_true_counts(
     title = "observations against true photons"
     if len(np.unique(ours["id"])) > 1:
         reason = "the true photons are of one sweep, the run has several"
-        return [_missing(title, "rms error", OURS, reason)]
+        return [missing_row(title, "rms error", OURS, reason)]
     with np.load(path, allow_pickle=False) as file:
         if absent := {"miller_index", "xyz_px", "photons"} - set(file):
             raise UserError(f"{path} lacks the arrays {', '.join(sorted(absent))}")
@@ -191,109 +193,16 @@ def _against_true_counts(
             keep &= (photons[true_rows] >= x) & (photons[true_rows] < y)
             n, label = int(keep.sum()), f"{_range_name(x, y)} photons"
             if n < MIN_PAIRS:
-                rows.append(_missing(title, "rms error", name, _too_few(n), label, n))
+                rows.append(missing_row(title, "rms error", name, TOO_FEW, label, n))
                 continue
             value, sigma = _intensity(table.select(table_rows[keep]))
             error = value - photons[true_rows[keep]]
             spread = float(np.median(np.abs(error / sigma)) / MEDIAN_ABS_NORMAL)
             rms = float(np.sqrt(np.mean(error**2)))
-            rows.append(_row(title, label, "rms error", name, rms, n))
-            rows.append(_row(title, label, "mean error", name, float(error.mean()), n))
-            rows.append(_row(title, label, "spread of z", name, spread, n))
+            rows.append(make_row(title, label, "rms error", name, rms, n))
+            rows.append(make_row(title, label, "mean error", name, float(error.mean()), n))
+            rows.append(make_row(title, label, "spread of z", name, spread, n))
     return rows
-
-
-def _compare_merged(
-    run: RunDirectory, merged: Path | None, truth: Path | None, full: Path | None, absent: str
-) -> list[Row]:
-    title = "merged by resolution [A]"
-    if not run.merged.is_file():
-        return [_missing(title, "cc I", BOTH, f"{run.merged.name} is not there yet")]
-    ours = read_merged_mtz(run.merged)
-    dials = None if merged is None else read_merged_mtz(merged)
-    if dials is None:
-        rows = [_missing(title, "cc I", BOTH, f"no merged MTZ of DIALS: {absent}")]
-    else:
-        rows = _merged_against_dials(title, ours, dials)
-    tables = {OURS: ours} | ({} if dials is None else {REFERENCE: dials})
-    if truth is not None:
-        rows += _merged_against_truth(tables, read_merged_mtz(truth))
-    if full is not None:
-        rows += _merged_against_full(tables, read_merged_mtz(full))
-    return rows
-
-
-def _merged_against_dials(title: str, ours: MergedMtz, dials: MergedMtz) -> list[Row]:
-    if reason := _different_crystal(ours, dials):
-        return [_missing(title, "cc I", BOTH, reason)]
-    a, b = _common([ours, dials])
-    value, other = ours.table.i_mean[a], dials.table.i_mean[b]
-    difference = (ours.table.f_plus - ours.table.f_minus)[a]
-    other_difference = (dials.table.f_plus - dials.table.f_minus)[b]
-    is_acentric = ~_is_centric(ours, ours.table.miller_index[a])
-    rows = []
-    for name, q in _shells(ours, ours.table.miller_index[a]):
-        pairs = q & np.isfinite(value) & np.isfinite(other)
-        rows.append(_cc_row(title, name, "cc I", BOTH, value[pairs], other[pairs]))
-        pairs = q & is_acentric & np.isfinite(difference) & np.isfinite(other_difference)
-        x, y = difference[pairs], other_difference[pairs]
-        rows.append(_cc_row(title, name, "cc Bijvoet", BOTH, x, y))
-    return rows
-
-
-def _merged_against_full(tables: dict[str, MergedMtz], full: MergedMtz) -> list[Row]:
-    """Correlate the intensities that all files have with those of more data."""
-    title = "merged against the full data by resolution [A]"
-    for name, table in tables.items():
-        if reason := _different_crystal(table, full):
-            return [_missing(title, "cc I", name, reason)]
-    files = [full, *tables.values()]
-    common = _common(files)
-    values = np.stack([f.table.i_mean[rows] for f, rows in zip(files, common, strict=True)])
-    usable = np.isfinite(values).all(axis=0)
-    return [
-        _cc_row(title, name, "cc I", subject, value[q & usable], values[0][q & usable])
-        for name, q in _shells(full, full.table.miller_index[common[0]])
-        for subject, value in zip(tables, values[1:], strict=True)
-    ]
-
-
-def _merged_against_truth(tables: dict[str, MergedMtz], truth: MergedMtz) -> list[Row]:
-    """Score each file on the Bijvoet pairs that all have, one scale factor per shell."""
-    title = "merged against the truth by resolution [A]"
-    for name, table in tables.items():
-        if reason := _different_crystal(table, truth):
-            return [_missing(title, "cc F", name, reason)]
-    files = [truth, *tables.values()]
-    common = _common(files)
-    mates = [
-        np.stack([file.table.f_plus, file.table.f_minus], axis=1)[rows]
-        for file, rows in zip(files, common, strict=True)
-    ]
-    hkl = truth.table.miller_index[common[0]]
-    usable = np.all(np.isfinite(mates), axis=(0, 2)) & ~_is_centric(truth, hkl)
-    rows = []
-    for name, q in _shells(truth, hkl):
-        q = q & usable
-        n = int(q.sum())
-        for subject, values in zip(tables, mates[1:], strict=True):
-            if n < MIN_PAIRS:
-                rows.append(_missing(title, "cc F", subject, _too_few(n), name, n))
-                continue
-            f, true = values[q], mates[0][q]
-            mean, true_mean = f.mean(1), true.mean(1)
-            scale = (mean @ true_mean) / (mean @ mean)
-            delta, true_delta = scale * (f[:, 0] - f[:, 1]), true[:, 0] - true[:, 1]
-            metrics = {
-                "cc F": _correlation(mean, true_mean),
-                "R F": float(np.abs(scale * mean - true_mean).sum() / true_mean.sum()),
-                "cc Bijvoet": _correlation(delta, true_delta),
-                "rms error Bijvoet": float(np.sqrt(np.mean((delta - true_delta) ** 2))),
-            }
-            rows += [_row(title, name, k, subject, v, n) for k, v in metrics.items()]
-    # Ours and the reference side by side, metric by metric.
-    order = ["cc F", "R F", "cc Bijvoet", "rms error Bijvoet"]
-    return sorted(rows, key=lambda r: order.index(r["metric"]))
 
 
 def _compare_peaks(run: RunDirectory, dials_missing: str) -> list[Row]:
@@ -301,15 +210,15 @@ def _compare_peaks(run: RunDirectory, dials_missing: str) -> list[Row]:
     peaks = run.read_peaks()
     epochs = [p["epoch"] for p in peaks if p["epoch"] != REFERENCE]
     if not epochs:
-        return [_missing(title, "height", OURS, "no epoch has peaks yet")]
+        return [missing_row(title, "height", OURS, "no epoch has peaks yet")]
     rows = []
     for subject, epoch in ((OURS, max(epochs)), (REFERENCE, REFERENCE)):
         found = [p for p in peaks if p["epoch"] == epoch]
         for p in found:
             site = f"{p['residue']} {p['chain']}{p['seqid']} {p['atom']}"
-            rows.append(_row(title, site, "height", subject, p["peak_sigma"], 1))
+            rows.append(make_row(title, site, "height", subject, p["peak_sigma"], 1))
         if not found:
-            rows.append(_missing(title, "height", subject, dials_missing))
+            rows.append(missing_row(title, "height", subject, dials_missing))
     return rows
 
 
@@ -326,69 +235,6 @@ def _profile_fitted(table: ReflectionTable) -> ReflectionTable:
 def _intensity(table: ReflectionTable) -> tuple[Array, Array]:
     """Photons and their standard deviation, (N,) each."""
     return table["intensity.prf.value"], np.sqrt(table["intensity.prf.variance"])
-
-
-def _common(files: list[MergedMtz]) -> list[NDArray[np.int64]]:
-    """Rows of each file for the Miller indices that all have, in one order."""
-    rows = [{tuple(h): i for i, h in enumerate(f.table.miller_index.tolist())} for f in files]
-    shared = sorted(set.intersection(*(set(r) for r in rows)))
-    return [np.array([r[h] for h in shared], dtype=np.int64) for r in rows]
-
-
-def _shells(file: MergedMtz, hkl: NDArray) -> Iterable[tuple[str, NDArray[np.bool_]]]:
-    d = file.cell.calculate_d_array(hkl)
-    for high, low in pairwise(SHELL_EDGES):
-        q = (d <= high) & (d > low)
-        if q.any():
-            yield (f"> {low:g}" if np.isinf(high) else f"{high:g}-{low:g}"), q
-    yield "all", np.ones(len(d), bool)
-
-
-def _is_centric(file: MergedMtz, hkl: NDArray) -> NDArray[np.bool_]:
-    return np.asarray(file.space_group.operations().centric_flag_array(hkl), bool)
-
-
-def _different_crystal(a: MergedMtz, b: MergedMtz) -> str:
-    """Say why indices of two files do not mean the same reflections, or nothing.
-
-    Screw axes make no difference: only the point group and its asymmetric unit do.
-    """
-    kinds = [
-        (f.space_group.point_group_hm(), gemmi.ReciprocalAsu(f.space_group).condition_str())
-        for f in (a, b)
-    ]
-    if kinds[0] != kinds[1]:
-        return f"space groups differ: {a.space_group.xhm()} and {b.space_group.xhm()}"
-    if not np.allclose(a.cell.parameters, b.cell.parameters, rtol=CELL_TOLERANCE):
-        return f"cells differ: {a.cell.parameters} and {b.cell.parameters}"
-    return ""
-
-
-def _correlation(x: Array, y: Array) -> float | None:
-    if x.std() == 0 or y.std() == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _cc_row(title: str, name: str, metric: str, subject: str, x: Array, y: Array) -> Row:
-    if len(x) < MIN_PAIRS:
-        return _missing(title, metric, subject, _too_few(len(x)), name, len(x))
-    return _row(title, name, metric, subject, _correlation(x, y), len(x))
-
-
-def _row(title: str, name: str, metric: str, subject: str, value: float | None, n: int) -> Row:
-    reason = "not defined here" if value is None else ""
-    return dict(zip(COLUMNS, (title, name, metric, subject, value, n, reason), strict=True))
-
-
-def _missing(
-    title: str, metric: str, subject: str, reason: str, name: str = "all", n: int = 0
-) -> Row:
-    return dict(zip(COLUMNS, (title, name, metric, subject, None, n, reason), strict=True))
-
-
-def _too_few(n: int) -> str:
-    return f"fewer than {MIN_PAIRS} pairs"
 
 
 def _range_name(low: float, high: float) -> str:

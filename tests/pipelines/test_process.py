@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import logging
+import shutil
 import stat
 from pathlib import Path
 
+import gemmi
 import pytest
 
 from fixtures.simulate import SimulatedFiles, simulate
@@ -98,6 +100,26 @@ def test_geometry_that_fails_is_one_line(frames, programs, tmp_path, capsys):
         "braggflux: error: dials.refine failed: Sorry: too few reflections; see"
     )
     assert {p.name for p in out.iterdir()} == {"dials", "run.log"}
+
+
+def test_a_model_of_another_cell_is_found_before_the_reference(frames, programs, tmp_path, capsys):
+    """The geometry is done and stays; the command with the right model goes on from there."""
+    wrong = gemmi.read_structure(str(frames.model))
+    wrong.cell = gemmi.UnitCell(82.0, 82.0, 37.8, 90, 90, 90)
+    model = tmp_path / "model.pdb"
+    wrong.write_pdb(str(model))
+    out = tmp_path / "run"
+    argv = ["process", str(frames.master), "--model", str(model), "--out", str(out)]
+    argv += ["--epochs", "1", "--no-reference"]
+    assert cli.main(argv) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("braggflux: error: ")
+    assert "has the cell 82 82 37.8" in last
+    assert {p.name for p in out.iterdir()} == {"dials", "run.log"}
+    (tmp_path / "calls").unlink()
+    shutil.copy(frames.model, model)
+    assert cli.main(argv) == 0
+    assert not (tmp_path / "calls").exists(), "no DIALS step is repeated"
 
 
 @pytest.mark.parametrize(
