@@ -150,6 +150,9 @@ def test_small_molecule_from_real_frames(dials, shared, tmp_path, capsys):
     # Seen 2026-11: 0.966 (ours), 0.966 (DIALS) for 65 reflections
     assert cc["ours"] > 0.92
     assert cc["ours"] > cc["DIALS"] - 0.02
+    mtz = gemmi.read_mtz_file(str(run.merged))
+    sigma, seen = (mtz.column_with_label(x).array for x in ("SIGIMEAN", "IMEAN"))
+    assert np.isfinite(sigma[np.isfinite(seen)]).all(), "no lone observation is an outlier"
     for row in run.read_metrics():
         missing = {k for k, v in row.items() if v is None}
         assert missing <= set(row["reasons"])
