@@ -112,7 +112,7 @@ class Merger(nn.Module):
     def group_weights(self, refl_id: Tensor) -> Tensor:
         """Share of each group's observations that a batch holds, (P,)."""
         counted = torch.bincount(self.group[refl_id], minlength=len(self.n_group))
-        return counted / self.n_group.clamp_min(1)
+        return counted.double() / self.n_group.clamp_min(1)
 
     @torch.no_grad()
     def expected_intensity(self, refl_id: Tensor, scale_index: Tensor) -> Tensor:
