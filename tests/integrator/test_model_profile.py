@@ -78,7 +78,7 @@ def test_back_project_is_the_adjoint_of_project():
     x = torch.randn(1, *profile_model().grid.size, generator=generator)
     y = torch.randn(20, *SPOT.box, generator=generator)
     left = (weights.project(x) * y).sum()
-    right = (x[0] * weights.back_project(y)).sum()
+    right = (x * weights.back_project(y)).sum()
     torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-2)
 
 
@@ -177,6 +177,16 @@ def test_latents_shift_widen_and_skew():
     # z_9: third order in x: skew to the right, and only that axis
     assert moments(9, 0.2)[2] > 0.05
     assert abs(moments(10, 0.2)[2] - rest[2]) < 0.01
+
+
+def test_sensitivity_is_the_derivative_by_the_latents():
+    model = profile_model()
+    weights = model.grid.voxel_weights(metadata(4))
+    pixel = torch.rand(4, *SPOT.box)
+    latent = (0.3 * torch.randn(4, model.n_latent)).requires_grad_()
+    exact = torch.autograd.grad((pixel * model(weights, latent)).sum(), latent)[0]
+    ours = model.sensitivity(weights, model.node_weights(latent), pixel)
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-5)
 
 
 def test_node_weights_sum_to_one_for_any_latent():
