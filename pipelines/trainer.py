@@ -97,7 +97,9 @@ class Trainer:
         """Integrate with the starting profile and start the merge: epoch 0."""
         began = time.monotonic()
         self.table = self.integrate_all(progress)
-        self.model.merger.start(self.merge_input())
+        batch = self.merge_input()
+        self.model.merger.count_observations(batch.refl_id)
+        self.model.merger.start(batch)
         return self._result(0, began, self._full_batch_terms(), None)
 
     def run_epoch(self, progress: Progress | None = None) -> EpochResult:
@@ -134,6 +136,7 @@ class Trainer:
         config = self.config.merge
         epochs = self.config.training.epochs
         batch = self.merge_input()
+        self.model.merger.count_observations(batch.refl_id)
         weights = self.model.merger.group_weights(batch.refl_id)
         ratio = config.final_learning_rate / config.learning_rate
         for step in range(config.steps_per_epoch):

@@ -109,6 +109,14 @@ class Merger(nn.Module):
         log_density = self.likelihood(batch.likelihood, expected)  # (Q, B)
         return MergeLoss(weights @ log_density, self.prior.kl(q), self.scale.penalty())
 
+    def count_observations(self, refl_id: Tensor) -> None:
+        """Count the observations anew, (N,): the integrator rejects some that the frames hold.
+
+        Counted in, they would take part of the prior of their group with them.
+        """
+        self.n_obs.copy_(torch.bincount(refl_id, minlength=len(self.n_obs)))
+        self.n_group.zero_().index_add_(0, self.group, self.n_obs)
+
     def group_weights(self, refl_id: Tensor) -> Tensor:
         """Share of each group's observations that a batch holds, (P,)."""
         counted = torch.bincount(self.group[refl_id], minlength=len(self.n_group))

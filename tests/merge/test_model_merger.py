@@ -41,6 +41,17 @@ def test_prior_counts_once_per_group(fitted):
     assert int(weights.sum()) == len(fitted.merger.group[fitted.experiment.refl_id].unique())
 
 
+def test_rejected_observations_take_no_prior_with_them():
+    """When the integrator rejects some, the rest of their group still has the whole prior."""
+    experiment = simulate(d_min=6.0)
+    merger = experiment.merger()
+    kept = experiment.refl_id[torch.rand(len(experiment.refl_id)) < 0.6]
+    assert ((merger.group_weights(kept) > 0) & (merger.group_weights(kept) < 1)).any()
+    merger.count_observations(kept)
+    assert set(merger.group_weights(kept).tolist()) <= {0.0, 1.0}
+    assert int(merger.n_obs.sum()) == len(kept) == int(merger.n_group.sum())
+
+
 def test_posterior_amplitudes_are_calibrated(fitted):
     q = fitted.merger.inference()
     mean, sd = q.mean.detach().numpy(), q.variance.sqrt().detach().numpy()
