@@ -346,6 +346,9 @@ def _terms(
     ):
         if name in names and harmonic is not None:
             features[:, names.index(name)] = (own - given.mean()) / (given.std() or 1.0)
+    # 1/d^2 alone would show all low angles alike, where wavelength and beam stop matter most
+    low_angle = -0.5 * np.log(inv)
+    features = np.column_stack([features, (low_angle - low_angle.mean()) / (low_angle.std() or 1)])
     offset = np.zeros(len(source))
     for name in EWALD_OFFSETS:
         if name in names:

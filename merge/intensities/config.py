@@ -37,7 +37,7 @@ class IntensityMergeConfig:
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12
     # Knots of the wavelength spectrum.
-    n_spectrum_knots: int = 16
+    n_spectrum_knots: int = 48
     # Width of the hidden layers of the scale network; 0 for none.
     network_width: int = 32
     # Residual blocks of the scale network and of the image encoder.
@@ -47,11 +47,11 @@ class IntensityMergeConfig:
     # Share of the images, and of the observations on the others, that are held out to predict.
     held_out: float = 0.05
     # Passes over the data.
-    epochs: int = 400
+    epochs: int = 100
     # Observations in a step, whole images; all when null.
-    batch_size: int | None = None
-    # Step of the structure factors and of the scale's physical terms.
-    learning_rate: float = 0.05
+    batch_size: int | None = 16000
+    # Step of the scale's physical terms and of the error model.
+    learning_rate: float = 0.02
     # Step of the networks.
     network_learning_rate: float = 0.005
     # Half-set pairs written to the MTZ; each is another random split.

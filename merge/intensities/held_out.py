@@ -76,17 +76,15 @@ def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Te
 def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Prediction:
     """Predict the chosen observations, (N,) bool.
 
-    ``cc_pred`` is the correlation of measured and expected intensities, each divided by the
-    expected standard deviation, so that a few strong reflections do not decide it alone.
+    ``cc_pred`` is the correlation of measured and expected intensities.
     """
     n_obs = int(chosen.sum())
     if n_obs < 10:
         return Prediction(n_obs, None, None)
     batch = table.everything()
     e = merger.generative(batch, merger.inference())
-    sigma = (e.variance + e.spread).sqrt()[chosen]
-    measured = (batch.observations.intensity[chosen] / sigma).numpy()
-    expected = (e.mean[chosen] / sigma).numpy()
+    measured = batch.observations.intensity[chosen].numpy()
+    expected = e.mean[chosen].numpy()
     density = log_likelihoods(merger, table, chosen)
     total = float(density[~density.isnan()].sum()) / n_obs
     if measured.std() == 0 or expected.std() == 0:

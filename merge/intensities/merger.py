@@ -46,11 +46,17 @@ class Expectation:
 
 @dataclass(frozen=True)
 class MergeTerms:
-    """Terms of the ELBO of one batch [nats], summed with their weights."""
+    """Terms of the ELBO of one batch [nats], summed with their weights.
+
+    ``information`` is the data's expected information of log <F^2> of each row and ``row_weight``
+    the weight of its divergence, (R,) each, without gradients.
+    """
 
     log_likelihood: Tensor
     kl_structure_factor: Tensor
     scale_penalty: Tensor
+    information: Tensor
+    row_weight: Tensor
 
     @property
     def elbo(self) -> Tensor:
@@ -82,7 +88,7 @@ class IntensityMerger(nn.Module):
             float(table.observations.sigma.median()),
         )
         self.register_buffer("group", torch.as_tensor(unique.group))
-        self._levels = [
+        self.levels = [
             (torch.as_tensor(rows), torch.as_tensor(unique.parent[rows]))
             for level in range(1, int(unique.depth.max()) + 1)
             for rows in [(unique.depth == level).nonzero()[0]]
@@ -104,7 +110,7 @@ class IntensityMerger(nn.Module):
     def log_spread(self) -> Tensor:
         """Log of <F^2> of each row, (R,)."""
         total = self.log_spread_step
-        for rows, parent in self._levels:
+        for rows, parent in self.levels:
             total = total.index_add(0, rows, total[parent])
         return total
 
@@ -112,7 +118,7 @@ class IntensityMerger(nn.Module):
     def set_log_spread(self, value: Tensor) -> None:
         """Set <F^2> of each row from its log, (R,)."""
         step = value.clone()
-        for rows, parent in self._levels:
+        for rows, parent in self.levels:
             step[rows] = value[rows] - value[parent]
         self.log_spread_step.copy_(step)
 
@@ -135,16 +141,15 @@ class IntensityMerger(nn.Module):
             n = len(batch.observations)
             mean = mean.new_zeros(n).index_add(0, into, mean)
             spread = spread.new_zeros(n).index_add(0, into, spread)
-            first = torch.ones_like(into, dtype=torch.bool)
-            first[1:] = into.diff() > 0
-            row = row[first]
+            row = batch.first_rows
         variance = self.likelihood.variance(batch.observations.sigma, mean, relative)
         return Expectation(mean, spread, variance, mean / q.spread[row])
 
     def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
         """Terms of the ELBO that this batch contributes."""
         used = batch.observations.is_used
-        log_density = self.log_density(batch, self.generative(batch, q))
+        e = self.generative(batch, q)
+        log_density = self.log_density(batch, e)
         if batch.cluster is not None:  # a cluster is used or held out as a whole
             used = used.new_zeros(len(log_density)).index_put((batch.cluster,), used)
         rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
@@ -154,7 +159,18 @@ class IntensityMerger(nn.Module):
             (log_density * used).sum(),
             (weight * self.prior.kl(q)).sum(),
             batch.share * self.scale.penalty(),
+            self._information(batch, e),
+            weight.detach(),
         )
+
+    @torch.no_grad()
+    def _information(self, batch: Batch, e: Expectation) -> Tensor:
+        """Sum of w m^2 / D over the used observations of each row, (R,)."""
+        o = batch.observations
+        robust = self.likelihood.weight(o.intensity - e.mean, e.variance)
+        term = o.is_used * robust * e.mean**2 / e.variance
+        rows = batch.first_rows
+        return term.new_zeros(len(self.group)).index_add_(0, rows, term)
 
     def log_density(self, batch: Batch, e: Expectation, predict: bool = False) -> Tensor:
         """Bound the log-density of each cluster (or observation), or give the predictive one."""

@@ -47,11 +47,9 @@ def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> Sca
     if merger.likelihood.has_common_error:
         variance = variance + (2 * merger.likelihood.log_common).exp() * e.mean**2
     weight = merger.likelihood.weight(residual, variance)
-    first = torch.ones_like(batch.terms.observation, dtype=torch.bool)
-    first[1:] = batch.terms.observation.diff() > 0
     unit = table.unit_intensity
     return ScaledObservations(
-        batch.terms.row[first],
+        batch.first_rows,
         batch.observations.intensity / e.scale * unit,
         variance / weight / e.scale**2 * unit**2,
     )
@@ -129,6 +127,6 @@ def marginal_sigma(merger: IntensityMerger, q: Nakagami) -> Tensor:
     precision.index_add_(0, parent, link - r**2 * stiffness)
     least = 1 / (merger.prior.wilson.epsilon * merger.prior.wilson.wilson_sigma())
     total = torch.where(slope > 0, variance, 1 / torch.maximum(precision, least))
-    for rows, above in merger._levels:
+    for rows, above in merger.levels:
         total = total.index_copy(0, rows, variance[rows] + slope[rows] ** 2 * total[above])
     return total.sqrt()

@@ -8,8 +8,8 @@ r"""Scale of an observation: I = K F^2.
 * ``spectrum``: log of the intensity of a polychromatic beam, piecewise linear and smooth;
 * ``e``: distance from the Ewald sphere (partiality of stills), with a learned width ``w``;
 * ``network``: residual blocks that see the metadata of the observation and a description of its
-  image, learned (scans) or computed from its reflections by the image encoder (stills). A second
-  output is the relative error that remains, which no mean can hold.
+  image, learned (scans) or computed from its reflections by the image encoder (stills). For stills
+  and Laue a second output is the relative error that remains, which no mean can hold.
 
 All have Gaussian priors; K is positive by construction.
 """
@@ -99,7 +99,6 @@ class ObservationScale(nn.Module):
     def __init__(self, table: ObservationTable, config: IntensityMergeConfig) -> None:
         super().__init__()
         self.images_of_dataset = table.images_of_dataset
-        self.is_still = config.stills
         n_images = 0 if config.stills else sum(table.images_of_dataset)
 
         def zeros(*shape: int) -> nn.Parameter:
@@ -133,7 +132,10 @@ class ObservationScale(nn.Module):
             n_images = sum(table.images_of_dataset)
             self.embedding = nn.Parameter(0.1 * torch.randn(table.n_units, size))
             self.deviation = nn.Parameter(torch.zeros(n_images, size))
-        self.network = ResidualNetwork(n_features + size, width, depth, 2)
+        # A still's partiality, and at low angle a Laue spot's wavelength, are uncertain: the error
+        # depends on where the reflection lies. A sweep has no such error.
+        n_out = 2 if config.stills or config.laue else 1
+        self.network = ResidualNetwork(n_features + size, width, depth, n_out)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Log K of each term, (T,), and the relative error of each observation, (N,) or None."""
@@ -153,11 +155,9 @@ class ObservationScale(nn.Module):
             return log_scale, None
         described = self.describe(batch)[terms.observation]
         out = self.network(torch.cat([terms.features, described], -1)).double()
-        relative = (out[:, 1] - 3.0).clamp_max(1.0).exp()
-        if batch.observation_of_term is not None:  # that of the first harmonic
-            start = torch.ones_like(terms.observation, dtype=torch.bool)
-            start[1:] = terms.observation.diff() > 0
-            relative = relative[start]
+        relative = None
+        if out.shape[1] > 1:
+            relative = batch.of_first_terms((out[:, 1] - 3.0).clamp_max(1.0).exp())
         return log_scale + out[:, 0].clamp(-10.0, 10.0), relative
 
     def describe(self, batch: Batch) -> Tensor:

@@ -95,6 +95,19 @@ class Batch:
     observation_of_term: Tensor | None
     share: float
 
+    @property
+    def first_rows(self) -> Tensor:
+        """Unique reflection of the index that the file gives, (N,)."""
+        return self.of_first_terms(self.terms.row)
+
+    def of_first_terms(self, values: Tensor) -> Tensor:
+        """Select each observation's first term, that of the file's index: (T, ...) to (N, ...)."""
+        if self.observation_of_term is None:
+            return values
+        first = torch.ones_like(self.terms.observation, dtype=torch.bool)
+        first[1:] = self.terms.observation.diff() > 0
+        return values[first]
+
 
 @dataclass(frozen=True)
 class ObservationTable:

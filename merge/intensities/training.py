@@ -12,12 +12,15 @@ from torch import Tensor
 
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import IntensityMerger
-from merge.intensities.table import ObservationTable
+from merge.intensities.row_newton import RowNewton
+from merge.intensities.table import Batch, ObservationTable
 
 logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
 N_START_ROUNDS = 3
+DAMPING = 0.5  # of the amplitudes' Newton steps
+MAX_ACCUMULATED = 8  # batches before such a step
 
 #: Called after each epoch with its number and the ELBO.
 Observer = Callable[[int, float], None]
@@ -107,7 +110,9 @@ def fit(
     with_scales: bool = True,
     observer: Observer | None = None,
 ) -> float:
-    """Maximise the ELBO by Adam with cosine decay; returns it at the end [nats].
+    """Maximise the ELBO: Newton steps for q(F), Adam with cosine decay for the rest.
+
+    Returns the ELBO of the last epoch [nats].
 
     Parameters
     ----------
@@ -122,54 +127,67 @@ def fit(
     """
     epochs = epochs or config.epochs
     merger.count(table)
-    optimizer = _optimizer(merger, config, with_scales)
+    amplitudes = RowNewton(merger)
+    optimizer = _optimizer(merger, config) if with_scales else None
     generator = torch.Generator().manual_seed(config.seed)
-    n_batches = len(table.unit_batches(config.batch_size, generator))
-    everything = table.everything() if n_batches == 1 else None
+    batches = table.unit_batches(config.batch_size if with_scales else None, generator)
+    everything = table.everything() if len(batches) == 1 else None
     began, elbo = time.monotonic(), math.nan
-    total_steps = epochs * n_batches
-    step = 0
     for epoch in range(1, epochs + 1):
         elbo = 0.0
-        for units in (
+        batches = (
             table.unit_batches(config.batch_size, generator) if everything is None else [None]
-        ):
-            batch = everything if units is None else table.batch(units)
-            _set_rate(optimizer, step / total_steps)
-            optimizer.zero_grad(set_to_none=True)
-            value = merger.loss(batch, merger.inference()).elbo
-            (-value).backward()
-            optimizer.step()
-            elbo += float(value.detach())
-            step += 1
+        )
+        for k, units in enumerate(batches):
+            batch = table.batch(units) if everything is None else everything
+            share = (epoch - 1 + k / len(batches)) / epochs
+            elbo += _step(merger, batch, optimizer, amplitudes, share)
+            if (k + 1) % MAX_ACCUMULATED == 0 or k + 1 == len(batches):
+                amplitudes.step(DAMPING)
         if observer is not None:
             observer(epoch, elbo)
     n = int(table.observations.is_used.sum())
-    logger.debug(
-        "elbo %.4f/obs after %d epochs, %.1f s", elbo / n, epochs, time.monotonic() - began
-    )
+    seconds = time.monotonic() - began
+    logger.debug("elbo %.4f/obs after %d epochs, %.1f s", elbo / n, epochs, seconds)
     return elbo
 
 
-def _optimizer(
-    merger: IntensityMerger, config: IntensityMergeConfig, with_scales: bool
-) -> torch.optim.Optimizer:
-    amplitudes = [merger.log_spread_step, merger.log_concentration]
-    groups = [{"params": amplitudes, "start": config.learning_rate}]
-    if with_scales:
-        networks = [
-            p
-            for module in (merger.scale.network, merger.scale.encoder)
-            if module is not None
-            for p in module.parameters()
-        ]
-        if merger.scale.embedding is not None:
-            networks += [merger.scale.embedding, merger.scale.deviation]
-        known = {id(p) for p in (*networks, *amplitudes)}
-        rest = [p for p in merger.parameters() if id(p) not in known and p.requires_grad]
-        groups.append({"params": rest, "start": 0.4 * config.learning_rate})
-        if networks:
-            groups.append({"params": networks, "start": config.network_learning_rate})
+def _step(
+    merger: IntensityMerger,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer | None,
+    amplitudes: RowNewton,
+    share: float,
+) -> float:
+    """One step of the scales; gradients of the amplitudes add up."""
+    terms = merger.loss(batch, merger.inference())
+    parameters = [merger.log_spread_step, merger.log_concentration]
+    if optimizer is None:
+        (-terms.elbo).backward(inputs=parameters)
+    else:
+        _set_rate(optimizer, share)
+        optimizer.zero_grad(set_to_none=True)
+        (-terms.elbo).backward()
+        optimizer.step()
+    amplitudes.add(terms.information, terms.row_weight)
+    return float(terms.elbo.detach())
+
+
+def _optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.optim.Optimizer:
+    scale = merger.scale
+    networks = [
+        p
+        for module in (scale.network, scale.encoder)
+        if module is not None
+        for p in module.parameters()
+    ]
+    if scale.embedding is not None:
+        networks += [scale.embedding, scale.deviation]
+    known = {id(p) for p in (*networks, merger.log_spread_step, merger.log_concentration)}
+    rest = [p for p in merger.parameters() if id(p) not in known and p.requires_grad]
+    groups = [{"params": rest, "start": config.learning_rate}]
+    if networks:
+        groups.append({"params": networks, "start": config.network_learning_rate})
     return torch.optim.Adam(groups, betas=BETAS, lr=config.learning_rate)
 
 
