@@ -10,7 +10,7 @@ import torch
 
 from merge.half_sets import HalfSet, Observations, split_half_sets
 from merge.io.mtz import MergedTable, merged_table, write_merged_mtz
-from merge.model.amplitudes import Amplitudes, merged_amplitudes
+from merge.model.amplitudes import Amplitudes, merged_amplitudes, relative_responsibility
 from merge.statistics import (
     possible_reflections,
     resolution_shells,
@@ -43,6 +43,7 @@ def merge_epoch(trainer: Trainer) -> MergedEpoch:
     batch = trainer.merge_input()
     value, variance, good = merger.scaled_observations(batch)
     refl_id = batch.refl_id.cpu().numpy()
+    good = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
     # an outlier's variance is what its probability to be none leaves of its weight
     observations = Observations.of(
         trainer.problem.asu,

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from integrator.crystal.corrections import quantum_efficiency
+from integrator.crystal.geometry import Experiment
 from integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
@@ -16,6 +18,7 @@ from integrator.io.dials import (
 from integrator.io.shoebox_store import ShoeboxStore
 from integrator.types import Flag, IntensityTable
 from merge.io.mtz import UnmergedTable, write_unmerged_mtz
+from merge.model.amplitudes import relative_responsibility
 from pipelines.trainer import Trainer
 
 N_EXAMPLES = 12
@@ -59,7 +62,6 @@ def integrated_reflections(
         "bbox": _bounding_boxes(store),
         "zeta": store.metadata().zeta.double().numpy(),
         "lp": table.lp.double().numpy(),
-        "qe": np.ones(n),
         "partiality": np.ones(n),
         "partial_id": np.arange(n, dtype=np.uint64),
         "intensity.prf.value": value,
@@ -134,10 +136,25 @@ def sum_intensities(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarra
     return value, variance, np.maximum(voxels, 1)
 
 
-def write_integrated(trainer: Trainer, path: Path) -> None:
+def write_integrated(trainer: Trainer, path: Path, expt: Path) -> None:
     """Write integrated.refl, which ``dials.scale`` accepts with the run's EXPT."""
     summed = sum_intensities(trainer)
-    write_reflections(path, integrated_reflections(trainer, trainer.table, summed))
+    reflections = integrated_reflections(trainer, trainer.table, summed)
+    reflections.columns["qe"] = sensor_efficiency(trainer.table, read_experiments(expt))
+    write_reflections(path, reflections)
+
+
+def sensor_efficiency(table: IntensityTable, experiments: list[Experiment]) -> np.ndarray:
+    """DIALS column ``qe``: photons that the sensor absorbs, 1 where its thickness is unknown."""
+    efficiency = np.ones(len(table))
+    for number, experiment in enumerate(experiments):
+        for k, panel in enumerate(experiment.panels):
+            if panel.mu > 0 and panel.thickness > 0:
+                rows = ((table.experiment == number) & (table.panel == k)).numpy()
+                normal = np.cross(panel.fast_axis, panel.slow_axis)
+                s1 = table.s1[torch.as_tensor(rows)].double().numpy()
+                efficiency[rows] = quantum_efficiency(s1, normal, panel.mu, panel.thickness)
+    return efficiency
 
 
 @torch.no_grad()
@@ -145,17 +162,20 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
     """Write scaled, unmerged observations: prior-free intensity over our scale."""
     merger = trainer.model.merger
     batch = trainer.merge_input()
-    value, variance, good = (t.cpu().numpy() for t in merger.scaled_observations(batch))
+    value, variance, good = merger.scaled_observations(batch)
+    good = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
+    fresh = merger.scale.fresh_crystal_factor(merger.inv_d2)[batch.refl_id]
+    keep = (good > 0.5).cpu().numpy()
+    value, sigma = (value * fresh).cpu().numpy(), (variance.sqrt() * fresh).cpu().numpy()
+    scale = (merger.scale(batch.scale_index).exp() / fresh).cpu().numpy()
     rows = batch.scale_index.cpu()
-    scale = merger.scale(batch.scale_index).exp().cpu().numpy()
     metadata = trainer.problem.metadata[rows]
     lp = metadata.lp.double().numpy()
-    keep = good > 0.5
     table = UnmergedTable(
         miller_index=metadata.miller_index.numpy()[keep],
         experiment=metadata.experiment.numpy()[keep],
         intensity=value[keep],
-        sigma=np.sqrt(variance)[keep],
+        sigma=sigma[keep],
         xyz_px=metadata.xyz_px.double().numpy()[keep],
         lp=lp[keep],
         scale=(scale * lp)[keep],
@@ -166,7 +186,7 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
         read_experiments(expt),
         cell=trainer.problem.cell,
         space_group=trainer.problem.space_group,
-        history=["scaled by braggflux; outliers (probability above 1/2) left out"],
+        history=["scaled by braggflux; outliers (half as good as their best mate) left out"],
     )
 
 

@@ -167,7 +167,7 @@ def _finish(
     source = directory.epoch_mtz(trainer.epoch)
     with replacing(directory.merged) as temporary:
         temporary.write_bytes(source.read_bytes())
-    write_integrated(trainer, directory.integrated_refl)
+    write_integrated(trainer, directory.integrated_refl, config.expt)
     write_unmerged(trainer, directory.unmerged, config.expt)
     with replacing(directory.shoebox_examples) as temporary:
         # numpy appends .npz to a name that lacks it

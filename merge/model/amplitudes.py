@@ -39,14 +39,14 @@ class Amplitudes:
 def merged_amplitudes(
     merger: Merger, batch: MergeBatch, chosen: Tensor | None = None
 ) -> Amplitudes:
-    """Merge the observations (or the ``chosen`` ones, (B,) bool) with the merger's scales."""
+    """Merge the observations (or the ``chosen`` ones, (B,) bool) with the merger's scales.
+
+    On the scale of the crystal before the scan, see ``ScaleModel.fresh_crystal_factor``.
+    """
     value, variance, good = merger.scaled_observations(batch)
     n_rows = len(merger.n_obs)
-    # only its mates can tell an outlier: the best observation of a reflection keeps its full say
     counted = torch.ones_like(good) if chosen is None else chosen.to(good.dtype)
-    good = good.clamp_min(1e-30) * counted
-    best = good.new_zeros(n_rows).scatter_reduce_(0, batch.refl_id, good, "amax")
-    weight = good / best[batch.refl_id].clamp_min(1e-30) / variance
+    weight = relative_responsibility(good * counted, batch.refl_id, n_rows) * counted / variance
     total = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight)
     mean = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight * value) / total
     n_obs = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, counted).long()
@@ -57,7 +57,24 @@ def merged_amplitudes(
     amplitude, sigma_amplitude = french_wilson(
         mean, sigma, prior.spread, merger.prior.wilson.is_centric
     )
-    return Amplitudes(amplitude, sigma_amplitude, mean, sigma, torch.where(seen, n_obs, 0))
+    fresh = merger.scale.fresh_crystal_factor(merger.inv_d2)
+    return Amplitudes(
+        amplitude * fresh.sqrt(),
+        sigma_amplitude * fresh.sqrt(),
+        mean * fresh,
+        sigma * fresh,
+        torch.where(seen, n_obs, 0),
+    )
+
+
+def relative_responsibility(good: Tensor, refl_id: Tensor, n_rows: int) -> Tensor:
+    """Probability to be no outlier over the best one of the same reflection, (B,).
+
+    Only its mates can tell an outlier: the best observation of a reflection keeps its full say.
+    """
+    good = good.clamp_min(1e-30)
+    best = good.new_zeros(n_rows).scatter_reduce_(0, refl_id, good, "amax")
+    return good / best[refl_id]
 
 
 def french_wilson(

@@ -81,13 +81,17 @@ class PhotonCountLikelihood(nn.Module):
         a, t = likelihood.effective_counts, likelihood.exposure
         beta = likelihood.effective_background
         variance = self.relative_error**2
-        with torch.no_grad():  # the mode enters with vanishing derivative
-            x = torch.zeros_like(expected)
-            for _ in range(3):
-                mean = expected * x.exp()
-                share = mean / (mean + beta)
-                slope = a * share - t * mean - x / variance
-                x = (x + slope / (t * mean * share + 1 / variance)).clamp(-3.0, 3.0)
+
+        def step(x: Tensor) -> Tensor:
+            mean = expected * x.exp()
+            share = mean / (mean + beta)
+            slope = a * share - t * mean - x / variance
+            return (x + slope / (t * mean * share + 1 / variance)).clamp(-3.0, 3.0)
+
+        with torch.no_grad():
+            x = step(step(torch.zeros_like(expected)))
+        # the last step carries the mode's own derivative, which the curvature needs
+        x = step(x)
         mean = expected * x.exp()
         curvature = t * mean**2 / (mean + beta)
         return (

@@ -60,6 +60,7 @@ class Merger(nn.Module):
         super().__init__()
         self.config = config
         inv_d2 = torch.as_tensor(asu.d, dtype=torch.float64) ** -2
+        self.register_buffer("inv_d2", inv_d2)
         wilson = WilsonPrior(
             inv_d2,
             torch.as_tensor(asu.epsilon),

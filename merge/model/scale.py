@@ -51,8 +51,10 @@ class ScaleFeatures:
     harmonics : Tensor, (N, n_lm)
     position : Tensor, (N, 5)
         Detector position (3), scan position and resolution, scaled to about [-1, 1].
-    n_frames : tuple of int
-        Frames of each experiment.
+    b_mean : Tensor, (n_knots,)
+        What the interpolation of B was centred by.
+    n_frames, n_knots : tuple of int
+        Frames, and knots of B, of each experiment.
     """
 
     log_lp: Tensor
@@ -61,7 +63,9 @@ class ScaleFeatures:
     b_design: Tensor
     harmonics: Tensor
     position: Tensor
+    b_mean: Tensor
     n_frames: tuple[int, ...]
+    n_knots: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> ScaleFeatures:
         """Copy to a device."""
@@ -96,7 +100,9 @@ def scale_features(
     weight = weight / weight.sum(1, keepdim=True)
 
     widths = torch.as_tensor(frame_width_deg, dtype=torch.float64)[experiment]
-    design = _b_design(z * widths, experiment, n_frames, frame_width_deg, config)
+    spans = [abs(n * width) for n, width in zip(n_frames, frame_width_deg, strict=True)]
+    n_knots = tuple(max(2, round(s / config.b_factor_spacing_deg) + 1) for s in spans)
+    design = _b_design((z * widths).abs(), experiment, spans, n_knots)
     directions = [-table.s0_crystal.double(), table.s1_crystal.double()]
     harmonics = sum(real_harmonics(v, config.absorption_order) for v in directions) / 2
     inv_d2 = table.d.double() ** -2
@@ -108,25 +114,20 @@ def scale_features(
         b_design=(design - design.mean(0)) * (-0.5 * (inv_d2 - inv_d2.mean()))[:, None],
         harmonics=harmonics - harmonics.mean(0),
         position=_scaled_position(table, count),
+        b_mean=design.mean(0),
         n_frames=tuple(n_frames),
+        n_knots=n_knots,
     )
 
 
 def _b_design(
-    angle: Tensor,
-    experiment: Tensor,
-    n_frames: list[int],
-    frame_width_deg: list[float],
-    config: MergeConfig,
+    angle: Tensor, experiment: Tensor, spans: list[float], n_knots: tuple[int, ...]
 ) -> Tensor:
-    """Interpolation on the B knots of every experiment, (N, n_knots)."""
+    """Interpolation on the B knots of every experiment, (N, sum of n_knots)."""
     blocks = []
-    for k, (n, width) in enumerate(zip(n_frames, frame_width_deg, strict=True)):
-        span = abs(n * width)
-        n_knots = max(2, round(span / config.b_factor_spacing_deg) + 1)
-        knots = torch.linspace(0, span, n_knots, dtype=torch.float64)
-        block = hat_design(angle.abs(), knots)
-        blocks.append(torch.where((experiment == k)[:, None], block, 0.0))
+    for k, (span, n) in enumerate(zip(spans, n_knots, strict=True)):
+        knots = torch.linspace(0, span, n, dtype=torch.float64)
+        blocks.append(torch.where((experiment == k)[:, None], hat_design(angle, knots), 0.0))
     return torch.cat(blocks, 1)
 
 
@@ -174,15 +175,25 @@ class ScaleModel(nn.Module):
 
     def __init__(self, features: ScaleFeatures, config: MergeConfig) -> None:
         super().__init__()
-        for name in ("log_lp", "frame", "frame_weight", "b_design", "harmonics", "position"):
+        for name in (
+            "log_lp",
+            "frame",
+            "frame_weight",
+            "b_design",
+            "harmonics",
+            "position",
+            "b_mean",
+        ):
             self.register_buffer(name, getattr(features, name), persistent=False)
-        self.n_frames = features.n_frames
+        self.n_frames, self.n_knots = features.n_frames, features.n_knots
         self.physical = config.physical_scale
         zeros = lambda n: nn.Parameter(torch.zeros(n, dtype=torch.float64))  # noqa: E731
         self.log_frame_scale = zeros(sum(features.n_frames))
         # frame-to-frame change of the log-scale; learned
         self.log_step = nn.Parameter(torch.tensor(np.log(0.03), dtype=torch.float64))
         self.b_factor = zeros(features.b_design.shape[1])
+        # bend of B from knot to knot [A^2]; learned. Damage is smooth, one knot is noisy.
+        self.log_b_bend = nn.Parameter(torch.tensor(np.log(0.1), dtype=torch.float64))
         self.absorption = zeros(features.harmonics.shape[1])
         n_features = features.position.shape[1]
         self.n_inputs = N_DETECTOR_FEATURES if config.physical_scale else n_features
@@ -210,6 +221,18 @@ class ScaleModel(nn.Module):
             log_scale = log_scale + self.network(self.position[index, : self.n_inputs])[:, 0]
         return log_scale
 
+    @torch.no_grad()
+    def fresh_crystal_factor(self, inv_d2: Tensor) -> Tensor:
+        """Turn intensities at the mean dose into those at the start of the first scan.
+
+        B is centred in training; what the crystal scattered before any damage is larger by
+        ``exp((B_mean - B_start) / (2 d^2))``.
+        """
+        if not self.physical:
+            return torch.ones_like(inv_d2)
+        change = self.b_mean @ self.b_factor - self.b_factor[0]
+        return torch.exp(0.5 * change * inv_d2)
+
     def penalty(self) -> Tensor:
         """Minus the log-prior of all scale parameters, up to a constant, () [nats]."""
         total = self.log_frame_scale.new_zeros(())
@@ -225,6 +248,11 @@ class ScaleModel(nn.Module):
         # weak prior of the step itself: without it few frames could run it to zero
         total = total + 0.5 * ((step - np.log(0.03)) / 1.0) ** 2
         total = total + 0.5 * (self.b_factor**2).sum() / self.b_sd**2
+        bend = self.log_b_bend.clamp(-7.0, 2.0)
+        for knots in self.b_factor.split(self.n_knots):
+            change = knots.diff(n=2)
+            total = total + 0.5 * (change**2).sum() * torch.exp(-2 * bend) + len(change) * bend
+        total = total + 0.5 * ((bend - np.log(0.1)) / 1.0) ** 2
         total = total + 0.5 * (self.absorption**2).sum() / self.harmonic_sd**2
         if self.network is not None:
             for p in self.network.parameters():
