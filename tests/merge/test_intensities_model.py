@@ -1,0 +1,264 @@
+"""Merging measured intensities: batches, likelihood, priors and recovery against references."""
+
+from __future__ import annotations
+
+import gemmi
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from integrator.distributions.nakagami import Nakagami
+from integrator.errors import UserError
+from merge.intensities.build import build_problem
+from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.held_out import split
+from merge.intensities.likelihood import IntensityLikelihood
+from merge.intensities.merger import IntensityMerger
+from merge.intensities.output import merged_rows, scaled_observations
+from merge.intensities.pairing import paired_clusters
+from merge.intensities.prior import TreePrior
+from merge.intensities.scale import ImageEncoder
+from merge.intensities.training import fit, start
+from merge.intensities.unique import UniqueRows, check_parents
+from merge.io.observations import make_unmerged
+
+CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
+SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
+D_MIN = 4.0
+
+
+def simulated(rng, n_images=20, n_per_image=150, f=None, asu=None, name="a", wavelength=None):
+    """Observations of known F with a scale of each image and known Gaussian errors."""
+    asu = asu or ReciprocalAsu(CELL, SPACE_GROUP, D_MIN, False)
+    f = np.sqrt(rng.exponential(1000.0, len(asu))) if f is None else f
+    image = np.repeat(np.arange(n_images), n_per_image)
+    row = rng.integers(0, len(asu), len(image))
+    scale = np.exp(0.3 * np.sin(image / 3.0))
+    sigma = 20.0 + 0.0 * image
+    intensity = scale * f[row] ** 2 + sigma * rng.standard_normal(len(image))
+    xy = rng.uniform(0, 1000, (len(image), 2))
+    data = make_unmerged(
+        source=name,
+        miller_index=asu.miller_index[row],
+        intensity=intensity,
+        sigma=sigma,
+        image_label=image,
+        metadata={"X": xy[:, 0], "Y": xy[:, 1], "BATCH": image},
+        wavelength=wavelength,
+        cell=CELL,
+        space_group=SPACE_GROUP,
+        name=name,
+        has_lp_applied=True,
+    )
+    return data, f, asu
+
+
+@pytest.mark.parametrize("kind", ["scan", "stills", "paired"])
+def test_any_batches_add_up_to_the_full_batch(kind):
+    rng = np.random.default_rng(1)
+    config = IntensityMergeConfig(stills=kind == "stills")
+    first, _, asu = simulated(rng)
+    data, parents = [first], None
+    if kind == "paired":
+        second, _, _ = simulated(np.random.default_rng(1), f=None, asu=asu, name="b")
+        data, parents = [first, second], (None, 0)
+    problem = build_problem(data, config, parents)
+    assert problem.table.has_clusters == (kind == "paired")
+    table = problem.table
+    masks = split(table, 0.1, config.stills, seed=3)
+    table = table.with_masks(masks.is_used, masks.is_seen)
+    merger = IntensityMerger(problem.unique, table, config)
+    merger.prior.is_coupled = kind == "paired"
+    start(merger, table)
+    with torch.no_grad():
+        for p in merger.parameters():
+            p += 0.05 * torch.randn_like(p)
+        q = merger.inference()
+        full = merger.loss(table.everything(), q)
+        generator = torch.Generator().manual_seed(0)
+        for batch_size in (200, 900):
+            batches = table.unit_batches(batch_size, generator)
+            assert len(batches) > 2
+            parts = [merger.loss(table.batch(units), q) for units in batches]
+            for name in ("log_likelihood", "kl_structure_factor", "scale_penalty", "elbo"):
+                total = float(sum(getattr(part, name) for part in parts))
+                # networks are float32: sums in another order differ in the last digits
+                assert total == pytest.approx(float(getattr(full, name)), rel=1e-6), name
+            information = sum(part.information for part in parts)
+            torch.testing.assert_close(information, full.information, rtol=1e-4, atol=1e-6)
+
+
+def test_likelihood_is_scipys_when_f_is_known():
+    rng = np.random.default_rng(0)
+    residual, expected = rng.normal(size=(2, 30))
+    variance = rng.uniform(0.5, 3, 30)
+    nothing = torch.zeros(30, dtype=torch.float64)
+    as_tensor = torch.as_tensor
+    for is_normal, law in ((True, stats.norm()), (False, stats.t(7.0))):
+        model = IntensityLikelihood(is_normal, 7.0, True, False, 1.0)
+        given = model(as_tensor(residual), as_tensor(expected), nothing, as_tensor(variance), None)
+        wanted = law.logpdf(residual / np.sqrt(variance)) - 0.5 * np.log(variance)
+        np.testing.assert_allclose(given.detach().numpy(), wanted, rtol=1e-10)
+
+
+def test_common_error_is_a_correlated_normal_or_student_t():
+    rng = np.random.default_rng(0)
+    residual, expected = rng.normal(size=3), rng.uniform(1, 3, 3)
+    variance = rng.uniform(0.5, 3, 3)
+    cluster = torch.tensor([0, 0, 1])
+    for is_normal in (True, False):
+        model = IntensityLikelihood(is_normal, 5.0, True, True, 1.0)
+        s2 = model.error_parameters["common_error"] ** 2
+        given = model(
+            *(torch.as_tensor(x) for x in (residual, expected, np.zeros(3), variance)), cluster
+        ).detach()
+        for c, rows in ((0, [0, 1]), (1, [2])):
+            m = expected[rows]
+            shape = np.diag(variance[rows]) + s2 * np.outer(m, m)
+            law = stats.multivariate_normal(cov=shape)
+            if not is_normal:
+                law = stats.multivariate_t(shape=shape, df=5.0)
+            assert float(given[c]) == pytest.approx(law.logpdf(residual[rows]), rel=1e-10)
+
+
+def test_expected_student_t_is_a_lower_bound():
+    model = IntensityLikelihood(False, 4.0, True, False, 1.0)
+    rng = np.random.default_rng(0)
+    spread = 0.7
+    sampled = stats.t(4.0).logpdf(1.3 + np.sqrt(spread) * rng.standard_normal(200_000)).mean()
+    tensors = [torch.tensor([x], dtype=torch.float64) for x in (1.3, 1.0, spread, 1.0)]
+    bound = float(model(*tensors, None).detach())
+    assert sampled - 0.2 < bound < sampled
+
+
+def test_error_model_is_evans():
+    model = IntensityLikelihood(True, None, True, False, 2.0)
+    with torch.no_grad():
+        model.log_sdfac.fill_(np.log(1.2))
+        model.sdb.fill_(0.05)
+        model.log_sdadd.fill_(np.log(0.04))
+    sigma, mean = torch.tensor([[3.0, 1.0], [50.0, 2.0]], dtype=torch.float64)
+    wanted = 1.2**2 * (sigma**2 + 0.05 * 2.0 * mean + (0.04 * mean) ** 2)
+    torch.testing.assert_close(model.variance(sigma, mean, None), wanted)
+
+
+def test_child_divergence_against_samples():
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, 12.0, False)
+    unique = UniqueRows([asu, asu], (None, 0))
+    prior = TreePrior(unique, 3, 2)
+    prior.is_coupled = True
+    prior.one_minus_r2.fill_(0.2)
+    q = Nakagami(
+        torch.full((len(unique),), 40.0, dtype=torch.float64),
+        torch.full((len(unique),), 1.5, dtype=torch.float64),
+    )
+    got = prior.kl(q).detach()[prior.child]
+    torch.manual_seed(0)
+    f = q.rsample((40_000,))
+    child, parent = f[:, prior.child].numpy(), f[:, prior.parent].numpy()
+    r, s = (x.detach().numpy() for x in prior.conditional())
+    centre = r * parent
+    rice = stats.rice.logpdf(child, centre / np.sqrt(s / 2), scale=np.sqrt(s / 2))
+    folded = stats.foldnorm.logpdf(child, centre / np.sqrt(s), scale=np.sqrt(s))
+    centric = unique.is_centric[prior.child.numpy()]
+    assert 0 < centric.sum() < len(centric)
+    log_q = q.log_prob(f)[:, prior.child].detach().numpy()
+    wanted = (log_q - np.where(centric, folded, rice)).mean(0)
+    # I_0 and cosh enter at the mean amplitudes: good to a few hundredths of a nat
+    np.testing.assert_allclose(got.numpy(), wanted, atol=0.05)
+
+
+def test_sigma_shrinks_with_redundancy_and_truth_is_recovered():
+    config = IntensityMergeConfig(
+        network_width=0, likelihood="normal", error_model=False, held_out=0.0, epochs=60
+    )
+    sigma = {}
+    for n_per_image in (200, 800):
+        data, f, asu = simulated(np.random.default_rng(2), 20, n_per_image)
+        problem = build_problem([data], config)
+        torch.manual_seed(0)
+        merger = IntensityMerger(problem.unique, problem.table, config)
+        start(merger, problem.table)
+        fit(merger, problem.table, config)
+        rows = merged_rows(merger, problem.table, scaled_observations(merger, problem.table))
+        own = problem.unique.asus[0].refl_id(asu.miller_index)
+        amplitude = rows.amplitude.numpy()[own]
+        seen = (rows.n_obs.numpy()[own] > 0) & (f > 15)
+        assert np.corrcoef(amplitude[seen], f[seen])[0, 1] > 0.995
+        ratio = np.median(amplitude[seen] / f[seen])
+        z = (amplitude / ratio - f)[seen] / (rows.sigma_amplitude.numpy()[own][seen] / ratio)
+        assert 0.8 < np.median(np.abs(z)) / 0.6745 < 1.25
+        sigma[n_per_image] = np.median(rows.sigma_amplitude.numpy()[own][seen] / ratio)
+    assert sigma[200] / sigma[800] == pytest.approx(2.0, rel=0.2)
+
+
+def test_encoder_ignores_the_order_of_reflections():
+    torch.manual_seed(0)
+    encoder = ImageEncoder(3, 8, 2, 4).double()
+    x, image = torch.randn(30, 3, dtype=torch.float64), torch.arange(30) % 3
+    seen = torch.rand(30) < 0.7
+    order = torch.randperm(30)
+    torch.testing.assert_close(
+        encoder(x, image, seen, 3), encoder(x[order], image[order], seen[order], 3)
+    )
+    changed = x.clone()
+    changed[~seen] += 1.0
+    torch.testing.assert_close(encoder(x, image, seen, 3), encoder(changed, image, seen, 3))
+
+
+def test_pairs_need_the_same_place():
+    dataset = np.array([0, 0, 1, 1, 1])
+    hkl = np.array([[1, 2, 3]] * 4 + [[1, 2, 4]])
+    position = np.array([[10.0, 10.0], [900.0, 500.0], [11.0, 10.0], [500.0, 0.0], [900.0, 500.0]])
+    cluster = paired_clusters(dataset, np.zeros(5, int), hkl, position)
+    np.testing.assert_array_equal(cluster, [0, 1, 0, 3, 4])
+
+
+def test_harmonics_share_one_observation():
+    data = make_unmerged(
+        source="x",
+        miller_index=[[2, 2, 2], [1, 1, 1], [1, 2, 3]],
+        intensity=[10.0, 20.0, 30.0],
+        sigma=[1.0, 1.0, 1.0],
+        image_label=[0, 0, 1],
+        metadata={},
+        wavelength=[1.0, 1.1, 1.9],
+        cell=CELL,
+        space_group=SPACE_GROUP,
+        name="x",
+        has_lp_applied=True,
+    )
+    terms = build_problem([data], IntensityMergeConfig(laue=True)).table.terms
+    # 222 at 1.0 A is 111 at 2.0 A (outside 1.0-1.9); 111 at 1.1 A is no 222 (0.55 A);
+    # 123 at 1.9 A would be 246 at 0.95 A
+    assert len(terms) == 3
+    data = data.__class__(**vars(data) | {"wavelength": np.array([1.0, 2.0, 2.0])})
+    problem = build_problem([data], IntensityMergeConfig(laue=True))
+    wide, asu = problem.table.terms, problem.unique.asus[0]
+    rows = {tuple(h): int(asu.refl_id([h])[0]) for h in ([1, 1, 1], [2, 2, 2], [1, 2, 3])}
+    first = wide.row[wide.observation == 0].tolist()
+    assert first == [rows[2, 2, 2], rows[1, 1, 1]]
+    np.testing.assert_allclose(wide.wavelength[wide.observation == 0], [1.0, 2.0])
+    assert wide.row[wide.observation == 1].tolist() == [rows[1, 1, 1], rows[2, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("parents", "message"),
+    [((0, None), "own parent"), ((1, 0), "own parent"), ((None, 5), "does not exist"),
+     ((None,), "names 1 parents")],
+)  # fmt: skip
+def test_wrong_parents(parents, message):
+    with pytest.raises(UserError, match=message):
+        check_parents(parents, 2)
+
+
+def test_wrong_requests():
+    data, _, _ = simulated(np.random.default_rng(0))
+    with pytest.raises(UserError, match="unknown metadata nonsense; these files have"):
+        build_problem([data], IntensityMergeConfig(metadata=("nonsense",)))
+    with pytest.raises(UserError, match="no wavelength"):
+        build_problem([data], IntensityMergeConfig(laue=True))
+    with pytest.raises(ValueError, match="exclude each other"):
+        IntensityMergeConfig(laue=True, stills=True)
