@@ -15,15 +15,16 @@ from merge.model.merger import Merger
 class Fitted:
     """Experiment, fitted merger, and the truth on the fit's absolute scale.
 
-    K and F^2 share a factor that depends on resolution (the network, or a B factor, can carry it
-    as well as Sigma can): it is taken from the fitted scales by regression and the true amplitudes
-    are multiplied with it.
+    K and F^2 share a factor that depends on resolution (the mean of B is not known, and the
+    detector position that the network sees goes with resolution): it is taken from the fitted
+    scales by regression and the true amplitudes are multiplied with it.
     """
 
     experiment: Experiment
     merger: Merger
     log_scale: np.ndarray  # (N,) fitted
     amplitude: np.ndarray  # (R,) true, on the fit's scale
+    output_factor: np.ndarray  # (R,) from the fit's intensities to those of the output
     scale_error: np.ndarray  # (N,) fitted less true log-scale, without that factor
     is_seen: np.ndarray  # (R,)
 
@@ -44,6 +45,7 @@ def fitted() -> Fitted:
         merger,
         log_scale,
         experiment.truth.amplitude * np.exp(-0.5 * powers @ coefficients),
+        merger.scale.fresh_crystal_factor(merger.inv_d2).numpy(),
         difference - of_observation @ coefficients,
         merger.n_obs.numpy() > 0,
     )

@@ -167,10 +167,9 @@ def test_gradient_equals_finite_differences(monkeypatch):
         assert gradient is not None, name
         k = int(gradient.abs().argmax())
         exact = central_difference(elbo, parameter, k)
-        # The mode of the Laplace integral over the relative error is detached: its derivative
-        # vanishes in the integrand but not in the curvature, which moves by about s^2. The merge's
-        # own parameters, whose slopes nearly cancel near the optimum, see that; others do not.
-        tolerance = 2e-2 if name.startswith("merger") else 1e-3
+        # The derivative of the mode of the Laplace integral is that of one scoring step, with the
+        # expected curvature for the exact one; the rest is right to the difference's rounding.
+        tolerance = 2e-3 if name.startswith("merger") else 1e-4
         assert gradient.view(-1)[k].item() == pytest.approx(exact, rel=tolerance, abs=1e-4), name
 
 
