@@ -43,7 +43,7 @@ def merge_epoch(trainer: Trainer) -> MergedEpoch:
     batch = trainer.merge_input()
     value, variance, good = merger.scaled_observations(batch)
     refl_id = batch.refl_id.cpu().numpy()
-    good = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
+    good, _ = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
     # an outlier's variance is what its probability to be none leaves of its weight
     observations = Observations.of(
         trainer.problem.asu,

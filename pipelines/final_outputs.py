@@ -163,7 +163,7 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
     merger = trainer.model.merger
     batch = trainer.merge_input()
     value, variance, good = merger.scaled_observations(batch)
-    good = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
+    good, _ = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
     fresh = merger.scale.fresh_crystal_factor(merger.inv_d2)[batch.refl_id]
     keep = (good > 0.5).cpu().numpy()
     value, sigma = (value * fresh).cpu().numpy(), (variance.sqrt() * fresh).cpu().numpy()

@@ -19,6 +19,8 @@ from merge.types import MergeBatch
 
 N_NODES = 256
 N_SIGMA = 7.0
+#: Least weight that the best observation of a reflection keeps: sigma grows thirtyfold at most.
+LEAST_TRUST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def merged_amplitudes(
     value, variance, good = merger.scaled_observations(batch)
     n_rows = len(merger.n_obs)
     counted = torch.ones_like(good) if chosen is None else chosen.to(good.dtype)
-    weight = relative_responsibility(good * counted, batch.refl_id, n_rows) * counted / variance
+    relative, best = relative_responsibility(good * counted, batch.refl_id, n_rows)
+    weight = relative * counted * best.clamp_min(LEAST_TRUST) / variance
     total = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight)
     mean = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, weight * value) / total
     n_obs = weight.new_zeros(n_rows).index_add_(0, batch.refl_id, counted).long()
@@ -67,14 +70,15 @@ def merged_amplitudes(
     )
 
 
-def relative_responsibility(good: Tensor, refl_id: Tensor, n_rows: int) -> Tensor:
-    """Probability to be no outlier over the best one of the same reflection, (B,).
+def relative_responsibility(good: Tensor, refl_id: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Probability to be no outlier over the best one of the same reflection, and that best, (B,).
 
-    Only its mates can tell an outlier: the best observation of a reflection keeps its full say.
+    Only its mates can tell an outlier: where all observations of a reflection are doubted, the
+    best of them still gives its value, with a sigma that says so (:data:`LEAST_TRUST`).
     """
     good = good.clamp_min(1e-30)
-    best = good.new_zeros(n_rows).scatter_reduce_(0, refl_id, good, "amax")
-    return good / best[refl_id]
+    best = good.new_zeros(n_rows).scatter_reduce_(0, refl_id, good, "amax")[refl_id]
+    return good / best, best
 
 
 def french_wilson(
