@@ -48,12 +48,12 @@ class IntensityMergeConfig:
     held_out: float = 0.05
     # Passes over the data.
     epochs: int = 100
-    # Observations in a step, whole images; all when null.
+    # Observations in a step, whole images; fewer where the data are few, all when null.
     batch_size: int | None = 16000
     # Step of the scale's physical terms and of the error model.
     learning_rate: float = 0.02
     # Step of the networks.
-    network_learning_rate: float = 0.005
+    network_learning_rate: float = 0.01
     # Half-set pairs written to the MTZ; each is another random split.
     half_set_repeats: int = 1
     # Same seed, same result on the CPU.

@@ -3,8 +3,9 @@
 The precision of log <F^2> spans five decades over a data set; one learning rate for all leaves
 strong reflections jittering or weak ones behind. The expected information of the Normal (weighted
 by Student's t) is diagonal but for the tree of parents, so a damped Newton step costs nothing: the
-gradients are there, the information is one sum over the observations. Batches add up gradients and
-information alike, hence a step may follow any number of batches.
+gradients are there, the information is one sum over the observations. Every batch moves the rows
+by its part of the gradient over the information of the whole pass before it: the steps of a pass
+add up to one damped Newton step, and no row chases the few observations of one batch.
 """
 
 from __future__ import annotations
@@ -27,35 +28,45 @@ class RowNewton:
 
     def __init__(self, merger: IntensityMerger) -> None:
         self.merger = merger
-        self._clear()
-
-    def _clear(self) -> None:
-        self.information = torch.zeros_like(self.merger.log_concentration)
+        self.information = torch.zeros_like(merger.log_concentration)
         self.weight = torch.zeros_like(self.information)
+        self._whole: tuple[Tensor, Tensor] | None = None
+
+    def step(self, information: Tensor, weight: Tensor, damping: float) -> None:
+        """Use the gradients of a batch, its information and its weight of the prior, (R,) each."""
+        self.information += information
+        self.weight += weight
+        if self._whole is not None:
+            self._move(*self._whole, damping)
+            self._forget()
+
+    def end_pass(self, damping: float) -> None:
+        """Take the first pass's step, and the sums of this pass as the information of the next."""
+        if self._whole is None:
+            self._move(self.information, self.weight, damping)
+            self._forget()
+        self._whole = self.information, self.weight
+        self.information = torch.zeros_like(self.information)
+        self.weight = torch.zeros_like(self.weight)
+
+    def _forget(self) -> None:
         self.merger.log_spread_step.grad = None
         self.merger.log_concentration.grad = None
 
-    def add(self, information: Tensor, weight: Tensor) -> None:
-        """Add the data's information and the prior's weight of one batch, (R,) each."""
-        self.information += information
-        self.weight += weight
-
     @torch.no_grad()
-    def step(self, damping: float) -> None:
-        """Take a step from all that was added since the last one."""
+    def _move(self, information: Tensor, weight: Tensor, damping: float) -> None:
         merger = self.merger
-        own = self.information + self.weight
+        own = information + weight
         below = own.clone()
         for rows, parent in reversed(merger.levels):  # a parent's step moves its whole tree
             below.index_add_(0, parent, below[rows])
-        below = below + self.weight * self._stiffness()
+        below = below + weight * self._stiffness()
         change = -merger.log_spread_step.grad / below.clamp_min(1e-12)
         merger.log_spread_step += damping * change.clamp(-MAX_STEP, MAX_STEP)
         k = merger.log_concentration.exp()
-        curvature = 0.5 * torch.maximum(own / k, self.weight) + 0.5 * self.weight
+        curvature = 0.5 * torch.maximum(own / k, weight) + 0.5 * weight
         change = -merger.log_concentration.grad / curvature.clamp_min(1e-12)
         merger.log_concentration += damping * change.clamp(-MAX_STEP, MAX_STEP)
-        self._clear()
 
     def _stiffness(self) -> Tensor:
         """Curvature of the prior of a child about its parent, (R,)."""

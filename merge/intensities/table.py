@@ -16,6 +16,9 @@ from torch import Tensor
 from integrator.types import TensorRecord
 
 
+MIN_BATCHES = 8
+
+
 @dataclass(frozen=True)
 class Observations(TensorRecord):
     """Measured intensities, (N,) each.
@@ -165,10 +168,13 @@ class ObservationTable:
         return self._batch(self.observations[rows], terms)
 
     def unit_batches(self, batch_size: int | None, generator: torch.Generator) -> list[Tensor]:
-        """Random units of about ``batch_size`` observations each; every unit once."""
+        """Random units of at most about ``batch_size`` observations each; every unit once.
+
+        At least ``MIN_BATCHES`` of them: a pass over few data must not be a single step.
+        """
         order = torch.randperm(self.n_units, generator=generator)
         n_obs = len(self.observations)
-        n_batches = 1 if batch_size is None else max(1, round(n_obs / batch_size))
+        n_batches = 1 if batch_size is None else max(MIN_BATCHES, round(n_obs / batch_size))
         return list(torch.tensor_split(order, min(n_batches, self.n_units)))
 
     def with_masks(self, is_used: Tensor, is_seen: Tensor) -> ObservationTable:

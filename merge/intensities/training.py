@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 BETAS = (0.9, 0.95)
 N_START_ROUNDS = 3
 DAMPING = 0.5  # of the amplitudes' Newton steps
-MAX_ACCUMULATED = 8  # batches before such a step
+ERROR_RATE = 3.0  # of the error model, in steps of the scale: a handful of well-known numbers
 
 #: Called after each epoch with its number and the ELBO.
 Observer = Callable[[int, float], None]
@@ -135,15 +135,13 @@ def fit(
     began, elbo = time.monotonic(), math.nan
     for epoch in range(1, epochs + 1):
         elbo = 0.0
-        batches = (
-            table.unit_batches(config.batch_size, generator) if everything is None else [None]
-        )
+        if everything is None:
+            batches = table.unit_batches(config.batch_size, generator)
         for k, units in enumerate(batches):
             batch = table.batch(units) if everything is None else everything
             share = (epoch - 1 + k / len(batches)) / epochs
             elbo += _step(merger, batch, optimizer, amplitudes, share)
-            if (k + 1) % MAX_ACCUMULATED == 0 or k + 1 == len(batches):
-                amplitudes.step(DAMPING)
+        amplitudes.end_pass(DAMPING)
         if observer is not None:
             observer(epoch, elbo)
     n = int(table.observations.is_used.sum())
@@ -159,7 +157,7 @@ def _step(
     amplitudes: RowNewton,
     share: float,
 ) -> float:
-    """One step of the scales; gradients of the amplitudes add up."""
+    """Move scales and amplitudes by one batch; returns its part of the ELBO."""
     terms = merger.loss(batch, merger.inference())
     parameters = [merger.log_spread_step, merger.log_concentration]
     if optimizer is None:
@@ -169,7 +167,7 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
         (-terms.elbo).backward()
         optimizer.step()
-    amplitudes.add(terms.information, terms.row_weight)
+    amplitudes.step(terms.information, terms.row_weight, DAMPING)
     return float(terms.elbo.detach())
 
 
@@ -183,9 +181,13 @@ def _optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.o
     ]
     if scale.embedding is not None:
         networks += [scale.embedding, scale.deviation]
-    known = {id(p) for p in (*networks, merger.log_spread_step, merger.log_concentration)}
+    errors = [p for p in merger.likelihood.parameters() if p.requires_grad]
+    amplitudes = [merger.log_spread_step, merger.log_concentration]
+    known = {id(p) for p in (*networks, *errors, *amplitudes)}
     rest = [p for p in merger.parameters() if id(p) not in known and p.requires_grad]
     groups = [{"params": rest, "start": config.learning_rate}]
+    if errors:
+        groups.append({"params": errors, "start": ERROR_RATE * config.learning_rate})
     if networks:
         groups.append({"params": networks, "start": config.network_learning_rate})
     return torch.optim.Adam(groups, betas=BETAS, lr=config.learning_rate)

@@ -1,0 +1,198 @@
+"""`braggflux merge` from files to files, and what it says of unusable ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import gemmi
+import numpy as np
+import pytest
+
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from merge.io.mtz import read_merged_mtz
+from pipelines import cli
+
+CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
+SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
+FAST = ("--epochs", "30", "--set", "network_width=8")
+
+
+def write_mtz(path, columns, hkl, *, cell=CELL, batches=True):
+    mtz = gemmi.Mtz(with_base=True)
+    mtz.spacegroup = SPACE_GROUP
+    mtz.set_cell_for_all(cell)
+    mtz.add_dataset("d").wavelength = 1.0
+    for label, (kind, _) in columns.items():
+        mtz.add_column(label, kind)
+    values = [values for _, values in columns.values()]
+    mtz.set_data(np.column_stack([hkl, *values]).astype(np.float32))
+    mtz.write_to_file(str(path))
+    return path
+
+
+@pytest.fixture
+def truth():
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, 4.0, True)
+    rng = np.random.default_rng(5)
+    f = np.sqrt(rng.exponential(1000.0, len(asu)) * asu.epsilon)
+    minus = asu.friedel_sign < 0
+    f[minus] = f[asu.friedel_mate[minus]] * (1 + 0.05 * rng.standard_normal(minus.sum()))
+    return asu, f
+
+
+def observed(truth, seed, n_images=20, n_per_image=300):
+    asu, f = truth
+    rng = np.random.default_rng(seed)
+    image = np.repeat(np.arange(n_images), n_per_image)
+    row = rng.integers(0, len(asu), len(image))
+    x, y = rng.uniform(0, 1000, (2, len(image)))
+    mean = np.exp(0.3 * np.sin(image / 3)) * f[row] ** 2
+    sigma = np.full(len(image), 15.0)
+    columns = {
+        "I": ("J", mean + sigma * rng.standard_normal(len(image))),
+        "SIGI": ("Q", sigma),
+        "BATCH": ("B", image + 1),
+        "X": ("R", x),
+        "Y": ("R", y),
+    }
+    return columns, asu.miller_index[row]
+
+
+def run(*argv):
+    return cli.main(["merge", *(str(a) for a in argv)])
+
+
+def test_rotation_data_to_merged_files(tmp_path, truth):
+    path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0))
+    out = tmp_path / "out"
+    assert run(path, "--out", out, "--anomalous", *FAST, "--set", "half_set_repeats=2") == 0
+    asu, f = truth
+    table = read_merged_mtz(out / "merged.mtz").table
+    plus = f[asu.refl_id(table.miller_index)]
+    seen = np.isfinite(table.f_plus) & (plus > 15)
+    assert np.corrcoef(table.f_plus[seen], plus[seen])[0, 1] > 0.99
+    labels = gemmi.read_mtz_file(str(out / "merged.mtz")).column_labels()
+    assert {"F(+)", "F(-)", "E", "N(+)", "F1", "F2", "F3", "F4"} <= set(labels)
+    mtz = gemmi.read_mtz_file(str(out / "merged.mtz"))
+    first, third = (np.array(mtz.column_with_label(n)) for n in ("F1", "F3"))
+    both = np.isfinite(first) & np.isfinite(third)
+    assert np.mean(first[both] != third[both]) > 0.5, "repeats must differ"
+    e2 = np.nanmean(np.array(mtz.column_with_label("E")) ** 2)
+    assert 0.85 < e2 < 1.15
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["held_out"]["image"]["cc_pred"] > 0.9
+    assert metrics["held_out"]["observation"]["cc_pred"] > 0.95
+    with (out / "statistics.csv").open() as stream:
+        overall = list(csv.DictReader(stream))[-1]
+    assert float(overall["cc_half"]) > 0.98
+    assert 0.6 < float(overall["z_spread"]) < 1.4
+    assert {p.name for p in out.iterdir()} == {
+        *("merged.mtz", "statistics.csv", "metrics.json", "run.log"),
+        *("config.yaml", "provenance.json", "scale_model.pt"),
+    }
+
+
+def test_same_seed_same_file(tmp_path, truth):
+    path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0, 8))
+    for name in ("one", "two"):
+        assert run(path, "--out", tmp_path / name, *FAST) == 0
+    one, two = (read_merged_mtz(tmp_path / n / "merged.mtz").table for n in ("one", "two"))
+    np.testing.assert_array_equal(one.f, two.f)
+
+
+def test_datasets_with_parents(tmp_path, truth):
+    asu, f = truth
+    light = asu, np.abs(f + 0.03 * f * np.random.default_rng(1).standard_normal(len(f)))
+    paths = [
+        write_mtz(tmp_path / f"{name}.mtz", *observed(t, 3))
+        for name, t in (("dark", truth), ("light", light))
+    ]
+    out = tmp_path / "out"
+    common = ("--parents", "none,0", "--prior", "double-wilson", "--out", out, *FAST)
+    assert run(*paths, *common) == 0
+    dark, light_out = (read_merged_mtz(out / f"{n}_merged.mtz").table for n in ("dark", "light"))
+    assert len(dark) > 100
+    assert len(light_out) > 100
+    with (out / "correlation.csv").open() as stream:
+        assert {row["shell"] for row in csv.DictReader(stream)} == {"0", "1", "2", "3", "4"}
+
+
+def test_friedel_halves_of_stills(tmp_path, truth):
+    asu, _ = truth
+    columns, hkl = observed(truth, 4, n_images=40)
+    sign = asu.friedel_sign[asu.refl_id(hkl)]
+    paths = [
+        write_mtz(
+            tmp_path / f"{name}.mtz",
+            {label: (kind, v[sign == s]) for label, (kind, v) in columns.items()},
+            hkl[sign == s],
+        )
+        for name, s in (("plus", 1), ("minus", -1))
+    ]
+    assert run(*paths, "--friedel", "--stills", "--out", tmp_path / "out", *FAST) == 0
+    table = read_merged_mtz(tmp_path / "out" / "merged.mtz").table
+    assert np.isfinite(table.f_plus).sum() > 100
+    assert np.isfinite(table.f_minus).sum() > 100
+
+
+def without(columns, *names):
+    return {k: v for k, v in columns.items() if k not in names}
+
+
+@pytest.fixture
+def good(tmp_path, truth):
+    return write_mtz(tmp_path / "good.mtz", *observed(truth, 0, 6))
+
+
+def bad_input(kind, tmp_path, truth, good):
+    columns, hkl = observed(truth, 0, 6)
+    path = tmp_path / "bad.mtz"
+    if kind == "no intensity":
+        return [write_mtz(path, without(columns, "I", "SIGI"), hkl)]
+    if kind == "zero sigmas":
+        return [write_mtz(path, columns | {"SIGI": ("Q", np.zeros(len(hkl)))}, hkl)]
+    if kind == "merged":
+        return [write_mtz(path, without(columns, "BATCH"), hkl)]
+    if kind == "cells":
+        return [good, write_mtz(path, columns, hkl, cell=gemmi.UnitCell(44, 50, 60, 90, 90, 90))]
+    if kind == "metadata":
+        return [good, "--metadata", "nonsense"]
+    if kind == "own parent":
+        return [good, good, "--parents", "none,1"]
+    if kind == "no wavelength":
+        return [good, "--laue"]
+    if kind == "truncated":
+        path.write_bytes(good.read_bytes()[:5000])
+        return [path]
+    if kind == "empty stream":
+        path = tmp_path / "bad.stream"
+        path.write_text("CrystFEL stream format 2.3\n")
+        return [path]
+    if kind == "one friedel half":
+        return [good, "--friedel"]
+    return [good, "--prior", "double-wilson"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("no intensity", "intensit"),
+        ("zero sigmas", "sigmas are 0"),
+        ("merged", "is merged"),
+        ("cells", "cells of"),
+        ("metadata", "unknown metadata nonsense"),
+        ("own parent", "own parent"),
+        ("no wavelength", "wavelength"),
+        ("truncated", "complete MTZ"),
+        ("empty stream", "bad.stream"),
+        ("one friedel half", "PLUS.mtz MINUS.mtz"),
+        ("nothing to couple", "--parents"),
+    ],
+)
+def test_wrong_input_is_one_line(kind, said, tmp_path, truth, good, capsys):
+    assert run(*bad_input(kind, tmp_path, truth, good), "--out", tmp_path / "out", *FAST) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("braggflux: error: ")
+    assert said in error
+    assert not list(tmp_path.glob("out/*.mtz"))
