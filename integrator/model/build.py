@@ -67,9 +67,9 @@ def start_from_strong_spots(integrator: Integrator, store: ShoeboxStore, seed: i
     bright = torch.nonzero(brightness > MIN_PHOTONS)[:, 0]
     if not len(bright):
         raise UserError(
-            f"no predicted reflection has more than {MIN_PHOTONS:.0f} photons on whole, unmasked "
-            f"voxels (brightest: {float(brightness.max()):.0f}), so no profile can be learned; "
-            "check that the EXPT belongs to these frames, and the pixel mask"
+            f"no predicted reflection has more than {MIN_PHOTONS:.0f} photons above the noise on "
+            f"unmasked voxels (brightest: {float(brightness.max()):.0f}), so no profile can be "
+            "learned; check that the EXPT belongs to these frames, and the pixel mask"
         )
     n_used = integrator.config.n_profile_spots
     # the upper half by brightness, thinned at random: the very brightest lie at low angle only

@@ -14,16 +14,18 @@ from integrator.model.integrator import Integrator, first_intensity
 from integrator.types import ShoeboxBatch
 
 MIN_PHOTONS = 50.0  # a fainter spot is not strong: its background says more than its profile
+MIN_SIGNIFICANCE = 6.0  # over a whole box the background's noise alone can pass MIN_PHOTONS
 
 
 @torch.no_grad()
 def spot_brightness(integrator: Integrator, batch: ShoeboxBatch) -> torch.Tensor:
-    """Sum the counts of each box above the mean background, (B,) [photons].
+    """Sum counts above the mean background, (B,) [photons]; 0 where that may be noise.
 
     A plain sum: good enough to choose the strong spots, and far cheaper than a profile.
     """
-    excess = (batch.counts - integrator.mean_background(batch.metadata)) * batch.is_valid
-    return excess.sum((1, 2, 3))
+    background = (integrator.mean_background(batch.metadata) * batch.is_valid).sum((1, 2, 3))
+    excess = batch.counts.sum((1, 2, 3)) - background
+    return torch.where(excess > MIN_SIGNIFICANCE * background.sqrt(), excess, 0.0)
 
 
 @torch.no_grad()
