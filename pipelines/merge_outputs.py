@@ -47,7 +47,7 @@ def write_dataset(
     names, asu = problem.names, problem.unique.asus[dataset]
     rows = problem.unique.rows(dataset)
     scaled = scaled_observations(merger, problem.table)
-    merged = merged_rows(merger, problem.table, scaled)
+    merged = merged_rows(merger, problem.table, scaled, is_marginal=config.sigma == "amplitude")
     halves = _half_sets(problem, merger, config, scaled, rows)
     table = merged_table(
         asu,

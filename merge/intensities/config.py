@@ -32,6 +32,9 @@ class IntensityMergeConfig:
     prior: Literal["wilson", "double-wilson"] = "wilson"
     # Correlation r of an amplitude with its parent; by shell from held-out data when null.
     correlation: float | None = None
+    # SIGF of coupled amplitudes: amplitude is right for F alone; difference leaves out what
+    # relatives have in common, for programs that weigh differences as if F were independent.
+    sigma: Literal["amplitude", "difference"] = "amplitude"
     # Resolution shells of r.
     n_correlation_shells: int = 5
     # Knots of the learned mean intensity against resolution.

@@ -57,9 +57,16 @@ def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> Sca
 
 @torch.no_grad()
 def merged_rows(
-    merger: IntensityMerger, table: ObservationTable, scaled: ScaledObservations
+    merger: IntensityMerger,
+    table: ObservationTable,
+    scaled: ScaledObservations,
+    *,
+    is_marginal: bool = True,
 ) -> MergedRows:
-    """Posterior amplitudes, and inverse-variance means of the scaled intensities."""
+    """Posterior amplitudes, and inverse-variance means of the scaled intensities.
+
+    Without ``is_marginal`` the sigma of a coupled amplitude is its width given its relatives.
+    """
     q = merger.inference()
     n_rows = len(merger.group)
     mean, sigma = weighted_mean(scaled, n_rows)
@@ -69,7 +76,7 @@ def merged_rows(
     normalised = q.mean / (wilson.epsilon * wilson.wilson_sigma()).sqrt()
     return MergedRows(
         q.mean * unit,
-        marginal_sigma(merger, q) * unit,
+        (marginal_sigma(merger, q) if is_marginal else q.variance.sqrt()) * unit,
         normalised,
         mean,
         sigma,

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from integrator.types import TensorRecord
 
-
 MIN_BATCHES = 8
 
 
