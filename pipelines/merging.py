@@ -7,6 +7,7 @@ import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import gemmi
 import torch
 
 from integrator.atomic import replacing
@@ -34,12 +35,14 @@ class MergeInputs:
     """What the command line names.
 
     ``parents`` has one dataset number or None of each dataset; None for no relation at all.
+    ``space_group`` is for files that hold none (streams).
     """
 
     paths: tuple[Path, ...]
     out: Path
     parents: tuple[int | None, ...] | None = None
     is_friedel: bool = False
+    space_group: str | None = None
 
 
 def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
@@ -63,6 +66,24 @@ def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
                 "counted from 0; give one of each, e.g. none,0"
             )
     return tuple(parents)
+
+
+def parse_space_group(name: str | None) -> gemmi.SpaceGroup | None:
+    """Look a space group up by its name.
+
+    Raises
+    ------
+    UserError
+    """
+    if name is None:
+        return None
+    group = gemmi.find_spacegroup_by_name(name)
+    if group is None:
+        raise UserError(
+            f"--space-group {name}: no such space group; give a Hermann-Mauguin symbol, "
+            "e.g. P43212 or 'P 63'"
+        )
+    return group
 
 
 def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
@@ -98,7 +119,7 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
 
 
 def _read(inputs: MergeInputs) -> list[UnmergedData]:
-    data = read_inputs(inputs.paths)
+    data = read_inputs(inputs.paths, space_group=parse_space_group(inputs.space_group))
     if not inputs.is_friedel:
         return data
     if len(data) != 2:

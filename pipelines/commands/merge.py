@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the two inputs are the Friedel halves of one dataset; sets --anomalous",
     )
+    parser.add_argument(
+        "--space-group", metavar="SG", help="for files that hold none (.stream), e.g. P6122"
+    )
     add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig)
 
 
@@ -51,6 +54,12 @@ def run(args: argparse.Namespace) -> None:
 
     from pipelines.merging import MergeInputs, merge, parse_parents
 
-    inputs = MergeInputs(tuple(args.inputs), args.out, parse_parents(args.parents), args.friedel)
+    inputs = MergeInputs(
+        tuple(args.inputs),
+        args.out,
+        parse_parents(args.parents),
+        args.friedel,
+        args.space_group,
+    )
     for path in merge(inputs, config):
         logger.info("wrote %s", path)
