@@ -209,8 +209,9 @@ def write_examples(trainer: Trainer, path: Path) -> None:
         "miller_index": batch.metadata.miller_index,
         "resolution": batch.metadata.d,
         "intensity": posterior.likelihood.mode,
-        "posterior_mean": q.base_dist.mean - posterior.likelihood.effective_background,
-        "posterior_sd": q.base_dist.variance.sqrt(),
+        "flat_prior_posterior_mean": q.base_dist.mean - posterior.likelihood.effective_background,
+        "flat_prior_posterior_sd": q.base_dist.variance.sqrt(),
+        "expected_by_the_merge": trainer.model.expected(batch.metadata.refl_row),
         "background": table.background[rows],
     }
     np.savez_compressed(path, **{k: v.cpu().numpy() for k, v in arrays.items()})
