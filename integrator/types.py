@@ -153,11 +153,6 @@ class IntensityTable(TensorRecord):
         """Maximum-likelihood photons, (N,)."""
         return self.effective_counts / self.exposure - self.effective_background
 
-    @property
-    def intensity_variance(self) -> Tensor:
-        """Variance of :attr:`intensity`, (N,) [photons^2]."""
-        return self.effective_counts.clamp_min(1e-6) / self.exposure**2
-
 
 class Flag:
     """Bits of ``IntensityTable.flags``."""

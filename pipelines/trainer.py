@@ -74,6 +74,7 @@ class Trainer:
         self.dataset = ShoeboxDataset(problem.store)
         self.generator = torch.Generator().manual_seed(config.training.seed)
         self.table: IntensityTable | None = None
+        self._integration: dict[str, float] | None = None  # of the latest training pass
         profile = self.model.integrator.profile
         shape = {id(profile.log_mean), id(profile.basis)}
         networks = [p for p in self.model.integrator.parameters() if id(p) not in shape]
@@ -117,7 +118,7 @@ class Trainer:
         batch_size = self.config.training.batch_size
         n_batches = self.dataset.n_batches(batch_size)
         norms = []
-        self._integration = dict.fromkeys(("nll", "kl_profile", "kl_background"), 0.0)
+        totals = dict.fromkeys(("nll", "kl_profile", "kl_background"), 0.0)
         for k, batch in enumerate(self.dataset.batches(batch_size, self.generator)):
             batch = batch.to(self.device)
             self.model.zero_grad(set_to_none=True)
@@ -126,10 +127,11 @@ class Trainer:
             parameters = [p for g in self.integrator_optimizer.param_groups for p in g["params"]]
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)))
             self.integrator_optimizer.step()
-            for name in self._integration:
-                self._integration[name] += float(getattr(terms, name).detach())
+            for name in totals:
+                totals[name] += float(getattr(terms, name).detach())
             if progress is not None:
                 progress(k + 1, n_batches)
+        self._integration = totals
         return sum(norms) / max(len(norms), 1)
 
     def _merge_steps(self) -> None:
@@ -215,7 +217,7 @@ class Trainer:
     ) -> EpochResult:
         merger = self.model.merger
         n = max(int(((self.table.flags & Flag.REJECTED) == 0).sum()), 1)
-        pixels = getattr(self, "_integration", None) if epoch else None
+        pixels = self._integration
         metrics: dict[str, float | int | None] = {
             "epoch": epoch,
             "wall_s": round(time.monotonic() - began, 2),

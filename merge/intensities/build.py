@@ -105,7 +105,7 @@ def build_problem(
 def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
     check_one_crystal_form(data)
     for d in data:
-        if config.laue and d.wavelength is None:
+        if config.laue and not d.is_polychromatic:
             raise UserError(
                 f"{d.name} has no wavelength of each reflection, which --laue needs; "
                 "give a file with a Wavelength column or leave --laue out"

@@ -149,7 +149,8 @@ def test_small_molecule_from_real_frames(dials, shared, tmp_path, capsys):
     cc = {who: float(rows[full, "all", "cc I", who]["value"]) for who in ("ours", "DIALS")}
     # Seen 2026-11: 0.966 (ours), 0.966 (DIALS) for 65 reflections
     assert cc["ours"] > 0.92
-    assert cc["ours"] > cc["DIALS"] - 0.02
+    # 2026-11-22, three seeds: ours less DIALS' +0.0007, -0.0003, +0.0017
+    assert cc["ours"] > cc["DIALS"] - 0.003
     mtz = gemmi.read_mtz_file(str(run.merged))
     sigma, seen = (mtz.column_with_label(x).array for x in ("SIGIMEAN", "IMEAN"))
     assert np.isfinite(sigma[np.isfinite(seen)]).all(), "no lone observation is an outlier"
