@@ -75,6 +75,9 @@ class ReflectionMetadata(TensorRecord):
         Standard deviation of the rocking curve in frames.
     corner : Tensor, (N, 3) int64
         (frame, slow, fast) array index of the first voxel of the box; may be negative.
+    frames_per_layer : Tensor, (N,) int64
+        Consecutive frames that each layer of the box sums: 1, and more where the rocking curve
+        is wider than the box.
     """
 
     refl_row: Tensor
@@ -91,6 +94,7 @@ class ReflectionMetadata(TensorRecord):
     zeta: Tensor
     frame_sigma: Tensor
     corner: Tensor
+    frames_per_layer: Tensor
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from integrator.errors import UserError
 from integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
 from integrator.shoebox.background import BackgroundAccumulator, pixel_inv_d
 from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.extent import SpotExtent, frame_sigma
+from integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer
 from integrator.shoebox.mask import MaskBit, MaskSettings, SpotMap, Spots, window_half
 from integrator.shoebox.predict import Prediction
 from integrator.shoebox.sweep import Sweep
@@ -149,33 +149,66 @@ def _count_type(sweeps: Sequence[Sweep]) -> np.dtype:
 
 
 class _OpenBoxes:
-    """Ring buffer of the rows that are not yet complete, written out in order."""
+    """Ring buffer of the rows that are not yet complete, written out in order.
+
+    A row lasts for ``per_layer * box[0]`` frames; it counts as open as long as the longest does.
+    """
 
     def __init__(
         self, writer: ShoeboxWriter, first_row: int, first_frame: NDArray[np.int64],
-        box: tuple[int, int, int], n_images: int,
+        per_layer: NDArray[np.int64], box: tuple[int, int, int], n_images: int,
     ) -> None:  # fmt: skip
-        self._writer, self._first_row, self._box = writer, first_row, box
+        self._writer, self._first_row, self._per_layer = writer, first_row, per_layer
         frames = np.arange(n_images)
-        self.begin = np.searchsorted(first_frame, frames - box[0] + 1)  # still open on a frame
+        longest = int(per_layer.max()) * box[0]
+        self.begin = np.searchsorted(first_frame, frames - longest + 1)  # still open on a frame
         self.end = np.searchsorted(first_frame, frames, side="right")  # opened by then
         open_rows = int((self.end - self.begin).max())
         self._chunk = writer.chunk_rows
         # rows wait until a whole chunk of the file is complete, also those opened later
         self._size = open_rows + 2 * self._chunk + 1
-        self.counts = np.zeros((self._size, *box), dtype=writer.dtype)
+        self.counts = np.zeros((self._size, *box), dtype=np.int32)
         self.mask = np.zeros((self._size, *box), dtype=np.uint8)
         self._written = 0
+        self.max_count = 0
 
     def slots(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows lie in the buffers."""
         return rows % self._size
 
+    def add(
+        self,
+        rows: NDArray[np.int64],
+        step: NDArray[np.int64],
+        counts: NDArray[np.int32],
+        mask: NDArray[np.uint8],
+    ) -> None:
+        """Add a frame, the ``step``-th of each row's box, to its layer.
+
+        Valid and background is a layer whose frames all are, foreground and overlapped one with a
+        frame that is.
+        """
+        slots, layer = self.slots(rows), step // self._per_layer[rows]
+        is_first = (step % self._per_layer[rows] == 0)[:, None, None]
+        old = self.mask[slots, layer]
+        every = np.where(is_first, mask, old & mask) & (MaskBit.VALID | MaskBit.BACKGROUND)
+        some = (old | mask) & (MaskBit.FOREGROUND | MaskBit.OVERLAPPED)
+        self.mask[slots, layer] = (every | some).astype(np.uint8)
+        self.counts[slots, layer] += counts
+
+    def _close(self, slots: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.uint8]]:
+        """Return counts and mask of complete rows; a sum too large for the file is no count."""
+        counts, mask = self.counts[slots], self.mask[slots]
+        mask[counts > np.iinfo(self._writer.dtype).max] &= ~np.uint8(MaskBit.VALID)
+        counts[(mask & MaskBit.VALID) == 0] = 0
+        self.max_count = max(self.max_count, int(counts.max(initial=0)))
+        return counts.astype(self._writer.dtype), mask
+
     def flush(self, complete: int) -> None:
         """Write rows below ``complete`` and free their slots."""
         for first in range(self._written, complete, self._chunk):
             slots = self.slots(np.arange(first, min(first + self._chunk, complete)))
-            self._writer.write_boxes(self._first_row + first, self.counts[slots], self.mask[slots])
+            self._writer.write_boxes(self._first_row + first, *self._close(slots))
             self.counts[slots] = 0
             self.mask[slots] = 0
         self._written = complete
@@ -199,10 +232,19 @@ class _SweepCutter:
         self._settings, self._writer, self._first_row = settings, writer, first_row
         self._n_images = sweep.frames.n_images
         box = extent.box
+        centre = sweep.prediction.xyz_px.numpy()[:, ::-1].astype(np.float64)
+        spread = frame_sigma(
+            extent.sigma_m_deg,
+            # those nearer to the axis are rejected: no need to wait for the end of their boxes
+            np.maximum(sweep.prediction.zeta.numpy().astype(np.float64), MIN_ZETA),
+            sweep.experiment.scan.oscillation[1],
+        )
+        layer = frames_per_layer(spread, box[0])
         half = np.array(box) // 2
-        corner = np.floor(sweep.prediction.xyz_px.numpy()[:, ::-1]).astype(np.int64) - half
+        corner = np.floor(centre).astype(np.int64) - half
+        corner[:, 0] = np.floor(centre[:, 0] - (layer * box[0] - 1) / 2)
         order = np.lexsort((corner[:, 2], corner[:, 1], sweep.prediction.panel, corner[:, 0]))
-        self._corner = corner[order]
+        self._corner, self._per_layer = corner[order], layer[order]
         self._prediction = sweep.prediction[torch.from_numpy(order)]
         self._spots = _spots(self._prediction, extent, sweep.experiment)
         margin = max(*box[1:], *(2 * h for h in window_half(self._spots, settings.foreground))) + 3
@@ -215,15 +257,26 @@ class _SweepCutter:
         self._background = BackgroundAccumulator(
             self._canvas, self._n_images, _where_spots_are_known(sweep)
         )
-        self._open = _OpenBoxes(writer, first_row, self._corner[:, 0], box, self._n_images)
-        # squared distances of the voxels of each box along slow, fast and frame
+        self._open = _OpenBoxes(
+            writer, first_row, self._corner[:, 0], self._per_layer, box, self._n_images
+        )
+        # squared distances of the pixels of each box along fast and slow, and of its frames
+        self._n_frames = self._per_layer * box[0]
+        lengths = (box[2], box[1], int(self._n_frames.max()))
         self._terms = [
-            self._spots.axis_terms(axis, self._corner[:, 2 - axis], box[2 - axis])
+            self._spots.axis_terms(axis, self._corner[:, 2 - axis], lengths[axis])
             for axis in range(3)
         ]
+        self._terms[2][np.arange(lengths[2]) >= self._n_frames[:, None]] = np.inf
         self._recorded = np.zeros(len(corner))
-        self._flags = _edge_flags(self._corner, self._prediction.panel.numpy(), sweep.frames, box)
-        self.max_count = 0
+        self._flags = _edge_flags(
+            self._corner, self._n_frames, self._prediction.panel.numpy(), sweep.frames, box
+        )
+
+    @property
+    def max_count(self) -> int:
+        """Largest count written so far [photons]."""
+        return self._open.max_count
 
     def add_frame(self, frame: int) -> None:
         """Read a frame and put its voxels into the open boxes."""
@@ -232,6 +285,7 @@ class _SweepCutter:
         self._map.update(frame)
         self._background.add(frame, self._map.nearest > self._settings.foreground**2)
         rows = np.arange(boxes.begin[frame], boxes.end[frame])
+        rows = rows[frame - self._corner[rows, 0] < self._n_frames[rows]]
         if len(rows):
             self._fill(frame, rows)
         boxes.flush_whole_chunks(int(boxes.begin[frame]))
@@ -246,7 +300,11 @@ class _SweepCutter:
         fast, slow, along = (terms[rows] for terms in self._terms)
         along = np.take_along_axis(along, step[:, None], axis=1)
         own = slow[:, :, None] + fast[:, None, :] + along[:, :, None]
-        valid = counts >= 0
+        per_layer = self._per_layer[rows]
+        # a layer that the scan cuts is not recorded: its share of the profile would be unknown
+        is_cut = corner[:, 0] + (step // per_layer + 1) * per_layer > self._n_images
+        is_cut |= corner[:, 0] + step // per_layer * per_layer < 0
+        valid = (counts >= 0) & ~is_cut[:, None, None]
         settings = self._settings
         # The map holds this spot too, computed in another order: a rounding error is no neighbour
         is_overlapped = (nearest <= settings.overlap**2) & (nearest < own * (1 - 1e-4) - 1e-6)
@@ -256,10 +314,7 @@ class _SweepCutter:
             | (own <= settings.foreground**2) * np.uint8(MaskBit.FOREGROUND)
             | is_overlapped * np.uint8(MaskBit.OVERLAPPED)
         )
-        slots = boxes.slots(rows)
-        boxes.counts[slots, step] = np.where(valid, counts, 0)
-        boxes.mask[slots, step] = mask
-        self.max_count = max(self.max_count, int(counts.max()))
+        boxes.add(rows, step, np.where(valid, counts, 0), mask)
         axes = (1, 2)
         self._recorded[rows] += (np.exp(-0.5 * own) * valid).sum(axis=axes)
         lost_core = ((own <= settings.core**2) & ~valid).any(axis=axes)
@@ -295,6 +350,7 @@ class _SweepCutter:
             "experiment": np.full(n, experiment),
             "frame_sigma": self._spots.sigma[:, 2],
             "corner": self._corner,
+            "frames_per_layer": self._per_layer,
         }
         names = (f.name for f in fields(ReflectionMetadata))
         return {
@@ -323,6 +379,7 @@ def _where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
 
 def _edge_flags(
     corner: NDArray[np.int64],
+    n_frames: NDArray[np.int64],
     panel: NDArray[np.int64],
     frames: FrameSource,
     box: tuple[int, int, int],
@@ -330,5 +387,6 @@ def _edge_flags(
     """Flag boxes that reach over the edge of the panel or of the scan, (N,) int64."""
     shapes = np.array(frames.panel_shapes, dtype=np.int64)[panel]
     limit = np.column_stack([np.full(len(corner), frames.n_images), shapes])
-    is_cut = ((corner < 0) | (corner + np.array(box) > limit)).any(axis=1)
+    size = np.column_stack([n_frames, np.broadcast_to(box[1:], (len(corner), 2))])
+    is_cut = ((corner < 0) | (corner + size > limit)).any(axis=1)
     return np.where(is_cut, Flag.PARTIAL_EDGE, 0).astype(np.int64)

@@ -31,7 +31,8 @@ from integrator.types import IntensityTable, ReflectionMetadata
 from merge.config import MergeConfig
 from merge.model.prior import hat_design
 
-FRAMES_EACH_SIDE = 5
+#: Frames on each side of the centroid whose scales are averaged, at most.
+MAX_FRAMES_EACH_SIDE = 11
 N_DETECTOR_FEATURES = 3
 
 
@@ -84,10 +85,11 @@ def scale_features(
     first = torch.as_tensor(np.concatenate([[0], np.cumsum(n_frames)[:-1]]))[experiment]
     count = torch.as_tensor(n_frames)[experiment]
     z = table.xyz_px[:, 2].double()
-    offsets = torch.arange(-FRAMES_EACH_SIDE, FRAMES_EACH_SIDE + 1)
-    frame = z.floor().long()[:, None] + offsets
     # frame_sigma holds the frame's own width (1/12); the rocking curve itself is narrower
     rocking = (table.frame_sigma.double() ** 2 - 1 / 12).clamp_min(1e-4).sqrt()
+    each_side = min(max(int(torch.ceil(5 * rocking.max())), 2), MAX_FRAMES_EACH_SIDE)
+    offsets = torch.arange(-each_side, each_side + 1)
+    frame = z.floor().long()[:, None] + offsets
     lower = (frame - z[:, None]) / rocking[:, None]
     upper = lower + 1 / rocking[:, None]
     weight = torch.as_tensor(erf(upper.numpy() / 2**0.5) - erf(lower.numpy() / 2**0.5))
@@ -210,7 +212,7 @@ class ScaleModel(nn.Module):
         """Log K of the observations in rows ``index``, (B,)."""
         log_scale = -self.log_lp[index]
         if self.physical:
-            frames = self.log_frame_scale[self.frame[index]].exp()
+            frames = self.log_frame_scale.exp()[self.frame[index]]
             log_scale = (
                 log_scale
                 + (self.frame_weight[index] * frames).sum(-1).log()
