@@ -19,6 +19,8 @@ class MergeConfig:
     absorption_order: int = 4
     # Rotation between knots of the B factor along the scan [deg].
     b_factor_spacing_deg: float = 10.0
+    # Rotation between knots of the slow drift of the scale [deg]; frames flicker about it.
+    drift_spacing_deg: float = 2.0
     # Width of the hidden layer of the scale network; 0 for none.
     scale_network_width: int = 8
     # Knots of the learned mean intensity against resolution.
@@ -39,7 +41,12 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("b_factor_spacing_deg", "relative_error", "learning_rate"):
+        for name in (
+            "b_factor_spacing_deg",
+            "drift_spacing_deg",
+            "relative_error",
+            "learning_rate",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if not 0.0 < self.outlier_fraction < 0.5:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from integrator.shoebox.dataset import ShoeboxDataset
 from integrator.types import Flag, IntensityTable, ShoeboxBatch
+from merge.model.fisher import fisher_parameters, fisher_step
 from merge.model.merger import merge_batch, usable
 from merge.types import MergeBatch
 from pipelines.build import Problem
@@ -89,7 +90,10 @@ class Trainer:
                 },
             ]
         )
-        self.merge_optimizer = torch.optim.Adam(self.model.merger.parameters())
+        fisher = {id(p) for p in fisher_parameters(self.model.merger)}
+        self.merge_optimizer = torch.optim.Adam(
+            [p for p in self.model.merger.parameters() if id(p) not in fisher]
+        )
 
     @property
     def coupled(self) -> bool:
@@ -150,9 +154,9 @@ class Trainer:
             share = (self.epoch - 1 + step / config.steps_per_epoch) / epochs
             for group in self.merge_optimizer.param_groups:
                 group["lr"] = config.learning_rate * ratio ** min(share, 1.0)
-            self.merge_optimizer.zero_grad(set_to_none=True)
-            terms = self._merge_terms(batch, weights)
-            (-terms.elbo / len(batch)).backward()
+            self.model.merger.zero_grad(set_to_none=True)
+            (-self._merge_terms(batch, weights).elbo).backward()
+            fisher_step(self.model.merger, batch)
             self.merge_optimizer.step()
         self.model.merger.update_friedel_correlation(batch, self.config.training.seed)
 
