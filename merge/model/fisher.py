@@ -1,13 +1,13 @@
 r"""Fisher scoring for the parameters whose information is nearly diagonal: q(F) and frame scales.
 
 The precision of log <F^2> spans five decades over a data set, and an error of one frame's scale
-hides in the amplitudes of all its reflections: at one learning rate for all, frame scales were
-still wrong by twice their statistical error after hundreds of steps of Adam. The expected
-information is known in closed form. With the weight of an observation in the logarithm
+hides in the amplitudes of all its reflections: with one learning rate for all, hundreds of steps
+end below what thirty of these reach. The expected information is known in closed form. With the
+weight of an observation in the logarithm
 
     w_i = P(no outlier) / (s^2 + Var[J_i] / mu_i^2),      mu_i = K_i <F_h^2>,
 
-a row has the information ``sum_i w_i`` plus that of Wilson's prior, ``k0 <F^2> / (epsilon Sigma)``,
+a row has the information ``sum_i w_i`` plus that of Wilson's prior, ``k0 <F^2> / epsilon Sigma``,
 and Bijvoet mates are bound by ``c (log <F+^2> - log <F-^2>)^2 / 2`` with ``c = <F^2> / (2 S)``: a
 two by two system for each pair. A frame has ``sum_i w_i p_if`` with the share p of the frame in the
 scale of the observation, a bound of its row of the information matrix, so that steps of all frames
