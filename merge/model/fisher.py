@@ -7,10 +7,10 @@ weight of an observation in the logarithm
 
     w_i = P(no outlier) / (s^2 + Var[J_i] / mu_i^2),      mu_i = K_i <F_h^2>,
 
-a row has the information ``sum_i w_i`` plus that of Wilson's prior, ``k0 <F^2> / epsilon Sigma``,
-and Bijvoet mates are bound by ``c (log <F+^2> - log <F-^2>)^2 / 2`` with ``c = <F^2> / (2 S)``: a
-two by two system for each pair. A frame has ``sum_i w_i p_if`` with the share p of the frame in the
-scale of the observation, a bound of its row of the information matrix, so that steps of all frames
+a row has the information ``sum_i w_i`` plus that of its prior, ``k0 <F^2> / (epsilon Sigma)``, and
+Bijvoet mates are bound by ``c (log <F+^2> - log <F-^2>)^2 / 2`` with ``c = <F^2> / (2 S)``: two by
+two for each pair. A frame has ``sum_i w_i p_if`` with the share p of the frame in the scale of the
+observation, a bound of its row of the information matrix, so that steps of all frames
 at once converge (Jacobi's method on a diagonally dominant matrix).
 
 Amplitudes and scales move at the same time; an error that both could heal would be healed twice,
