@@ -174,7 +174,7 @@ def test_without_physics_the_network_is_all_that_scales(weak):
     before, penalty = merger.scale(rows), merger.scale.penalty()
     torch.testing.assert_close(before, -weak.table.lp.double().log())
     with torch.no_grad():
-        for parameter in (*physical, merger.scale.log_step, merger.scale.log_b_bend):
+        for parameter in (*physical, merger.scale.log_flicker, merger.scale.log_b_bend):
             parameter.add_(0.5)
     torch.testing.assert_close(merger.scale(rows), before)
     assert merger.scale.penalty() == penalty
