@@ -39,6 +39,8 @@ class IntensityMergeConfig:
     n_correlation_shells: int = 5
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12
+    # Mean intensity depends on the direction too, as far as the point group allows.
+    anisotropic: bool = True
     # Knots of the wavelength spectrum.
     n_spectrum_knots: int = 48
     # Width of the hidden layers of the scale network; 0 for none.
