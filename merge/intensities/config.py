@@ -59,7 +59,8 @@ class IntensityMergeConfig:
     learning_rate: float = 0.02
     # Step of the networks.
     network_learning_rate: float = 0.01
-    # Half-set pairs written to the MTZ; each is another random split.
+    # Half-set pairs in the MTZ (F1 F2, then F3 F4, ...), each another random split; CC1/2, CCanom
+    # and the spread of z are averaged over them.
     half_set_repeats: int = 1
     # Same seed, same result on the CPU.
     seed: int = 0
