@@ -79,7 +79,11 @@ class IntensityMerger(nn.Module):
     ) -> None:
         super().__init__()
         self.prior = TreePrior(
-            unique, config.n_wilson_knots, config.n_correlation_shells, config.anisotropic
+            unique,
+            config.n_wilson_knots,
+            config.n_correlation_shells,
+            config.anisotropic,
+            config.n_reference_shells,
         )
         self.scale = ObservationScale(table, config)
         self.likelihood = IntensityLikelihood(
