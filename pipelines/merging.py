@@ -17,10 +17,12 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import choose_correlation
 from merge.intensities.held_out import predict, split
 from merge.intensities.merger import IntensityMerger
+from merge.intensities.sigma_a import set_reference
 from merge.intensities.training import fit, pool_trees, start
 from merge.io.observations import UnmergedData, combine_friedel
 from pipelines import log, provenance, schema
 from pipelines.merge_outputs import write_dataset
+from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows, write_text
 from pipelines.unmerged_dials import read_inputs
 
@@ -35,7 +37,8 @@ class MergeInputs:
     """What the command line names.
 
     ``parents`` has one dataset number or None of each dataset; None for no relation at all.
-    ``space_group`` is for files that hold none (streams).
+    ``space_group`` is for files that hold none (streams), ``reference`` a model or merged MTZ
+    whose amplitudes the data resemble.
     """
 
     paths: tuple[Path, ...]
@@ -43,6 +46,7 @@ class MergeInputs:
     parents: tuple[int | None, ...] | None = None
     is_friedel: bool = False
     space_group: str | None = None
+    reference: Path | None = None
 
 
 def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
@@ -101,6 +105,9 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
     data = _read(inputs)
     torch.manual_seed(config.seed)
     problem = build_problem(data, config, inputs.parents)
+    f_calc = None
+    if inputs.reference is not None:
+        f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, problem.unique.asus))
     _prepare(inputs, config)
     log.attach_file(inputs.out / "run.log")
     table = problem.table
@@ -111,7 +118,7 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
         len(problem.unique),
         " ".join(table.feature_names),
     )
-    merger = _fit(problem, config, inputs.out)
+    merger = _fit(problem, config, inputs.out, f_calc)
     paths = [write_dataset(problem, merger, config, k, inputs.out, d) for k, d in enumerate(data)]
     with replacing(inputs.out / "scale_model.pt") as temporary:
         torch.save(merger.state_dict(), temporary)
@@ -134,11 +141,15 @@ def _prepare(inputs: MergeInputs, config: IntensityMergeConfig) -> None:
     inputs.out.mkdir(parents=True, exist_ok=True)
     write_text(inputs.out / "config.yaml", schema.annotated_yaml(config))
     files = {f"input {i + 1}": path for i, path in enumerate(inputs.paths)}
+    if inputs.reference is not None:
+        files["reference"] = inputs.reference
     record = provenance.session_record() | {"inputs": provenance.input_records(files)}
     write_text(inputs.out / "provenance.json", json.dumps(record, indent=2) + "\n")
 
 
-def _fit(problem: MergeProblem, config: IntensityMergeConfig, out: Path) -> IntensityMerger:
+def _fit(
+    problem: MergeProblem, config: IntensityMergeConfig, out: Path, f_calc: torch.Tensor | None
+) -> IntensityMerger:
     table = problem.table
     masks = split(table, config.held_out, config.stills, config.seed)
     training = table.with_masks(masks.is_used, masks.is_seen)
@@ -155,6 +166,8 @@ def _fit(problem: MergeProblem, config: IntensityMergeConfig, out: Path) -> Inte
         pool_trees(merger)
     with log.progress("merging") as advance:
         fit(merger, training, config, observer=lambda e, _: advance(e, config.epochs))
+    if f_calc is not None:
+        _set_sigma_a(merger, training, f_calc, config, out)
     if is_coupled:
         _set_correlation(merger, training, masks, config, out)
     held = (("image", masks.by_image), ("observation", masks.by_observation))
@@ -162,6 +175,16 @@ def _fit(problem: MergeProblem, config: IntensityMergeConfig, out: Path) -> Inte
     fit(merger, table, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
     _write_metrics(merger, predictions, out)
     return merger
+
+
+def _set_sigma_a(merger, training, f_calc, config: IntensityMergeConfig, out: Path) -> None:
+    rows = set_reference(merger, training, f_calc)
+    write_rows(out / "sigma_a.csv", rows, rows[0])
+    logger.info(
+        "sigma_A by shell, low to high resolution: %s",
+        " ".join(f"{r['sigma_a']:.3f}" for r in rows),
+    )
+    fit(merger, training, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
 
 
 def _set_correlation(merger, training, masks, config: IntensityMergeConfig, out: Path) -> None:
@@ -182,6 +205,10 @@ def _write_metrics(merger: IntensityMerger, predictions: dict, out: Path) -> Non
     errors = merger.likelihood.error_parameters
     row = {"held_out": predictions, "error_model": errors}
     row["one_minus_r2"] = merger.prior.one_minus_r2.tolist() if merger.prior.is_coupled else None
+    reference = merger.prior.reference
+    row["sigma_a"] = reference.sigma_a2.sqrt().tolist() if len(reference.rows) else None
+    tensor = merger.prior.anisotropic_b()
+    row["anisotropic_b"] = None if tensor is None else tensor.tolist()
     write_text(out / "metrics.json", json.dumps(row, indent=2) + "\n")
     logger.info("error model: %s", " ".join(f"{k} {v:.4g}" for k, v in errors.items()))
     for name, p in predictions.items():

@@ -37,8 +37,12 @@ class IntensityMergeConfig:
     sigma: Literal["amplitude", "difference"] = "amplitude"
     # Resolution shells of r.
     n_correlation_shells: int = 5
+    # Resolution shells of sigma_A, the correlation of amplitudes with those of --reference.
+    n_reference_shells: int = 10
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12
+    # Mean intensity depends on the direction too, as far as the point group allows.
+    anisotropic: bool = True
     # Knots of the wavelength spectrum.
     n_spectrum_knots: int = 48
     # Width of the hidden layers of the scale network; 0 for none.
@@ -57,7 +61,8 @@ class IntensityMergeConfig:
     learning_rate: float = 0.02
     # Step of the networks.
     network_learning_rate: float = 0.01
-    # Half-set pairs written to the MTZ; each is another random split.
+    # Half-set pairs in the MTZ (F1 F2, then F3 F4, ...), each another random split; CC1/2, CCanom
+    # and the spread of z are averaged over them.
     half_set_repeats: int = 1
     # Same seed, same result on the CPU.
     seed: int = 0
@@ -69,7 +74,13 @@ class IntensityMergeConfig:
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}")
         least = {"n_correlation_shells": 1, "n_wilson_knots": 2, "n_spectrum_knots": 2}
-        least |= {"network_width": 0, "network_depth": 1, "embedding_size": 1, "epochs": 1}
+        least |= {
+            "n_reference_shells": 1,
+            "network_width": 0,
+            "network_depth": 1,
+            "embedding_size": 1,
+            "epochs": 1,
+        }
         least |= {"batch_size": 1, "half_set_repeats": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)

@@ -132,7 +132,8 @@ def marginal_sigma(merger: IntensityMerger, q: Nakagami) -> Tensor:
     link = stiffness * own / (stiffness + own)
     precision = 1 / variance
     precision.index_add_(0, parent, link - r**2 * stiffness)
-    least = 1 / (merger.prior.wilson.epsilon * merger.prior.wilson.wilson_sigma())
+    expected = merger.prior.spread()
+    least = torch.maximum(1 / expected, merger.prior.reference.precision(expected))
     total = torch.where(slope > 0, variance, 1 / torch.maximum(precision, least))
     for rows, above in merger.levels:
         total = total.index_copy(0, rows, variance[rows] + slope[rows] ** 2 * total[above])
