@@ -21,6 +21,7 @@ from merge.intensities.training import fit, pool_trees, start
 from merge.io.observations import UnmergedData, combine_friedel
 from pipelines import log, provenance, schema
 from pipelines.merge_outputs import write_dataset
+from pipelines.reindexing import apply_reindex, parse_reindex
 from pipelines.rundir import write_rows, write_text
 from pipelines.unmerged_dials import read_inputs
 
@@ -35,7 +36,8 @@ class MergeInputs:
     """What the command line names.
 
     ``parents`` has one dataset number or None of each dataset; None for no relation at all.
-    ``space_group`` is for files that hold none (streams).
+    ``space_group`` is for files that hold none (streams), ``reindex`` has operators
+    (:func:`pipelines.reindexing.parse_reindex`).
     """
 
     paths: tuple[Path, ...]
@@ -43,6 +45,7 @@ class MergeInputs:
     parents: tuple[int | None, ...] | None = None
     is_friedel: bool = False
     space_group: str | None = None
+    reindex: tuple[str, ...] = ()
 
 
 def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
@@ -119,7 +122,9 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
 
 
 def _read(inputs: MergeInputs) -> list[UnmergedData]:
+    operators = parse_reindex(inputs.reindex)
     data = read_inputs(inputs.paths, space_group=parse_space_group(inputs.space_group))
+    data = apply_reindex(data, operators)
     if not inputs.is_friedel:
         return data
     if len(data) != 2:

@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--space-group", metavar="SG", help="for files that hold none (.stream), e.g. P6122"
     )
+    parser.add_argument(
+        "--reindex",
+        action="append",
+        default=[],
+        metavar="[N:]OP",
+        help="new indices of dataset N (from 0; of all without) by the old, e.g. 1:k,h,-l",
+    )
     add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig)
 
 
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
         parse_parents(args.parents),
         args.friedel,
         args.space_group,
+        tuple(args.reindex),
     )
     for path in merge(inputs, config):
         logger.info("wrote %s", path)
