@@ -40,3 +40,24 @@ def observed(asu, rng, n_images=12, n_per_image=150):
         "Y": ("R", y),
     }
     return asu.miller_index[row], columns
+
+
+def toy_model(path: Path, space_group: str, cell, n_atoms: int = 120) -> Path:
+    """Atoms at random places, as a PDB file."""
+    rng = np.random.default_rng(0)
+    structure = gemmi.Structure()
+    structure.cell, structure.spacegroup_hm = gemmi.UnitCell(*cell), space_group
+    chain = gemmi.Chain("A")
+    for number in range(n_atoms):
+        atom, residue = gemmi.Atom(), gemmi.Residue()
+        atom.name, atom.b_iso = "CA", 20.0
+        atom.element = gemmi.Element("S" if number % 10 == 0 else "C")
+        atom.pos = structure.cell.orthogonalize(gemmi.Fractional(*rng.random(3)))
+        residue.name, residue.seqid = "GLY", gemmi.SeqId(str(number + 1))
+        residue.add_atom(atom)
+        chain.add_residue(residue)
+    model = gemmi.Model("1")
+    model.add_chain(chain)
+    structure.add_model(model)
+    structure.write_pdb(str(path))
+    return path

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from integrator.crystal.ambiguity import IndexingOperators
 from integrator.crystal.cell import inv_d2
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
+from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.table import Observations, ObservationTable, Terms
@@ -41,12 +43,14 @@ class MergeProblem:
     """All that is merged together.
 
     ``source`` is (N,): the file's row of each observation of the table, counted through all files.
+    ``ambiguity`` is there where images may be indexed in several ways.
     """
 
     unique: UniqueRows
     table: ObservationTable
     names: tuple[str, ...]
     source: NDArray[np.int64]
+    ambiguity: Ambiguity | None = None
 
 
 @dataclass
@@ -70,6 +74,7 @@ def build_problem(
     data: Sequence[UnmergedData],
     config: IntensityMergeConfig,
     parents: Sequence[int | None] | None = None,
+    operators: IndexingOperators | None = None,
 ) -> MergeProblem:
     """Bind observations to unique rows and sort them by image.
 
@@ -80,6 +85,9 @@ def build_problem(
     config : IntensityMergeConfig
     parents : sequence of int or None, optional
         Of each dataset.
+    operators : IndexingOperators, optional
+        Ways in which each image may be indexed; observations that one of them takes out of the
+        asymmetric unit are left out.
 
     Raises
     ------
@@ -87,19 +95,26 @@ def build_problem(
         Files that cannot be merged together, or lack what was asked for.
     """
     _check(data, config)
-    asus = _asus(data, config)
+    asus = _asus(data, config, operators)
     couple = config.prior == "double-wilson" and asus[0].anomalous
     unique = UniqueRows(asus, parents, couple)
     columns = _columns(data, unique)
     features, names = _features(data, columns, config)
     kept = (columns.row >= 0) & (columns.sigma > 0) & np.isfinite(columns.intensity)
+    alternatives = None
+    if operators is not None:
+        alternatives = alternative_rows(columns.miller_index, columns.dataset, unique, operators)
+        kept &= (alternatives >= 0).all(1)
     if not kept.any():
         raise UserError("no observation is inside the resolution limit; give a smaller --d-min")
     unit, cluster = _units(columns, config)
     order = np.flatnonzero(kept)
     order = order[np.lexsort((columns.dataset[order], cluster[order], unit[order]))]
     table = _table(data, columns, features, names, unit, cluster, order, unique, config)
-    return MergeProblem(unique, table, tuple(d.name for d in data), order)
+    problem = MergeProblem(unique, table, tuple(d.name for d in data), order)
+    if alternatives is None:
+        return problem
+    return replace(problem, ambiguity=Ambiguity.of(operators, alternatives[order], table))
 
 
 def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
@@ -112,10 +127,15 @@ def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
             )
 
 
-def _asus(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> list[ReciprocalAsu]:
+def _asus(
+    data: Sequence[UnmergedData],
+    config: IntensityMergeConfig,
+    operators: IndexingOperators | None = None,
+) -> list[ReciprocalAsu]:
     asus = []
+    matrices = [np.eye(3, dtype=int)] if operators is None else operators.matrices
     for d in data:
-        finest = float(inv_d2(d.miller_index, d.cell).max()) ** -0.5
+        finest = min(float(inv_d2(d.miller_index @ m, d.cell).max()) ** -0.5 for m in matrices)
         # a hair beyond: the reflection that sets the limit is inside
         d_min = max(finest * (1 - 1e-6), config.d_min or 0.0)
         asus.append(ReciprocalAsu(d.cell, d.space_group, d_min, config.anomalous))
