@@ -27,7 +27,7 @@ from merge.intensities.ambiguity_seed import (
 from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.held_out import Split
-from merge.intensities.merger import Expectation, IntensityMerger
+from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import ObservationTable
 from merge.intensities.training import fit
 
@@ -213,7 +213,7 @@ def image_log_likelihoods(
         own = o.is_used & (rows[:, a] == current)
         left = 1 - own * (e.spread / e.variance).clamp_max(MAX_LEVERAGE)
         residual = (o.intensity - e.mean) / left
-        e = Expectation(o.intensity - residual, e.spread / left, e.variance, e.scale)
+        e = replace(e, mean=o.intensity - residual, spread=e.spread / left)
         density = merger.log_density(moved, e, predict=True)
         score[:, a].index_add_(0, batch.image, density * scored)
     return score

@@ -17,6 +17,7 @@ from integrator.errors import UserError
 from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.pairing import paired_clusters
+from merge.intensities.photon_counts import counted_sigma, observed_sigma
 from merge.intensities.table import Observations, ObservationTable, Terms
 from merge.intensities.unique import UniqueRows
 from merge.io.observations import UnmergedData, check_one_crystal_form
@@ -68,6 +69,7 @@ class _Columns:
     base: Array
     position: Array | None
     row: NDArray[np.int64]
+    photon_variance: Array | None
 
 
 def build_problem(
@@ -98,7 +100,7 @@ def build_problem(
     asus = _asus(data, config, operators)
     couple = config.prior == "double-wilson" and asus[0].anomalous
     unique = UniqueRows(asus, parents, couple)
-    columns = _columns(data, unique)
+    columns = _columns(data, unique, config)
     features, names = _features(data, columns, config)
     kept = (columns.row >= 0) & (columns.sigma > 0) & np.isfinite(columns.intensity)
     alternatives = None
@@ -142,7 +144,9 @@ def _asus(
     return asus
 
 
-def _columns(data: Sequence[UnmergedData], unique: UniqueRows) -> _Columns:
+def _columns(
+    data: Sequence[UnmergedData], unique: UniqueRows, config: IntensityMergeConfig
+) -> _Columns:
     frames = [_frame_numbers(d) for d in data]
     rows, images, n_images = [], [], 0
     for k, d in enumerate(data):
@@ -151,10 +155,11 @@ def _columns(data: Sequence[UnmergedData], unique: UniqueRows) -> _Columns:
         images.append(d.image + n_images)
         n_images += d.n_images
     join = np.concatenate
+    sigma, photon_variance = counted_sigma(data, config.photon_counts)
     return _Columns(
         miller_index=join([d.miller_index for d in data]),
         intensity=join([d.intensity for d in data]),
-        sigma=join([d.sigma for d in data]),
+        sigma=sigma,
         dataset=np.repeat(np.arange(len(data)), [len(d) for d in data]),
         frame=join(frames),
         image=join(images),
@@ -165,6 +170,7 @@ def _columns(data: Sequence[UnmergedData], unique: UniqueRows) -> _Columns:
         base=join([_log_lp_factor(d) for d in data]),
         position=_positions(data),
         row=join(rows),
+        photon_variance=photon_variance,
     )
 
 
@@ -265,7 +271,9 @@ def _table(
     base = c.base[order] + (_image_level(intensity, c.image[order]) if config.stills else 0.0)
     level = _image_level(intensity, c.image[order])
     strength = intensity / np.exp(level)
-    signal = np.stack([np.arcsinh(3 * strength), np.arcsinh(intensity / sigma) / 3], -1)
+    counted = None if c.photon_variance is None else c.photon_variance[order] / scale
+    noise = sigma if counted is None else observed_sigma(intensity, sigma, counted)
+    signal = np.stack([np.arcsinh(3 * strength), np.arcsinh(intensity / noise) / 3], -1)
     n = len(order)
     is_used = torch.ones(n, dtype=torch.bool)
     observations = Observations(
@@ -278,6 +286,7 @@ def _table(
         is_used,
         is_used.clone(),
         torch.as_tensor(signal, dtype=torch.float32),
+        None if counted is None else torch.as_tensor(counted),
     )
     multiple = _harmonics(c, order, unique, data) if config.laue else (np.arange(n), None)
     terms = _terms(c, order, multiple, base, features, names, unique)

@@ -25,6 +25,9 @@ class IntensityMergeConfig:
     likelihood: Literal["studentt", "normal"] = "studentt"
     # Degrees of freedom of Student's t; learned when null.
     dof: float | None = None
+    # Photon counts where the input carries them: variance and skew of the expected count; false
+    # takes them as Gaussian with the variance of the observed one.
+    photon_counts: bool = True
     # Learn sdfac, sdB and sdadd; false keeps them at 1, 0 and 0.
     error_model: bool = True
     # Error that observations of one reflection on one image have in common across datasets.

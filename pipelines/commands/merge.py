@@ -1,7 +1,7 @@
 r"""Merge unmerged reflections of any program: rotation, Laue, stills.
 
-INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, or a store of stills
-(.h5). Every file is a dataset of its own, and all are merged on one scale. Writes DIR/merged.mtz,
+INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, a store of stills
+(.h5), or the photon counts of a staged run (RUN/intensities.h5). Every file is a dataset of its own, and all are merged on one scale. Writes DIR/merged.mtz,
 for several datasets DIR/<input stem>_merged.mtz, with statistics by resolution shell, the
 held-out predictions (metrics.json) and the scale model.
 
