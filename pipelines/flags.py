@@ -37,6 +37,8 @@ MERGE_FLAGS = {
     "--metadata": "metadata",
     "--likelihood": "likelihood",
     "--dof": "dof",
+    "--resolve-ambiguity": "resolve_ambiguity",
+    "--reference-intensities": "reference_intensities",
     "--prior": "prior",
     "--correlation": "correlation",
     "--epochs": "epochs",

@@ -12,6 +12,7 @@ import torch
 
 from integrator.atomic import replacing
 from integrator.errors import UserError
+from merge.intensities.ambiguity import reassigned, refined, seeded
 from merge.intensities.build import MergeProblem, build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import choose_correlation
@@ -21,8 +22,16 @@ from merge.intensities.sigma_a import set_reference
 from merge.intensities.training import fit, pool_trees, start
 from merge.io.observations import UnmergedData, combine_friedel
 from pipelines import log, provenance, schema
+from pipelines.ambiguity import (
+    Reference,
+    ambiguous_operators,
+    read_reference,
+    summary,
+    write_choices,
+)
 from pipelines.merge_outputs import write_dataset
 from pipelines.reference_amplitudes import reference_amplitudes
+from pipelines.reindexing import apply_reindex, parse_reindex
 from pipelines.rundir import write_rows, write_text
 from pipelines.unmerged_dials import read_inputs
 
@@ -38,7 +47,8 @@ class MergeInputs:
 
     ``parents`` has one dataset number or None of each dataset; None for no relation at all.
     ``space_group`` is for files that hold none (streams), ``reference`` a model or merged MTZ
-    whose amplitudes the data resemble.
+    whose amplitudes the data resemble, ``reindex`` has operators
+    (:func:`pipelines.reindexing.parse_reindex`).
     """
 
     paths: tuple[Path, ...]
@@ -47,6 +57,7 @@ class MergeInputs:
     is_friedel: bool = False
     space_group: str | None = None
     reference: Path | None = None
+    reindex: tuple[str, ...] = ()
 
 
 def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
@@ -104,7 +115,9 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
     """
     data = _read(inputs)
     torch.manual_seed(config.seed)
-    problem = build_problem(data, config, inputs.parents)
+    operators = ambiguous_operators(data, config)
+    reference = read_reference(config, data, operators is not None)
+    problem = build_problem(data, config, inputs.parents, operators)
     f_calc = None
     if inputs.reference is not None:
         f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, problem.unique.asus))
@@ -118,7 +131,9 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
         len(problem.unique),
         " ".join(table.feature_names),
     )
-    merger = _fit(problem, config, inputs.out, f_calc)
+    merger, problem = _fit(problem, config, inputs.out, f_calc, reference)
+    if problem.ambiguity is not None:
+        write_choices(problem, data, inputs.out / "indexing.csv")
     paths = [write_dataset(problem, merger, config, k, inputs.out, d) for k, d in enumerate(data)]
     with replacing(inputs.out / "scale_model.pt") as temporary:
         torch.save(merger.state_dict(), temporary)
@@ -126,7 +141,9 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
 
 
 def _read(inputs: MergeInputs) -> list[UnmergedData]:
+    operators = parse_reindex(inputs.reindex)
     data = read_inputs(inputs.paths, space_group=parse_space_group(inputs.space_group))
+    data = apply_reindex(data, operators)
     if not inputs.is_friedel:
         return data
     if len(data) != 2:
@@ -143,16 +160,24 @@ def _prepare(inputs: MergeInputs, config: IntensityMergeConfig) -> None:
     files = {f"input {i + 1}": path for i, path in enumerate(inputs.paths)}
     if inputs.reference is not None:
         files["reference"] = inputs.reference
+    if config.reference_intensities is not None:
+        files["reference_intensities"] = config.reference_intensities
     record = provenance.session_record() | {"inputs": provenance.input_records(files)}
     write_text(inputs.out / "provenance.json", json.dumps(record, indent=2) + "\n")
 
 
 def _fit(
-    problem: MergeProblem, config: IntensityMergeConfig, out: Path, f_calc: torch.Tensor | None
-) -> IntensityMerger:
-    table = problem.table
-    masks = split(table, config.held_out, config.stills, config.seed)
-    training = table.with_masks(masks.is_used, masks.is_seen)
+    problem: MergeProblem,
+    config: IntensityMergeConfig,
+    out: Path,
+    f_calc: torch.Tensor | None,
+    reference: Reference | None,
+) -> tuple[IntensityMerger, MergeProblem]:
+    masks = split(problem.table, config.held_out, config.stills, config.seed)
+    if problem.ambiguity is not None:
+        known = None if reference is None else reference.on_rows(problem)
+        problem = seeded(problem, masks, config, known)
+    training = problem.table.with_masks(masks.is_used, masks.is_seen)
     merger = IntensityMerger(problem.unique, training, config)
     start(merger, training)
     is_coupled = config.prior == "double-wilson" and len(merger.prior.child) > 0
@@ -164,6 +189,9 @@ def _fit(
     merger.prior.is_coupled = is_coupled
     if is_coupled:
         pool_trees(merger)
+    if problem.ambiguity is not None:
+        problem = refined(merger, problem, masks, config)
+        training = problem.table.with_masks(masks.is_used, masks.is_seen)
     with log.progress("merging") as advance:
         fit(merger, training, config, observer=lambda e, _: advance(e, config.epochs))
     if f_calc is not None:
@@ -172,9 +200,11 @@ def _fit(
         _set_correlation(merger, training, masks, config, out)
     held = (("image", masks.by_image), ("observation", masks.by_observation))
     predictions = {name: asdict(predict(merger, training, chosen)) for name, chosen in held}
-    fit(merger, table, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
-    _write_metrics(merger, predictions, out)
-    return merger
+    if problem.ambiguity is not None:
+        problem = reassigned(merger, problem)
+    fit(merger, problem.table, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
+    _write_metrics(merger, problem, predictions, out)
+    return merger, problem
 
 
 def _set_sigma_a(merger, training, f_calc, config: IntensityMergeConfig, out: Path) -> None:
@@ -201,7 +231,9 @@ def _set_correlation(merger, training, masks, config: IntensityMergeConfig, out:
     fit(merger, training, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
 
 
-def _write_metrics(merger: IntensityMerger, predictions: dict, out: Path) -> None:
+def _write_metrics(
+    merger: IntensityMerger, problem: MergeProblem, predictions: dict, out: Path
+) -> None:
     errors = merger.likelihood.error_parameters
     row = {"held_out": predictions, "error_model": errors}
     row["one_minus_r2"] = merger.prior.one_minus_r2.tolist() if merger.prior.is_coupled else None
@@ -209,6 +241,8 @@ def _write_metrics(merger: IntensityMerger, predictions: dict, out: Path) -> Non
     row["sigma_a"] = reference.sigma_a2.sqrt().tolist() if len(reference.rows) else None
     tensor = merger.prior.anisotropic_b()
     row["anisotropic_b"] = None if tensor is None else tensor.tolist()
+    if problem.ambiguity is not None:
+        row["indexing"] = summary(problem.ambiguity)
     write_text(out / "metrics.json", json.dumps(row, indent=2) + "\n")
     logger.info("error model: %s", " ".join(f"{k} {v:.4g}" for k, v in errors.items()))
     for name, p in predictions.items():

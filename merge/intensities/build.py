@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from integrator.crystal.ambiguity import IndexingOperators
 from integrator.crystal.cell import inv_d2
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
+from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.pairing import paired_clusters
+from merge.intensities.photon_counts import counted_sigma, observed_sigma
 from merge.intensities.table import Observations, ObservationTable, Terms
 from merge.intensities.unique import UniqueRows
 from merge.io.observations import UnmergedData, check_one_crystal_form
@@ -41,12 +44,14 @@ class MergeProblem:
     """All that is merged together.
 
     ``source`` is (N,): the file's row of each observation of the table, counted through all files.
+    ``ambiguity`` is there where images may be indexed in several ways.
     """
 
     unique: UniqueRows
     table: ObservationTable
     names: tuple[str, ...]
     source: NDArray[np.int64]
+    ambiguity: Ambiguity | None = None
 
 
 @dataclass
@@ -64,12 +69,14 @@ class _Columns:
     base: Array
     position: Array | None
     row: NDArray[np.int64]
+    photon_variance: Array | None
 
 
 def build_problem(
     data: Sequence[UnmergedData],
     config: IntensityMergeConfig,
     parents: Sequence[int | None] | None = None,
+    operators: IndexingOperators | None = None,
 ) -> MergeProblem:
     """Bind observations to unique rows and sort them by image.
 
@@ -80,6 +87,9 @@ def build_problem(
     config : IntensityMergeConfig
     parents : sequence of int or None, optional
         Of each dataset.
+    operators : IndexingOperators, optional
+        Ways in which each image may be indexed; observations that one of them takes out of the
+        asymmetric unit are left out.
 
     Raises
     ------
@@ -87,19 +97,26 @@ def build_problem(
         Files that cannot be merged together, or lack what was asked for.
     """
     _check(data, config)
-    asus = _asus(data, config)
+    asus = _asus(data, config, operators)
     couple = config.prior == "double-wilson" and asus[0].anomalous
     unique = UniqueRows(asus, parents, couple)
-    columns = _columns(data, unique)
+    columns = _columns(data, unique, config)
     features, names = _features(data, columns, config)
     kept = (columns.row >= 0) & (columns.sigma > 0) & np.isfinite(columns.intensity)
+    alternatives = None
+    if operators is not None:
+        alternatives = alternative_rows(columns.miller_index, columns.dataset, unique, operators)
+        kept &= (alternatives >= 0).all(1)
     if not kept.any():
         raise UserError("no observation is inside the resolution limit; give a smaller --d-min")
     unit, cluster = _units(columns, config)
     order = np.flatnonzero(kept)
     order = order[np.lexsort((columns.dataset[order], cluster[order], unit[order]))]
     table = _table(data, columns, features, names, unit, cluster, order, unique, config)
-    return MergeProblem(unique, table, tuple(d.name for d in data), order)
+    problem = MergeProblem(unique, table, tuple(d.name for d in data), order)
+    if alternatives is None:
+        return problem
+    return replace(problem, ambiguity=Ambiguity.of(operators, alternatives[order], table))
 
 
 def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
@@ -112,17 +129,24 @@ def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
             )
 
 
-def _asus(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> list[ReciprocalAsu]:
+def _asus(
+    data: Sequence[UnmergedData],
+    config: IntensityMergeConfig,
+    operators: IndexingOperators | None = None,
+) -> list[ReciprocalAsu]:
     asus = []
+    matrices = [np.eye(3, dtype=int)] if operators is None else operators.matrices
     for d in data:
-        finest = float(inv_d2(d.miller_index, d.cell).max()) ** -0.5
+        finest = min(float(inv_d2(d.miller_index @ m, d.cell).max()) ** -0.5 for m in matrices)
         # a hair beyond: the reflection that sets the limit is inside
         d_min = max(finest * (1 - 1e-6), config.d_min or 0.0)
         asus.append(ReciprocalAsu(d.cell, d.space_group, d_min, config.anomalous))
     return asus
 
 
-def _columns(data: Sequence[UnmergedData], unique: UniqueRows) -> _Columns:
+def _columns(
+    data: Sequence[UnmergedData], unique: UniqueRows, config: IntensityMergeConfig
+) -> _Columns:
     frames = [_frame_numbers(d) for d in data]
     rows, images, n_images = [], [], 0
     for k, d in enumerate(data):
@@ -131,10 +155,11 @@ def _columns(data: Sequence[UnmergedData], unique: UniqueRows) -> _Columns:
         images.append(d.image + n_images)
         n_images += d.n_images
     join = np.concatenate
+    sigma, photon_variance = counted_sigma(data, config.photon_counts)
     return _Columns(
         miller_index=join([d.miller_index for d in data]),
         intensity=join([d.intensity for d in data]),
-        sigma=join([d.sigma for d in data]),
+        sigma=sigma,
         dataset=np.repeat(np.arange(len(data)), [len(d) for d in data]),
         frame=join(frames),
         image=join(images),
@@ -145,6 +170,7 @@ def _columns(data: Sequence[UnmergedData], unique: UniqueRows) -> _Columns:
         base=join([_log_lp_factor(d) for d in data]),
         position=_positions(data),
         row=join(rows),
+        photon_variance=photon_variance,
     )
 
 
@@ -245,7 +271,9 @@ def _table(
     base = c.base[order] + (_image_level(intensity, c.image[order]) if config.stills else 0.0)
     level = _image_level(intensity, c.image[order])
     strength = intensity / np.exp(level)
-    signal = np.stack([np.arcsinh(3 * strength), np.arcsinh(intensity / sigma) / 3], -1)
+    counted = None if c.photon_variance is None else c.photon_variance[order] / scale
+    noise = sigma if counted is None else observed_sigma(intensity, sigma, counted)
+    signal = np.stack([np.arcsinh(3 * strength), np.arcsinh(intensity / noise) / 3], -1)
     n = len(order)
     is_used = torch.ones(n, dtype=torch.bool)
     observations = Observations(
@@ -258,6 +286,7 @@ def _table(
         is_used,
         is_used.clone(),
         torch.as_tensor(signal, dtype=torch.float32),
+        None if counted is None else torch.as_tensor(counted),
     )
     multiple = _harmonics(c, order, unique, data) if config.laue else (np.arange(n), None)
     terms = _terms(c, order, multiple, base, features, names, unique)

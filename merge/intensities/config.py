@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -24,10 +25,19 @@ class IntensityMergeConfig:
     likelihood: Literal["studentt", "normal"] = "studentt"
     # Degrees of freedom of Student's t; learned when null.
     dof: float | None = None
+    # Photon counts where the input carries them: variance and skew of the expected count; false
+    # takes them as Gaussian with the variance of the observed one.
+    photon_counts: bool = True
     # Learn sdfac, sdB and sdadd; false keeps them at 1, 0 and 0.
     error_model: bool = True
     # Error that observations of one reflection on one image have in common across datasets.
     pairing: Literal["auto", "none"] = "auto"
+    # Indexing ambiguity of stills: auto resolves it image by image where the lattice has one.
+    resolve_ambiguity: Literal["auto", "none"] = "auto"
+    # Obliquity [deg] up to which a two-fold axis of the lattice may be mistaken for symmetry.
+    ambiguity_tolerance: float = 0.5
+    # Merged MTZ of the same crystal form: of ambiguous indexings, its own is taken.
+    reference_intensities: Path | None = None
     # wilson: every amplitude for itself; double-wilson: given its parent (or Bijvoet mate).
     prior: Literal["wilson", "double-wilson"] = "wilson"
     # Correlation r of an amplitude with its parent; by shell from held-out data when null.
@@ -88,6 +98,10 @@ class IntensityMergeConfig:
                 raise ValueError(f"`{name}` must be at least {bound}, got {value}")
         if self.correlation is not None and not 0.0 < self.correlation < 1.0:
             raise ValueError(f"`correlation` must lie in (0, 1), got {self.correlation}")
+        if not 0.0 <= self.ambiguity_tolerance <= 10.0:
+            raise ValueError(
+                f"`ambiguity_tolerance` must lie in [0, 10], got {self.ambiguity_tolerance}"
+            )
         if not 0.0 <= self.held_out <= 0.5:
             raise ValueError(f"`held_out` must lie in [0, 0.5], got {self.held_out}")
         if self.stills and self.laue:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from integrator.distributions.nakagami import Nakagami
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.likelihood import IntensityLikelihood
+from merge.intensities.photon_counts import as_deviance, expected_sigma
 from merge.intensities.prior import TreePrior
 from merge.intensities.scale import ObservationScale
 from merge.intensities.table import Batch, ObservationTable
@@ -148,7 +149,11 @@ class IntensityMerger(nn.Module):
             mean = mean.new_zeros(n).index_add(0, into, mean)
             spread = spread.new_zeros(n).index_add(0, into, spread)
             row = batch.first_rows
-        variance = self.likelihood.variance(batch.observations.sigma, mean, relative)
+        o = batch.observations
+        sigma = o.sigma
+        if o.photon_variance is not None:
+            sigma = expected_sigma(mean, o.sigma, o.photon_variance)
+        variance = self.likelihood.variance(sigma, mean, relative)
         return Expectation(mean, spread, variance, mean / q.spread[row])
 
     def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
@@ -184,4 +189,9 @@ class IntensityMerger(nn.Module):
         variance, spread = e.variance, e.spread
         if predict:
             variance, spread = variance + spread, torch.zeros_like(spread)
+        o = batch.observations
+        if o.photon_variance is not None:
+            residual, spread, variance = as_deviance(
+                o.intensity, e.mean, spread, variance, o.sigma, o.photon_variance
+            )
         return self.likelihood(residual, e.mean, spread, variance, batch.cluster)

@@ -1,9 +1,10 @@
 r"""Merge unmerged reflections of any program: rotation, Laue, stills.
 
-INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, or a store of stills
-(.h5). Every file is a dataset of its own, and all are merged on one scale. Writes DIR/merged.mtz,
-for several datasets DIR/<input stem>_merged.mtz, with statistics by resolution shell, the
-held-out predictions (metrics.json) and the scale model.
+INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, a store of stills
+(.h5), or the photon counts of a staged run (RUN/intensities.h5). Every file is a dataset of its
+own, and all are merged on one scale. Writes DIR/merged.mtz, for several datasets
+DIR/<input stem>_merged.mtz, with statistics by resolution shell, the held-out predictions
+(metrics.json), the scale model and, where stills can be indexed in several ways, indexing.csv.
 
 Examples
 --------
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="structure (.pdb, .cif) or merged amplitudes (.mtz) that the data resemble: its "
         "|F_calc| becomes the prior, as far as the data say that it fits",
     )
+    parser.add_argument(
+        "--reindex",
+        action="append",
+        default=[],
+        metavar="[N:]OP",
+        help="new indices of dataset N (from 0; of all without) by the old, e.g. 1:k,h,-l",
+    )
     add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig)
 
 
@@ -69,6 +77,7 @@ def run(args: argparse.Namespace) -> None:
         args.friedel,
         args.space_group,
         args.reference,
+        tuple(args.reindex),
     )
     for path in merge(inputs, config):
         logger.info("wrote %s", path)
