@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from integrator.types import TensorRecord
+from merge.intensities.standard import Standard
 
 MIN_BATCHES = 8
 
@@ -125,6 +126,7 @@ class ObservationTable:
     unit_intensity : float
         Intensities of the files are divided by it.
     feature_names : tuple of str
+    standard : Standard
     """
 
     observations: Observations
@@ -134,6 +136,7 @@ class ObservationTable:
     images_of_dataset: tuple[int, ...]
     unit_intensity: float
     feature_names: tuple[str, ...]
+    standard: Standard
 
     @property
     def n_units(self) -> int:
