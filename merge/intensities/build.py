@@ -101,7 +101,7 @@ def build_problem(
         unique = UniqueRows(asus, parents, couple)
     columns = _columns(data, unique)
     given = _metadata(data, columns, config, standard)
-    kept = (columns.row >= 0) & (columns.sigma > 0) & np.isfinite(columns.intensity)
+    kept = is_kept(columns.row, columns.intensity, columns.sigma)
     if not kept.any():
         raise UserError("no observation is inside the resolution limit; give a smaller --d-min")
     unit, cluster = _units(columns, config)
@@ -111,6 +111,11 @@ def build_problem(
     standard = standard or _standard(columns, given, order)
     table = _table(data, columns, given, standard, unit, cluster, order, unique, config)
     return MergeProblem(unique, table, tuple(d.name for d in data), order)
+
+
+def is_kept(row: NDArray[np.int64], intensity: Array, sigma: Array) -> NDArray[np.bool_]:
+    """Observations that are merged, (N,): of a unique reflection (not -1), and measured."""
+    return (row >= 0) & (sigma > 0) & np.isfinite(intensity)
 
 
 def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:

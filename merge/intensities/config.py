@@ -53,6 +53,10 @@ class IntensityMergeConfig:
     epochs: int = 100
     # Observations in a step, whole images; fewer where the data are few, all when null.
     batch_size: int | None = 16000
+    # Stills in a store (.h5) with more observations than this are read batch by batch.
+    stream_above: int = 4_000_000
+    # Observations that scales are trained on then; the amplitudes see all of them.
+    stream_training: int = 12_000_000
     # Step of the scale's physical terms and of the error model.
     learning_rate: float = 0.02
     # Step of the networks.
@@ -70,6 +74,7 @@ class IntensityMergeConfig:
                 raise ValueError(f"`{name}` must be positive, got {value}")
         least = {"n_correlation_shells": 1, "n_wilson_knots": 2, "n_spectrum_knots": 2}
         least |= {"network_width": 0, "network_depth": 1, "embedding_size": 1, "epochs": 1}
+        least |= {"stream_above": 0, "stream_training": 1}
         least |= {"batch_size": 1, "half_set_repeats": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
