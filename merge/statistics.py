@@ -10,7 +10,7 @@ volume. Systematically absent reflections are for the caller to leave out.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,10 @@ COLUMNS = (
     "z_spread_anom",
     "reason",
 )
+
+
+#: Columns that another random split would change.
+OF_HALF_SETS = ("cc_half", "cc_anom", "z_spread", "z_spread_anom")
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,21 @@ def shell_statistics(
         row |= {"shell": "overall" if i is None else i, "d_max": d_max, "d_min": d_min}
         row["reason"] = "; ".join(f"{name}: {why}" for name, why in reasons.items())
         rows.append({name: row.get(name) for name in COLUMNS})
+    return rows
+
+
+def average_over_repeats(repeats: Sequence[list[Row]]) -> list[Row]:
+    """Average what depends on the random halves over several tables of :func:`shell_statistics`.
+
+    A repeat without a value does not count; the rest is that of the first.
+    """
+    rows = []
+    for same in zip(*repeats, strict=True):
+        row = dict(same[0])
+        for name in OF_HALF_SETS:
+            known = [r[name] for r in same if r[name] is not None]
+            row[name] = sum(known) / len(known) if known else None
+        rows.append(row)
     return rows
 
 

@@ -41,6 +41,7 @@ MERGE_FLAGS = {
     "--correlation": "correlation",
     "--epochs": "epochs",
     "--batch-size": "batch_size",
+    "--half-set-repeats": "half_set_repeats",
     "--seed": "seed",
 }
 

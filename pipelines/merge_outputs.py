@@ -22,6 +22,7 @@ from merge.intensities.output import (
 from merge.io.mtz import MergedTable, merged_table, write_merged_mtz
 from merge.io.observations import UnmergedData
 from merge.statistics import (
+    average_over_repeats,
     possible_reflections,
     resolution_shells,
     shell_statistics,
@@ -49,12 +50,14 @@ def write_dataset(
     scaled = scaled_observations(merger, problem.table)
     merged = merged_rows(merger, problem.table, scaled, is_marginal=config.sigma == "amplitude")
     halves = _half_sets(problem, merger, config, scaled, rows)
+    n_obs = merged.n_obs.numpy()[rows]
     table = merged_table(
         asu,
         *(
             getattr(merged, name).numpy()[rows]
-            for name in ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity", "n_obs")
+            for name in ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity")
         ),
+        n_obs,
         halves,
     )
     stem = "" if len(names) == 1 else f"{names[dataset]}_"
@@ -67,7 +70,8 @@ def write_dataset(
         data.space_group,
         1.0 if wavelength is None else float(np.median(wavelength)),
         history=[f"braggflux merge {package_version()}, prior {config.prior}"],
-        normalised=_normalised(asu, table, merged.normalised.numpy()[rows]),
+        mean_intensity="I",
+        extra=_extra_columns(asu, table, merged.normalised.numpy()[rows]),
     )
     _write_statistics(asu, scaled, rows, table, out / f"{stem}statistics.csv", names[dataset])
     return path
@@ -89,6 +93,16 @@ def _half_sets(
             value, sigma = half_set_amplitudes(merger, problem.table, scaled, half == k)
             halves[f"F{2 * repeat + k + 1}"] = value.numpy()[rows], sigma.numpy()[rows]
     return halves
+
+
+def _extra_columns(
+    asu: ReciprocalAsu, table: MergedTable, normalised: np.ndarray
+) -> list[tuple[str, str, np.ndarray]]:
+    """E, and N of both mates together where they are apart."""
+    columns = [("E", "E", _normalised(asu, table, normalised))]
+    if table.is_anomalous:
+        columns.append(("N", "I", np.nansum([table.n_plus, table.n_minus], axis=0)))
+    return columns
 
 
 def _normalised(asu: ReciprocalAsu, table: MergedTable, values: np.ndarray) -> np.ndarray:
@@ -117,13 +131,14 @@ def _write_statistics(
         scaled.variance.numpy()[inside],
     )
     unique = unique_reflections(asu)
-    halves = tuple(_spread(asu, table, table.half_sets[n], len(unique)) for n in ("F1", "F2"))
-    statistics = shell_statistics(
-        observations,
-        unique,
-        resolution_shells(unique.inv_d2, N_SHELLS),
-        possible=possible_reflections(asu.cell, asu.space_group, asu.d_min),
-        halves=halves,
+    shells = resolution_shells(unique.inv_d2, N_SHELLS)
+    possible = possible_reflections(asu.cell, asu.space_group, asu.d_min)
+    halves = [_spread(asu, table, half, len(unique)) for half in table.half_sets.values()]
+    statistics = average_over_repeats(
+        [
+            shell_statistics(observations, unique, shells, possible=possible, halves=pair)
+            for pair in zip(halves[::2], halves[1::2], strict=True)
+        ]
     )
     write_statistics_csv(path, statistics)
     overall = statistics[-1]

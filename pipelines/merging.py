@@ -182,6 +182,8 @@ def _write_metrics(merger: IntensityMerger, predictions: dict, out: Path) -> Non
     errors = merger.likelihood.error_parameters
     row = {"held_out": predictions, "error_model": errors}
     row["one_minus_r2"] = merger.prior.one_minus_r2.tolist() if merger.prior.is_coupled else None
+    tensor = merger.prior.anisotropic_b()
+    row["anisotropic_b"] = None if tensor is None else tensor.tolist()
     write_text(out / "metrics.json", json.dumps(row, indent=2) + "\n")
     logger.info("error model: %s", " ".join(f"{k} {v:.4g}" for k, v in errors.items()))
     for name, p in predictions.items():

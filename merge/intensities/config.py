@@ -39,6 +39,8 @@ class IntensityMergeConfig:
     n_correlation_shells: int = 5
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12
+    # Mean intensity depends on the direction too, as far as the point group allows.
+    anisotropic: bool = True
     # Knots of the wavelength spectrum.
     n_spectrum_knots: int = 48
     # Width of the hidden layers of the scale network; 0 for none.
@@ -61,7 +63,8 @@ class IntensityMergeConfig:
     learning_rate: float = 0.02
     # Step of the networks.
     network_learning_rate: float = 0.01
-    # Half-set pairs written to the MTZ; each is another random split.
+    # Half-set pairs in the MTZ (F1 F2, then F3 F4, ...), each another random split; CC1/2, CCanom
+    # and the spread of z are averaged over them.
     half_set_repeats: int = 1
     # Same seed, same result on the CPU.
     seed: int = 0

@@ -78,7 +78,9 @@ class IntensityMerger(nn.Module):
         self, unique: UniqueRows, table: ObservationTable, config: IntensityMergeConfig
     ) -> None:
         super().__init__()
-        self.prior = TreePrior(unique, config.n_wilson_knots, config.n_correlation_shells)
+        self.prior = TreePrior(
+            unique, config.n_wilson_knots, config.n_correlation_shells, config.anisotropic
+        )
         self.scale = ObservationScale(table, config)
         self.likelihood = IntensityLikelihood(
             config.likelihood == "normal",
@@ -178,7 +180,7 @@ class IntensityMerger(nn.Module):
         return MergeTerms(
             (log_density * used).sum(),
             (weight * self.prior.kl(q)).sum(),
-            batch.share * self.scale.penalty(),
+            batch.share * (self.scale.penalty() + self.prior.wilson.penalty()),
             self._information(batch, e),
             weight.detach(),
         )

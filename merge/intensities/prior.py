@@ -20,6 +20,7 @@ from torch.distributions import kl_divergence
 
 from integrator.distributions.nakagami import Nakagami
 from merge.intensities.unique import UniqueRows
+from merge.model.anisotropy import anisotropic_design, invariant_tensors
 from merge.model.prior import WilsonPrior
 
 
@@ -33,15 +34,23 @@ class TreePrior(nn.Module):
         Of Sigma(d), which all datasets share: they are merged on one scale.
     n_shells : int
         Resolution shells of r, equally many rows each.
+    is_anisotropic : bool
+        Sigma depends on the direction too, alike for all datasets.
     """
 
-    def __init__(self, unique: UniqueRows, n_knots: int, n_shells: int) -> None:
+    def __init__(
+        self, unique: UniqueRows, n_knots: int, n_shells: int, is_anisotropic: bool = False
+    ) -> None:
         super().__init__()
+        tensors = [invariant_tensors(a.cell, a.space_group) for a in unique.asus]
+        self.tensors = torch.as_tensor(tensors[0])
+        designs = [anisotropic_design(a, t) for a, t in zip(unique.asus, tensors, strict=True)]
         self.wilson = WilsonPrior(
             torch.as_tensor(unique.d) ** -2.0,
             torch.as_tensor(unique.epsilon),
             torch.as_tensor(unique.is_centric),
             n_knots,
+            torch.as_tensor(np.concatenate(designs)) if is_anisotropic else None,
         )
         self.register_buffer("child", torch.as_tensor(np.flatnonzero(unique.parent >= 0)))
         self.register_buffer("parent", torch.as_tensor(unique.parent[unique.parent >= 0]))
@@ -50,6 +59,13 @@ class TreePrior(nn.Module):
         self.register_buffer("shell", shell)  # (R,)
         self.register_buffer("one_minus_r2", torch.full((n_shells,), 0.01, dtype=torch.float64))
         self.is_coupled = False
+
+    def anisotropic_b(self) -> Tensor | None:
+        """Traceless tensor B of the intensities, (3, 3) Cartesian [A^2]; None where isotropic."""
+        coefficients = self.wilson.anisotropic_b()
+        if not len(coefficients):
+            return None
+        return torch.einsum("m,mij->ij", coefficients, self.tensors)
 
     def conditional(self) -> tuple[Tensor, Tensor]:
         """R and S of each child, (C,)."""

@@ -280,3 +280,20 @@ def test_unwritable_csv_is_a_user_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         statistics.write_statistics_csv(tmp_path / "missing" / "statistics.csv", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_average_over_repeats_changes_what_the_split_changes(simulated):
+    repeats = [rows_of(simulated, seed=seed) for seed in (0, 1, 2)]
+    repeats[1][0] |= {"cc_anom": None, "z_spread_anom": None}
+    mean = statistics.average_over_repeats(repeats)
+    for k, row in enumerate(mean):
+        for name in statistics.COLUMNS:
+            if name not in statistics.OF_HALF_SETS:
+                assert row[name] == repeats[0][k][name], name
+        assert row["cc_half"] == pytest.approx(np.mean([r[k]["cc_half"] for r in repeats]))
+    assert len({r[-1]["cc_half"] for r in repeats}) == 3
+    others = [repeats[0][0]["cc_anom"], repeats[2][0]["cc_anom"]]
+    assert mean[0]["cc_anom"] == pytest.approx(np.mean(others))
+    for r in repeats:
+        r[1]["cc_half"] = None
+    assert statistics.average_over_repeats(repeats)[1]["cc_half"] is None
