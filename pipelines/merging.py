@@ -10,18 +10,21 @@ from pathlib import Path
 import gemmi
 import torch
 
-from integrator.atomic import replacing
 from integrator.errors import UserError
 from merge.intensities.build import MergeProblem, build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import choose_correlation
 from merge.intensities.held_out import predict, split
 from merge.intensities.merger import IntensityMerger
-from merge.intensities.training import fit, pool_trees, start
+from merge.intensities.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
+from merge.intensities.training import fit, pool_trees, start, start_amplitudes
 from merge.io.observations import UnmergedData, combine_friedel
+from merge.io.unmerged_store import SUFFIX, UnmergedStore
 from pipelines import log, provenance, schema
+from pipelines.device import choose_device
 from pipelines.merge_outputs import write_dataset
 from pipelines.rundir import write_rows, write_text
+from pipelines.stream_merging import merge_store
 from pipelines.unmerged_dials import read_inputs
 
 logger = logging.getLogger(__name__)
@@ -35,7 +38,8 @@ class MergeInputs:
     """What the command line names.
 
     ``parents`` has one dataset number or None of each dataset; None for no relation at all.
-    ``space_group`` is for files that hold none (streams).
+    ``space_group`` is for files that hold none (streams); ``freeze_scales`` an earlier merge whose
+    scales are used.
     """
 
     paths: tuple[Path, ...]
@@ -43,6 +47,7 @@ class MergeInputs:
     parents: tuple[int | None, ...] | None = None
     is_friedel: bool = False
     space_group: str | None = None
+    freeze_scales: Path | None = None
 
 
 def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
@@ -98,9 +103,19 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
     ------
     UserError
     """
-    data = _read(inputs)
+    device = choose_device(config.device)
+    saved = None
+    if inputs.freeze_scales is not None:
+        saved = load_scale(inputs.freeze_scales)
+        config = saved.configured(config)
     torch.manual_seed(config.seed)
-    problem = build_problem(data, config, inputs.parents)
+    if _is_streamed(inputs, config):
+        return [_merge_streamed(inputs, config, device, saved)]
+    data = _read(inputs)
+    standard = None if saved is None else saved.standard
+    problem = build_problem(data, config, inputs.parents, standard)
+    if saved is not None:
+        saved.check(problem.table)
     _prepare(inputs, config)
     log.attach_file(inputs.out / "run.log")
     table = problem.table
@@ -111,11 +126,35 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
         len(problem.unique),
         " ".join(table.feature_names),
     )
-    merger = _fit(problem, config, inputs.out)
+    merger = _fit(problem, config, inputs.out, device, saved)
     paths = [write_dataset(problem, merger, config, k, inputs.out, d) for k, d in enumerate(data)]
-    with replacing(inputs.out / "scale_model.pt") as temporary:
-        torch.save(merger.state_dict(), temporary)
+    save_scale(inputs.out / FILE_NAME, merger, table, config)
     return paths
+
+
+def _is_streamed(inputs: MergeInputs, config: IntensityMergeConfig) -> bool:
+    """Stills in one store too large for memory."""
+    if not config.stills or len(inputs.paths) != 1 or inputs.paths[0].suffix != SUFFIX:
+        return False
+    if not inputs.paths[0].is_file():
+        return False
+    with UnmergedStore(inputs.paths[0]) as store:
+        return len(store) > config.stream_above
+
+
+def _merge_streamed(
+    inputs: MergeInputs,
+    config: IntensityMergeConfig,
+    device: torch.device,
+    saved: SavedScale | None,
+) -> Path:
+    _prepare(inputs, config)
+    log.attach_file(inputs.out / "run.log")
+    with UnmergedStore(inputs.paths[0]) as store:
+        result = merge_store(store, config, inputs.out, device, saved)
+    _write_metrics(result.merger, result.predictions, inputs.out)
+    save_scale(inputs.out / FILE_NAME, result.merger, result.sample, config)
+    return result.path
 
 
 def _read(inputs: MergeInputs) -> list[UnmergedData]:
@@ -138,12 +177,24 @@ def _prepare(inputs: MergeInputs, config: IntensityMergeConfig) -> None:
     write_text(inputs.out / "provenance.json", json.dumps(record, indent=2) + "\n")
 
 
-def _fit(problem: MergeProblem, config: IntensityMergeConfig, out: Path) -> IntensityMerger:
-    table = problem.table
-    masks = split(table, config.held_out, config.stills, config.seed)
-    training = table.with_masks(masks.is_used, masks.is_seen)
-    merger = IntensityMerger(problem.unique, training, config)
-    start(merger, training)
+def _fit(
+    problem: MergeProblem,
+    config: IntensityMergeConfig,
+    out: Path,
+    device: torch.device,
+    saved: SavedScale | None,
+) -> IntensityMerger:
+    """Return the fitted merger, on the CPU."""
+    masks = split(problem.table, config.held_out, config.stills, config.seed)
+    training = problem.table.with_masks(masks.is_used, masks.is_seen)
+    merger = IntensityMerger(problem.unique, training, config).to(device)
+    table, training = problem.table.to(device), training.to(device)
+    if saved is None:
+        start(merger, training)
+    else:
+        saved.load_into(merger)
+        start_amplitudes(merger, training)
+    with_scales = saved is None
     is_coupled = config.prior == "double-wilson" and len(merger.prior.child) > 0
     if config.prior == "double-wilson" and not is_coupled:
         raise UserError(
@@ -154,17 +205,26 @@ def _fit(problem: MergeProblem, config: IntensityMergeConfig, out: Path) -> Inte
     if is_coupled:
         pool_trees(merger)
     with log.progress("merging") as advance:
-        fit(merger, training, config, observer=lambda e, _: advance(e, config.epochs))
+        fit(
+            merger,
+            training,
+            config,
+            with_scales=with_scales,
+            observer=lambda e, _: advance(e, config.epochs),
+        )
     if is_coupled:
-        _set_correlation(merger, training, masks, config, out)
+        _set_correlation(merger, training, masks, config, out, with_scales)
     held = (("image", masks.by_image), ("observation", masks.by_observation))
     predictions = {name: asdict(predict(merger, training, chosen)) for name, chosen in held}
-    fit(merger, table, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
+    epochs = max(1, round(FINAL_SHARE * config.epochs))
+    fit(merger, table, config, epochs=epochs, with_scales=with_scales)
     _write_metrics(merger, predictions, out)
-    return merger
+    return merger.to("cpu")
 
 
-def _set_correlation(merger, training, masks, config: IntensityMergeConfig, out: Path) -> None:
+def _set_correlation(
+    merger, training, masks, config: IntensityMergeConfig, out: Path, with_scales: bool
+) -> None:
     if config.correlation is not None:
         merger.prior.one_minus_r2.fill_(1 - config.correlation**2)
     elif not config.held_out:
@@ -172,10 +232,12 @@ def _set_correlation(merger, training, masks, config: IntensityMergeConfig, out:
             "r is chosen by held-out data and held_out is 0; raise it or give --correlation"
         )
     else:
-        rows = choose_correlation(merger, training, ~masks.is_used, config)
+        held_out = (~masks.is_used).to(merger.device)
+        rows = choose_correlation(merger, training, held_out, config)
         write_rows(out / "correlation.csv", rows, rows[0])
     pool_trees(merger)
-    fit(merger, training, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
+    epochs = max(1, round(FINAL_SHARE * config.epochs))
+    fit(merger, training, config, epochs=epochs, with_scales=with_scales)
 
 
 def _write_metrics(merger: IntensityMerger, predictions: dict, out: Path) -> None:

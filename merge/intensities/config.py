@@ -68,6 +68,8 @@ class IntensityMergeConfig:
     half_set_repeats: int = 1
     # Same seed, same result on the CPU.
     seed: int = 0
+    # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -87,6 +89,9 @@ class IntensityMergeConfig:
             raise ValueError(f"`correlation` must lie in (0, 1), got {self.correlation}")
         if not 0.0 <= self.held_out <= 0.5:
             raise ValueError(f"`held_out` must lie in [0, 0.5], got {self.held_out}")
+        kind, _, index = self.device.partition(":")
+        if kind not in {"auto", "cpu", "cuda"} or (index and not index.isdigit()):
+            raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.stills and self.laue:
             raise ValueError("`stills` and `laue` exclude each other; give one of them")
         if self.stills and not self.network_width:

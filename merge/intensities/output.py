@@ -12,6 +12,8 @@ from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import ObservationTable
 from merge.model.amplitudes import french_wilson
 
+ROWS_AT_A_TIME = 8192
+
 
 @dataclass(frozen=True)
 class ScaledObservations:
@@ -124,10 +126,14 @@ def amplitudes_of_means(
     merger: IntensityMerger, unit_intensity: float, mean: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """<F> and its sigma from mean intensities with Wilson's prior alone, (R,) each."""
-    prior = merger.prior.wilson.p_structure_factor()
-    return french_wilson(
-        mean, sigma, prior.spread * unit_intensity, merger.prior.wilson.is_centric
-    )
+    expected = merger.prior.wilson.p_structure_factor().spread * unit_intensity
+    given = (mean, sigma, expected, merger.prior.wilson.is_centric)
+    # a quadrature of hundreds of nodes each: some rows at a time
+    parts = [
+        french_wilson(*part)
+        for part in zip(*(x.split(ROWS_AT_A_TIME) for x in given), strict=True)
+    ]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 @torch.no_grad()

@@ -116,6 +116,13 @@ class ObservationStream:
         while True:
             yield from filled[torch.randperm(len(filled), generator=generator)].tolist()
 
+    def wavelength(self) -> float | None:
+        """Median over the first images [A], as far as the store has it."""
+        if not self.store.has_wavelength:
+            return None
+        first = self.store.read(0, int(self.edges[1]))
+        return float(np.median(first.wavelength))
+
     def _d_min(self) -> float:
         """Resolution limit: as configured, or that of the data."""
         largest = 0.0

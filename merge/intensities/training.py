@@ -35,8 +35,7 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
     """
     everything = table.everything()
     o, terms = everything.observations, everything.terms
-    first = torch.ones_like(terms.observation, dtype=torch.bool)
-    first[1:] = terms.observation.diff() > 0
+    first = _first(everything)
     row, inv_d2, wavelength = terms.row[first], terms.inv_d2[first], terms.wavelength[first]
     used = o.is_used.double()
     scale = merger.scale
@@ -56,6 +55,20 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             nearest = (wavelength[:, None] - knots).abs().argmin(1)
             scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
         expected = _merge_once(merger, table, row, first)[row]
+
+
+@torch.no_grad()
+def start_amplitudes(merger: IntensityMerger, table: ObservationTable) -> None:
+    """Start amplitudes and Wilson's Sigma alone: scales come from an earlier fit."""
+    everything = table.everything()
+    _merge_once(merger, table, everything.first_rows, _first(everything))
+
+
+def _first(batch: Batch) -> Tensor:
+    """Say which terms are the first of their observation, (T,) bool."""
+    first = torch.ones_like(batch.terms.observation, dtype=torch.bool)
+    first[1:] = batch.terms.observation.diff() > 0
+    return first
 
 
 @torch.no_grad()

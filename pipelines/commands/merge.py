@@ -10,6 +10,7 @@ Examples
 braggflux merge scaled.mtz --out merged --anomalous
 braggflux merge off.mtz 2ms.mtz --laue --parents none,0 --prior double-wilson --out pyp
 braggflux merge plus.mtz minus.mtz --friedel --stills --out xfel
+braggflux merge new.stream --stills --space-group P6122 --freeze-scales xfel --out new
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--space-group", metavar="SG", help="for files that hold none (.stream), e.g. P6122"
     )
+    parser.add_argument(
+        "--freeze-scales",
+        type=Path,
+        metavar="DIR",
+        help="scale and error model of an earlier merge (its folder or scale_model.pt); only "
+        "amplitudes are fitted",
+    )
     add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig)
 
 
@@ -60,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         parse_parents(args.parents),
         args.friedel,
         args.space_group,
+        args.freeze_scales,
     )
     for path in merge(inputs, config):
         logger.info("wrote %s", path)
