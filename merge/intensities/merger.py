@@ -167,8 +167,12 @@ class IntensityMerger(nn.Module):
         variance = self.likelihood.variance(batch.observations.sigma, mean, relative)
         return Expectation(mean, spread, variance, mean / q.spread[row])
 
-    def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
-        """Terms of the ELBO that this batch contributes."""
+    def loss(self, batch: Batch, q: Nakagami, with_prior: bool = True) -> MergeTerms:
+        """Terms of the ELBO that this batch contributes.
+
+        Without ``with_prior`` the divergence is left for later, to be counted with the sum of the
+        ``row_weight`` of several batches.
+        """
         used = batch.observations.is_used
         e = self.generative(batch, q)
         log_density = self.log_density(batch, e)
@@ -176,10 +180,10 @@ class IntensityMerger(nn.Module):
             used = used.new_zeros(len(log_density)).index_put((batch.cluster,), used)
         rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
         held = torch.bincount(self.group[rows], minlength=self.n_groups)
-        weight = (held / self.n_group.clamp_min(1))[self.group]
+        weight = (held.double() / self.n_group.clamp_min(1))[self.group]
         return MergeTerms(
             (log_density * used).sum(),
-            (weight * self.prior.kl(q)).sum(),
+            (weight * self.prior.kl(q)).sum() if with_prior else log_density.new_zeros(()),
             batch.share * (self.scale.penalty() + self.prior.wilson.penalty()),
             self._information(batch, e),
             weight.detach(),

@@ -35,7 +35,10 @@ class RowFilter(RowNewton):
 
     @torch.no_grad()
     def step(self, information: Tensor, weight: Tensor, damping: float = 1.0) -> None:
-        """Use the gradients of a batch, its information and its weight of the prior, (R,) each."""
+        """Use the gradients of a batch, its information and its weight of the prior, (R,) each.
+
+        A batch here may be several of those that the scales see.
+        """
         self.n_batches += 1
         kept = self.n_batches / (self.n_batches + FORGET)
         self.information = kept * self.information + information

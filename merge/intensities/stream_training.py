@@ -27,6 +27,10 @@ from merge.intensities.training import Observer, make_optimizer, set_rate
 
 logger = logging.getLogger(__name__)
 
+#: The amplitudes, and with them the prior, move once in so many batches: of tens of thousands of
+#: rows a batch of that size sees a part, and their divergence is the dearest thing after networks.
+ROWS_EVERY = 4
+
 
 def fit_stream(
     merger: IntensityMerger,
@@ -45,24 +49,35 @@ def fit_stream(
     stream : ObservationStream
     config : IntensityMergeConfig
     observer : callable, optional
-        Called after each batch with its number and its part of the ELBO.
+        Called after each batch with its number and its log-likelihood.
     """
     merger.set_counts(torch.as_tensor(stream.n_obs))
     n_steps = n_training_batches(stream, config)
     optimizer, rows = make_optimizer(merger, config), RowFilter(merger)
     numbers = stream.numbers(torch.Generator().manual_seed(config.seed))
+    pending = [torch.zeros_like(merger.log_concentration) for _ in range(2)]
     began, n_seen = time.monotonic(), 0
     for step in range(n_steps):
         batch = stream.batch(next(numbers)).to(merger.device)
-        terms = merger.loss(batch, merger.inference())
-        set_rate(optimizer, step / n_steps)
+        is_row_step = (step + 1) % ROWS_EVERY == 0 or step + 1 == n_steps
         optimizer.zero_grad(set_to_none=True)
-        (-terms.elbo).backward()
+        q = merger.inference()
+        terms = merger.loss(batch, q, with_prior=False)
+        pending = [
+            p + t for p, t in zip(pending, (terms.information, terms.row_weight), strict=True)
+        ]
+        loss = -terms.elbo
+        if is_row_step:
+            loss = loss + (pending[1] * merger.prior.kl(q)).sum()
+        loss.backward()
+        set_rate(optimizer, step / n_steps)
         optimizer.step()
-        rows.step(terms.information, terms.row_weight)
+        if is_row_step:
+            rows.step(*pending)
+            pending = [torch.zeros_like(p) for p in pending]
         n_seen += len(batch.observations)
         if observer is not None:
-            observer(step + 1, float(terms.elbo.detach()))
+            observer(step + 1, float(terms.log_likelihood.detach()))
     seconds = time.monotonic() - began
     logger.info(
         "trained on %.3g observations (%.2f passes) in %.0f s, %.3g per second",
