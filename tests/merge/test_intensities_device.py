@@ -6,15 +6,19 @@ import gemmi
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
 from merge.intensities.build import build_problem
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.held_out import log_likelihoods, predict
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.row_filter import RowFilter
-from merge.intensities.training import fit, make_optimizer, pool_trees, start
+from merge.intensities.row_newton import RowNewton
+from merge.intensities.row_problem import solve_rows
+from merge.intensities.row_sums import RowSums
+from merge.intensities.training import fit, pool_trees, start
 from merge.io.observations import make_unmerged
 from pipelines.device import choose_device
 
@@ -60,34 +64,44 @@ def made(config):
     return merger, p.table
 
 
+class NoTensorWithoutDevice(TorchFunctionMode):
+    """A tensor made without naming a device is on the CPU, whatever the others are on."""
+
+    MAKERS = (
+        *(torch.zeros, torch.ones, torch.full, torch.empty, torch.eye, torch.arange),
+        *(torch.linspace, torch.tensor, torch.as_tensor, torch.rand, torch.randn),
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.MAKERS and kwargs.get("device") is None:
+            raise AssertionError(f"{func.__name__} without a device")
+        return func(*args, **kwargs)
+
+
+def test_the_guard_catches_what_it_should():
+    with NoTensorWithoutDevice():
+        torch.ones(3, device="cpu").new_zeros(2)
+        with pytest.raises(AssertionError, match="zeros without a device"):
+            torch.zeros(3)
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_step_mixes_no_devices(config):
-    """On tensors that only pretend to be on a GPU; mixing devices is an error there too."""
+def test_training_makes_no_tensor_without_a_device(config):
     merger, table = made(config)
-    mode = FakeTensorMode(allow_non_fake_inputs=False)
-
-    def pretended(tensor):
-        with mode:
-            return torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda:0"
-            )
-
-    merger._apply(pretended)
-    batch = table.everything()
-    moved = {
-        name: type(record)(**{k: pretended(v) for k, v in vars(record).items()})
-        for name, record in (("observations", batch.observations), ("terms", batch.terms))
-    }
-    batch = type(batch)(**vars(batch) | moved | {"image": pretended(batch.image)})
-    with mode:
-        terms = merger.loss(batch, merger.inference())
-        assert terms.elbo.device.type == "cuda"
-        optimizer, rows = make_optimizer(merger, config), RowFilter(merger)
-        (-terms.elbo).backward()
-        optimizer.step()
-        rows.step(terms.information, terms.row_weight)
+    merger.prior.is_coupled = False
+    units = torch.arange(table.n_units)
+    with NoTensorWithoutDevice():
+        start(merger, table)
+        merger.prior.is_coupled = config.prior == "double-wilson"
         pool_trees(merger)
-    assert all(p.device.type == "cuda" for p in merger.parameters())
+        for rows in (RowNewton(merger), RowFilter(merger)):
+            terms = merger.loss(table.batch(units[3:9]), merger.inference())
+            (-terms.elbo).backward()
+            rows.step(terms.information, terms.row_weight, 1.0)
+        solve_rows(merger, RowSums(merger, 0).add([(0, table.everything().to("cpu"))]))
+        predict(merger, table.to("cpu"), table.observations.is_used)
+        log_likelihoods(merger, table, table.observations.is_used)
 
 
 def test_absent_device_is_a_user_error():
