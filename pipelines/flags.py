@@ -44,6 +44,7 @@ MERGE_FLAGS = {
     "--epochs": "epochs",
     "--batch-size": "batch_size",
     "--half-set-repeats": "half_set_repeats",
+    "--device": "device",
     "--seed": "seed",
 }
 

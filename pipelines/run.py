@@ -18,6 +18,7 @@ from pipelines.anomalous import AnomalousModel, peak_heights_from_mtz
 from pipelines.build import Problem, build_problem
 from pipelines.checks import check_input, why_no_peaks
 from pipelines.config import RunConfig
+from pipelines.device import choose_device
 from pipelines.epoch_outputs import EpochWriter
 from pipelines.extraction import extract
 from pipelines.final_outputs import write_examples, write_integrated, write_unmerged
@@ -72,24 +73,6 @@ def _prepare(
     trainer = Trainer(problem, config, device, _exchange(directory, config, store))
     _log_problem(problem, device)
     return trainer, EpochWriter(directory, trainer, anomalous)
-
-
-def choose_device(name: str) -> torch.device:
-    """Device of a name; ``auto`` is cuda where present.
-
-    Raises
-    ------
-    UserError
-        cuda was asked for and is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {name}: torch sees no CUDA device; use --device cpu or auto, or install a "
-            "CUDA build of torch"
-        )
-    return torch.device(name)
 
 
 def _shoeboxes(directory: RunDirectory, config: RunConfig) -> ShoeboxStore:

@@ -158,12 +158,17 @@ def _like_reference(
 
 
 def refined(
-    merger: IntensityMerger, problem: MergeProblem, masks: Split, config: IntensityMergeConfig
+    merger: IntensityMerger,
+    problem: MergeProblem,
+    masks: Split,
+    config: IntensityMergeConfig,
+    with_scales: bool = True,
 ) -> MergeProblem:
-    """Alternate training and choosing until nothing changes."""
+    """Alternate training (of amplitudes alone, if asked) and choosing until nothing changes."""
     epochs = max(1, round(ROUND_SHARE * config.epochs))
     for _ in range(MAX_ROUNDS):
-        fit(merger, problem.table.with_masks(masks.is_used, masks.is_seen), config, epochs=epochs)
+        training = problem.table.with_masks(masks.is_used, masks.is_seen).to(merger.device)
+        fit(merger, training, config, epochs=epochs, with_scales=with_scales)
         problem = reassigned(merger, problem, masks)
         if problem.ambiguity.changed[-1] <= SETTLED:
             break
@@ -196,6 +201,8 @@ def image_log_likelihoods(
 ) -> Tensor:
     """Predictive log-likelihood of each image under each operator, the image left out, (G, A).
 
+    On the CPU, as the table.
+
     Parameters
     ----------
     merger : IntensityMerger
@@ -203,10 +210,14 @@ def image_log_likelihoods(
         Under the operators that the merger was trained with.
     rows : Tensor, (N, A)
     """
-    batch, q = table.everything(), merger.inference()
+    batch, q, rows = (
+        table.everything().to(merger.device),
+        merger.inference(),
+        rows.to(merger.device),
+    )
     o, current = batch.observations, batch.terms.row
     scored = o.is_seen.double()
-    score = torch.zeros(batch.n_images, rows.shape[1], dtype=torch.float64)
+    score = scored.new_zeros(batch.n_images, rows.shape[1])
     for a in range(rows.shape[1]):
         moved = replace(batch, terms=replace(batch.terms, row=rows[:, a]))
         e = merger.generative(moved, q)
@@ -216,4 +227,4 @@ def image_log_likelihoods(
         e = replace(e, mean=o.intensity - residual, spread=e.spread / left)
         density = merger.log_density(moved, e, predict=True)
         score[:, a].index_add_(0, batch.image, density * scored)
-    return score
+    return score.cpu()

@@ -18,6 +18,7 @@ from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.photon_counts import counted_sigma, observed_sigma
+from merge.intensities.standard import LOW_ANGLE, Standard, mean_and_spread
 from merge.intensities.table import Observations, ObservationTable, Terms
 from merge.intensities.unique import UniqueRows
 from merge.io.observations import UnmergedData, check_one_crystal_form
@@ -37,6 +38,7 @@ RESOLUTION = "dHKL"
 #: Share of a dataset's observations that must have a partner for a common error.
 MIN_PAIRED = 0.3
 MAX_HARMONIC = 8
+MIN_LEVEL = 1e-3  # of an image, in mean intensities of all
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def build_problem(
     config: IntensityMergeConfig,
     parents: Sequence[int | None] | None = None,
     operators: IndexingOperators | None = None,
+    standard: Standard | None = None,
+    unique: UniqueRows | None = None,
 ) -> MergeProblem:
     """Bind observations to unique rows and sort them by image.
 
@@ -90,6 +94,10 @@ def build_problem(
     operators : IndexingOperators, optional
         Ways in which each image may be indexed; observations that one of them takes out of the
         asymmetric unit are left out.
+    standard : Standard, optional
+        Units of an earlier fit, instead of those of these data.
+    unique : UniqueRows, optional
+        When ``data`` are a part of what is merged.
 
     Raises
     ------
@@ -97,12 +105,13 @@ def build_problem(
         Files that cannot be merged together, or lack what was asked for.
     """
     _check(data, config)
-    asus = _asus(data, config, operators)
-    couple = config.prior == "double-wilson" and asus[0].anomalous
-    unique = UniqueRows(asus, parents, couple)
+    if unique is None:
+        asus = _asus(data, config, operators)
+        couple = config.prior == "double-wilson" and asus[0].anomalous
+        unique = UniqueRows(asus, parents, couple)
     columns = _columns(data, unique, config)
-    features, names = _features(data, columns, config)
-    kept = (columns.row >= 0) & (columns.sigma > 0) & np.isfinite(columns.intensity)
+    given = _metadata(data, columns, config, standard)
+    kept = is_kept(columns.row, columns.intensity, columns.sigma)
     alternatives = None
     if operators is not None:
         alternatives = alternative_rows(columns.miller_index, columns.dataset, unique, operators)
@@ -111,12 +120,19 @@ def build_problem(
         raise UserError("no observation is inside the resolution limit; give a smaller --d-min")
     unit, cluster = _units(columns, config)
     order = np.flatnonzero(kept)
-    order = order[np.lexsort((columns.dataset[order], cluster[order], unit[order]))]
-    table = _table(data, columns, features, names, unit, cluster, order, unique, config)
+    if len(data) > 1:  # a single one is sorted
+        order = order[np.lexsort((columns.dataset[order], cluster[order], unit[order]))]
+    standard = standard or _standard(columns, given, order)
+    table = _table(data, columns, given, standard, unit, cluster, order, unique, config)
     problem = MergeProblem(unique, table, tuple(d.name for d in data), order)
     if alternatives is None:
         return problem
     return replace(problem, ambiguity=Ambiguity.of(operators, alternatives[order], table))
+
+
+def is_kept(row: NDArray[np.int64], intensity: Array, sigma: Array) -> NDArray[np.bool_]:
+    """Observations that are merged, (N,): of a unique reflection (not -1), and measured."""
+    return (row >= 0) & (sigma > 0) & np.isfinite(intensity)
 
 
 def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
@@ -197,14 +213,17 @@ def _frame_numbers(d: UnmergedData) -> NDArray[np.int64]:
     return d.image if number is None else np.asarray(number).astype(np.int64)
 
 
-def _features(
-    data: Sequence[UnmergedData], columns: _Columns, config: IntensityMergeConfig
-) -> tuple[Array, tuple[str, ...]]:
-    """Standardised metadata, (N, m), resolution first."""
+def _metadata(
+    data: Sequence[UnmergedData],
+    columns: _Columns,
+    config: IntensityMergeConfig,
+    standard: Standard | None,
+) -> dict[str, Array]:
+    """Columns that the networks see, (N,) each, resolution first."""
     common = set.intersection(*(set(d.metadata) for d in data))
     has_wavelength = all(d.wavelength is not None for d in data)
     allowed = sorted(common | {RESOLUTION} | ({"Wavelength"} if has_wavelength else set()))
-    wanted = config.metadata
+    wanted = config.metadata if standard is None else standard.names
     if wanted is None:
         wanted = [n for n in KNOWN_METADATA if n in allowed]
         if not config.laue and "Wavelength" in wanted:
@@ -213,18 +232,28 @@ def _features(
         raise UserError(
             f"unknown metadata {', '.join(unknown)}; these files have {', '.join(allowed)}"
         )
-    names = (RESOLUTION, *(n for n in wanted if n != RESOLUTION))
-    values = []
-    for name in names:
-        if name == RESOLUTION:
-            column = columns.inv_d2
-        elif name == "Wavelength" and has_wavelength:
-            column = columns.wavelength
-        else:
-            column = np.concatenate([np.asarray(d.metadata[name], float) for d in data])
-        spread = column.std()
-        values.append((column - column.mean()) / (spread if spread > 0 else 1.0))
-    return np.stack(values, -1), names
+    given = {RESOLUTION: columns.inv_d2}
+    for name in wanted:
+        if name == "Wavelength" and has_wavelength:
+            given[name] = columns.wavelength
+        elif name != RESOLUTION:
+            given[name] = np.concatenate([np.asarray(d.metadata[name], float) for d in data])
+    return given
+
+
+def _standard(columns: _Columns, given: dict[str, Array], order: NDArray[np.int64]) -> Standard:
+    """Measure the units in these data."""
+    low_angle = _low_angle(columns.inv_d2[order])
+    return Standard(
+        float(np.mean(np.abs(columns.intensity[order]))),
+        {name: mean_and_spread(column) for name, column in given.items()}
+        | {LOW_ANGLE: mean_and_spread(low_angle)},
+    )
+
+
+def _low_angle(inv: Array) -> Array:
+    """Log of d: 1/d^2 would show all low angles alike, where wavelength and beam stop matter."""
+    return -0.5 * np.log(inv)
 
 
 def _units(
@@ -256,8 +285,8 @@ def _units(
 def _table(
     data: Sequence[UnmergedData],
     columns: _Columns,
-    features: Array,
-    names: tuple[str, ...],
+    given: dict[str, Array],
+    standard: Standard,
     unit: NDArray[np.int64],
     cluster: NDArray[np.int64],
     order: NDArray[np.int64],
@@ -265,11 +294,12 @@ def _table(
     config: IntensityMergeConfig,
 ) -> ObservationTable:
     c = columns
-    scale = float(np.mean(np.abs(c.intensity[order])))
+    scale = standard.unit_intensity
     intensity, sigma = c.intensity[order] / scale, c.sigma[order] / scale
     units, unit = np.unique(unit[order], return_inverse=True)
-    base = c.base[order] + (_image_level(intensity, c.image[order]) if config.stills else 0.0)
-    level = _image_level(intensity, c.image[order])
+    image = np.unique(c.image[order], return_inverse=True)[1]
+    level = _image_level(intensity, image)
+    base = c.base[order] + (level if config.stills else 0.0)
     strength = intensity / np.exp(level)
     counted = None if c.photon_variance is None else c.photon_variance[order] / scale
     noise = sigma if counted is None else observed_sigma(intensity, sigma, counted)
@@ -279,7 +309,7 @@ def _table(
     observations = Observations(
         torch.as_tensor(intensity),
         torch.as_tensor(sigma),
-        torch.as_tensor(np.unique(c.image[order], return_inverse=True)[1]),
+        torch.as_tensor(image),
         torch.as_tensor(c.dataset[order]),
         torch.as_tensor(unit),
         torch.as_tensor(np.cumsum(np.diff(cluster[order], prepend=cluster[order[0]]) != 0)),
@@ -289,7 +319,7 @@ def _table(
         None if counted is None else torch.as_tensor(counted),
     )
     multiple = _harmonics(c, order, unique, data) if config.laue else (np.arange(n), None)
-    terms = _terms(c, order, multiple, base, features, names, unique)
+    terms = _terms(c, order, multiple, base, given, standard)
     first = np.searchsorted(unit, np.arange(len(units) + 1))
     first_term = np.searchsorted(unit[multiple[0]], np.arange(len(units) + 1))
     images = [
@@ -302,15 +332,15 @@ def _table(
         torch.as_tensor(first_term),
         tuple(images),
         scale,
-        names,
+        standard.names,
+        standard,
     )
 
 
 def _image_level(intensity: Array, image: NDArray[np.int64]) -> Array:
     """Log of the mean positive part of each observation's image, (N,)."""
-    _, image = np.unique(image, return_inverse=True)
     mean = np.bincount(image, np.maximum(intensity, 0)) / np.bincount(image)
-    return np.log(np.maximum(mean, 1e-3 * mean.max()))[image]
+    return np.log(np.maximum(mean, MIN_LEVEL))[image]
 
 
 def _harmonics(
@@ -359,32 +389,26 @@ def _terms(
     order: NDArray[np.int64],
     multiple: tuple[NDArray[np.int64], tuple[NDArray[np.int64], ...] | None],
     base: Array,
-    features: Array,
-    names: tuple[str, ...],
-    unique: UniqueRows,
+    given: dict[str, Array],
+    standard: Standard,
 ) -> Terms:
     observation, harmonic = multiple
     source = order[observation]
     row = c.row[source] if harmonic is None else harmonic[0]
     ratio = np.ones(len(source)) if harmonic is None else harmonic[1]
-    features = features[source].copy()
     inv, wavelength = c.inv_d2[source] * ratio**2, c.wavelength[source] / ratio
-    for name, given, own in (
-        (RESOLUTION, c.inv_d2, inv),
-        ("Wavelength", c.wavelength, wavelength),
-    ):
-        if name in names and harmonic is not None:
-            features[:, names.index(name)] = (own - given.mean()) / (given.std() or 1.0)
-    # 1/d^2 alone would show all low angles alike, where wavelength and beam stop matter most
-    low_angle = -0.5 * np.log(inv)
-    features = np.column_stack([features, (low_angle - low_angle.mean()) / (low_angle.std() or 1)])
+    own = {RESOLUTION: inv, "Wavelength": wavelength}
+    features = [
+        standard(name, own[name] if name in own else column[source])
+        for name, column in given.items()
+    ]
+    features.append(standard(LOW_ANGLE, _low_angle(inv)))
     offset = np.zeros(len(source))
     for name in EWALD_OFFSETS:
-        if name in names:
-            column = names.index(name)
-            offset = features[:, column].copy()
+        if name in given:
+            offset = features[list(given).index(name)]
             # which side of the sphere matters little, the distance much
-            features = np.column_stack([features, np.abs(offset)])
+            features.append(np.abs(offset))
     return Terms(
         torch.as_tensor(observation),
         torch.as_tensor(row),
@@ -392,5 +416,5 @@ def _terms(
         torch.as_tensor(inv),
         torch.as_tensor(wavelength),
         torch.as_tensor(offset),
-        torch.as_tensor(features, dtype=torch.float32).clamp(-5.0, 5.0),
+        torch.as_tensor(np.column_stack(features).astype(np.float32)).clamp(-5.0, 5.0),
     )

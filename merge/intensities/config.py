@@ -67,6 +67,10 @@ class IntensityMergeConfig:
     epochs: int = 100
     # Observations in a step, whole images; fewer where the data are few, all when null.
     batch_size: int | None = 16000
+    # Stills in a store (.h5) with more observations than this are read batch by batch.
+    stream_above: int = 4_000_000
+    # Observations that scales are trained on then; the amplitudes see all of them.
+    stream_training: int = 12_000_000
     # Step of the scale's physical terms and of the error model.
     learning_rate: float = 0.02
     # Step of the networks.
@@ -76,6 +80,8 @@ class IntensityMergeConfig:
     half_set_repeats: int = 1
     # Same seed, same result on the CPU.
     seed: int = 0
+    # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -84,13 +90,8 @@ class IntensityMergeConfig:
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}")
         least = {"n_correlation_shells": 1, "n_wilson_knots": 2, "n_spectrum_knots": 2}
-        least |= {
-            "n_reference_shells": 1,
-            "network_width": 0,
-            "network_depth": 1,
-            "embedding_size": 1,
-            "epochs": 1,
-        }
+        least |= {"network_width": 0, "network_depth": 1, "embedding_size": 1, "epochs": 1}
+        least |= {"n_reference_shells": 1, "stream_above": 0, "stream_training": 1}
         least |= {"batch_size": 1, "half_set_repeats": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
@@ -104,6 +105,9 @@ class IntensityMergeConfig:
             )
         if not 0.0 <= self.held_out <= 0.5:
             raise ValueError(f"`held_out` must lie in [0, 0.5], got {self.held_out}")
+        kind, _, index = self.device.partition(":")
+        if kind not in {"auto", "cpu", "cuda"} or (index and not index.isdigit()):
+            raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.stills and self.laue:
             raise ValueError("`stills` and `laue` exclude each other; give one of them")
         if self.stills and not self.network_width:

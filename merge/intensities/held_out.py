@@ -9,14 +9,16 @@ predicting one from the other would reward memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.intensities.merger import IntensityMerger
-from merge.intensities.table import ObservationTable
+from merge.intensities.table import Batch, ObservationTable
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,21 @@ class Prediction:
     log_likelihood: float | None
     cc_pred: float | None
 
+    @classmethod
+    def of(cls, measured: NDArray, expected: NDArray, density: NDArray) -> Prediction:
+        """From intensities, (N,) each, and log-densities of observations or clusters."""
+        n_obs = len(measured)
+        if n_obs < 10:
+            return cls(n_obs, None, None)
+        total = float(density.sum()) / n_obs
+        if measured.std() == 0 or expected.std() == 0:
+            return cls(n_obs, total, None)
+        return cls(n_obs, total, float(np.corrcoef(measured, expected)[0, 1]))
 
-def split(table: ObservationTable, share: float, is_still: bool, seed: int) -> Split:
+
+def split(
+    table: ObservationTable, share: float, is_still: bool, seed: int | Sequence[int]
+) -> Split:
     """Hold out ``share`` of the units and ``share`` of the clusters of the others."""
     rng = np.random.default_rng(seed)
     o = table.observations
@@ -66,7 +81,7 @@ def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Te
     batch = table.everything()
     density = merger.log_density(batch, merger.generative(batch, merger.inference()), predict=True)
     if batch.cluster is not None:
-        left = torch.zeros(len(density), dtype=torch.int64)
+        left = torch.zeros(len(density), dtype=torch.int64, device=density.device)
         left.index_add_(0, batch.cluster, (~chosen).long())
         chosen = left == 0
     return torch.where(chosen, density, torch.nan)
@@ -78,15 +93,19 @@ def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) ->
 
     ``cc_pred`` is the correlation of measured and expected intensities.
     """
-    n_obs = int(chosen.sum())
-    if n_obs < 10:
-        return Prediction(n_obs, None, None)
-    batch = table.everything()
-    e = merger.generative(batch, merger.inference())
-    measured = batch.observations.intensity[chosen].numpy()
-    expected = e.mean[chosen].numpy()
+    chosen = chosen.to(merger.device)
+    measured, expected, _ = observed_and_expected(merger, table.everything())[
+        :, chosen.cpu().numpy()
+    ]
     density = log_likelihoods(merger, table, chosen)
-    total = float(density[~density.isnan()].sum()) / n_obs
-    if measured.std() == 0 or expected.std() == 0:
-        return Prediction(n_obs, total, None)
-    return Prediction(n_obs, total, float(np.corrcoef(measured, expected)[0, 1]))
+    return Prediction.of(measured, expected, density[~density.isnan()].cpu().numpy())
+
+
+@torch.no_grad()
+def observed_and_expected(merger: IntensityMerger, batch: Batch) -> NDArray:
+    """Measured and expected intensities and, without clusters, log-densities, (3, N)."""
+    e = merger.generative(batch, merger.inference())
+    density = torch.full_like(e.mean, torch.nan)
+    if batch.cluster is None:
+        density = merger.log_density(batch, e, predict=True)
+    return torch.stack([batch.observations.intensity, e.mean, density]).cpu().numpy()

@@ -95,12 +95,15 @@ class IntensityMerger(nn.Module):
             float(table.observations.sigma.median()),
         )
         self.register_buffer("group", torch.as_tensor(unique.group))
-        self.levels = [
-            (torch.as_tensor(rows), torch.as_tensor(unique.parent[rows]))
-            for level in range(1, int(unique.depth.max()) + 1)
-            for rows in [(unique.depth == level).nonzero()[0]]
-        ]
+        self.n_levels = int(unique.depth.max())
+        for level in range(1, self.n_levels + 1):
+            rows = (unique.depth == level).nonzero()[0]
+            for name, values in (("rows", rows), ("above", unique.parent[rows])):
+                buffer = torch.as_tensor(values)
+                self.register_buffer(f"level_{level}_{name}", buffer, persistent=False)
         self.n_groups = unique.n_groups
+        for name in ("n_obs", "n_group"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
         # of a row with a parent: relative to the parent's, so that a common change is one step
         self.log_spread_step = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
         self.log_concentration = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
@@ -109,9 +112,26 @@ class IntensityMerger(nn.Module):
     def count(self, table: ObservationTable) -> None:
         """Count the used observations of each row and tree, for the weights of the KL."""
         used = table.observations.is_used[table.terms.observation]
-        rows = table.terms.row[used]
-        self.n_obs = torch.bincount(rows, minlength=len(self.group))
-        self.n_group = torch.bincount(self.group[rows], minlength=self.n_groups)
+        self.set_counts(torch.bincount(table.terms.row[used], minlength=len(self.group)))
+
+    def set_counts(self, n_obs: Tensor) -> None:
+        """Set the number of used observations of each row, (R,)."""
+        self.n_obs = n_obs.to(self.device)
+        n_group = torch.zeros(self.n_groups, dtype=torch.int64, device=self.device)
+        self.n_group = n_group.index_add_(0, self.group, self.n_obs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.group.device
+
+    @property
+    def levels(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows at each step below the rows without parent, and their parents."""
+        return [
+            (getattr(self, f"level_{k}_rows"), getattr(self, f"level_{k}_above"))
+            for k in range(1, self.n_levels + 1)
+        ]
 
     @property
     def log_spread(self) -> Tensor:
@@ -156,8 +176,12 @@ class IntensityMerger(nn.Module):
         variance = self.likelihood.variance(sigma, mean, relative)
         return Expectation(mean, spread, variance, mean / q.spread[row])
 
-    def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
-        """Terms of the ELBO that this batch contributes."""
+    def loss(self, batch: Batch, q: Nakagami, with_prior: bool = True) -> MergeTerms:
+        """Terms of the ELBO that this batch contributes.
+
+        Without ``with_prior`` the divergence is left for later, to be counted with the sum of the
+        ``row_weight`` of several batches.
+        """
         used = batch.observations.is_used
         e = self.generative(batch, q)
         log_density = self.log_density(batch, e)
@@ -165,10 +189,10 @@ class IntensityMerger(nn.Module):
             used = used.new_zeros(len(log_density)).index_put((batch.cluster,), used)
         rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
         held = torch.bincount(self.group[rows], minlength=self.n_groups)
-        weight = (held / self.n_group.clamp_min(1))[self.group]
+        weight = (held.double() / self.n_group.clamp_min(1))[self.group]
         return MergeTerms(
             (log_density * used).sum(),
-            (weight * self.prior.kl(q)).sum(),
+            (weight * self.prior.kl(q)).sum() if with_prior else log_density.new_zeros(()),
             batch.share * (self.scale.penalty() + self.prior.wilson.penalty()),
             self._information(batch, e),
             weight.detach(),

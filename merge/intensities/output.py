@@ -12,6 +12,8 @@ from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import ObservationTable
 from merge.model.amplitudes import french_wilson
 
+ROWS_AT_A_TIME = 8192
+
 
 @dataclass(frozen=True)
 class ScaledObservations:
@@ -67,11 +69,24 @@ def merged_rows(
 
     Without ``is_marginal`` the sigma of a coupled amplitude is its width given its relatives.
     """
-    q = merger.inference()
     n_rows = len(merger.group)
     mean, sigma = weighted_mean(scaled, n_rows)
     n_obs = torch.bincount(scaled.row, minlength=n_rows)
-    unit = table.unit_intensity**0.5
+    return with_amplitudes(merger, table.unit_intensity, mean, sigma, n_obs, is_marginal)
+
+
+@torch.no_grad()
+def with_amplitudes(
+    merger: IntensityMerger,
+    unit_intensity: float,
+    mean: Tensor,
+    sigma: Tensor,
+    n_obs: Tensor,
+    is_marginal: bool,
+) -> MergedRows:
+    """Set amplitudes of q beside mean intensities in units of the files, (R,) each."""
+    q = merger.inference()
+    unit = unit_intensity**0.5
     wilson = merger.prior.wilson
     normalised = q.mean / (wilson.epsilon * wilson.wilson_sigma()).sqrt()
     return MergedRows(
@@ -103,10 +118,22 @@ def half_set_amplitudes(
 ) -> tuple[Tensor, Tensor]:
     """Amplitudes from the chosen observations with Wilson's prior alone, (R,) each."""
     mean, sigma = weighted_mean(scaled, len(merger.group), chosen)
-    prior = merger.prior.wilson.p_structure_factor()
-    return french_wilson(
-        mean, sigma, prior.spread * table.unit_intensity, merger.prior.wilson.is_centric
-    )
+    return amplitudes_of_means(merger, table.unit_intensity, mean, sigma)
+
+
+@torch.no_grad()
+def amplitudes_of_means(
+    merger: IntensityMerger, unit_intensity: float, mean: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """<F> and its sigma from mean intensities with Wilson's prior alone, (R,) each."""
+    expected = merger.prior.wilson.p_structure_factor().spread * unit_intensity
+    given = (mean, sigma, expected, merger.prior.wilson.is_centric)
+    # a quadrature of hundreds of nodes each: some rows at a time
+    parts = [
+        french_wilson(*part)
+        for part in zip(*(x.split(ROWS_AT_A_TIME) for x in given), strict=True)
+    ]
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
 
 @torch.no_grad()

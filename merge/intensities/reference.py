@@ -110,7 +110,7 @@ def mean_intensity(design: Tensor, intensity: Tensor, shape: Tensor, known: Tens
     known : Tensor, (R,) bool
     """
     x, y, k = design[known], intensity[known], shape[known]
-    ridge = 1e-6 * torch.eye(x.shape[1], dtype=x.dtype)
+    ridge = 1e-6 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     information = (x * k[:, None]).T @ x + ridge
     floor = 1e-6 * y.mean()
     coefficients = torch.linalg.solve(information, x.T @ (k * (y.clamp_min(floor).log() + 0.577)))

@@ -49,6 +49,11 @@ class RowNewton:
         self.information = torch.zeros_like(self.information)
         self.weight = torch.zeros_like(self.weight)
 
+    def move(self, information: Tensor, weight: Tensor, damping: float) -> None:
+        """Take one step along the gradients that are there, and clear them."""
+        self._move(information, weight, damping)
+        self._forget()
+
     def _forget(self) -> None:
         self.merger.log_spread_step.grad = None
         self.merger.log_concentration.grad = None

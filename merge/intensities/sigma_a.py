@@ -6,6 +6,7 @@ amplitudes that are free themselves: such a likelihood runs to perfect agreement
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from merge.intensities.merger import IntensityMerger
 from merge.intensities.output import scaled_observations, weighted_mean
 from merge.intensities.reference import ReferencePrior
 from merge.intensities.table import ObservationTable
+
+logger = logging.getLogger(__name__)
 
 #: Least reflections for an estimate.
 MIN_REFLECTIONS = 30
@@ -36,11 +39,23 @@ def set_reference(
 
     The used observations decide, with the scales as they are; see :func:`choose_sigma_a`.
     """
+    scaled = scaled_observations(merger, table)
+    mean, sigma = weighted_mean(scaled, len(f_calc), table.observations.is_used)
+    unit = table.unit_intensity
+    return use_reference(merger, f_calc, mean / unit, sigma / unit)
+
+
+@torch.no_grad()
+def use_reference(
+    merger: IntensityMerger, f_calc: Tensor, intensity: Tensor, sigma: Tensor
+) -> list[dict[str, float | None]]:
+    """As :func:`set_reference`, from merged intensities in units of the table, (R,)."""
     prior = merger.prior
     prior.reference.set_model(f_calc, prior.wilson)
-    scaled = scaled_observations(merger, table)
-    intensity, sigma = weighted_mean(scaled, len(f_calc), table.observations.is_used)
-    return choose_sigma_a(prior.reference, intensity, sigma, prior.spread() * table.unit_intensity)
+    rows = choose_sigma_a(prior.reference, intensity, sigma, prior.spread())
+    shells = " ".join(f"{r['sigma_a']:.3f}" for r in rows)
+    logger.info("sigma_A by shell, low to high resolution: %s", shells)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -93,8 +108,8 @@ def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tens
         s = min(max(b / (a + b), 0.0), 0.99) if a + b > 0 else 0.0
     if a + b <= 0:
         return SigmaA2(0.0, math.inf, n)
-    chi2 = float((((z - x @ torch.tensor([a, b], dtype=x.dtype)) ** 2) / variance).sum()) / (n - 2)
-    slope = torch.tensor([-b, a], dtype=x.dtype) / (a + b) ** 2
+    chi2 = float((((z - x @ x.new_tensor([a, b])) ** 2) / variance).sum()) / (n - 2)
+    slope = x.new_tensor([-b, a]) / (a + b) ** 2
     error = float((slope @ covariance @ slope).sqrt()) * math.sqrt(max(chi2, 1.0))
     return SigmaA2(b / (a + b), error, n)
 

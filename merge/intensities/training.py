@@ -35,8 +35,7 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
     """
     everything = table.everything()
     o, terms = everything.observations, everything.terms
-    first = torch.ones_like(terms.observation, dtype=torch.bool)
-    first[1:] = terms.observation.diff() > 0
+    first = _first(everything)
     row, inv_d2, wavelength = terms.row[first], terms.inv_d2[first], terms.wavelength[first]
     used = o.is_used.double()
     scale = merger.scale
@@ -59,6 +58,20 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
 
 
 @torch.no_grad()
+def start_amplitudes(merger: IntensityMerger, table: ObservationTable) -> None:
+    """Start amplitudes and Wilson's Sigma alone: scales come from an earlier fit."""
+    everything = table.everything()
+    _merge_once(merger, table, everything.first_rows, _first(everything))
+
+
+def _first(batch: Batch) -> Tensor:
+    """Say which terms are the first of their observation, (T,) bool."""
+    first = torch.ones_like(batch.terms.observation, dtype=torch.bool)
+    first[1:] = batch.terms.observation.diff() > 0
+    return first
+
+
+@torch.no_grad()
 def _merge_once(
     merger: IntensityMerger, table: ObservationTable, row: Tensor, first: Tensor
 ) -> Tensor:
@@ -70,8 +83,8 @@ def _merge_once(
     variance = (o.sigma / k) ** 2 + (0.2 * value) ** 2 + (0.02 * value.abs().median()) ** 2
     weight = o.is_used / variance
     n_rows = len(merger.group)
-    total = torch.zeros(n_rows, dtype=k.dtype).index_add_(0, row, weight)
-    mean = torch.zeros(n_rows, dtype=k.dtype).index_add_(0, row, weight * value)
+    total = k.new_zeros(n_rows).index_add_(0, row, weight)
+    mean = k.new_zeros(n_rows).index_add_(0, row, weight * value)
     mean = mean / total.clamp_min(1e-30)
     seen = total > 0
     wilson = merger.prior.wilson
@@ -94,7 +107,7 @@ def pool_trees(merger: IntensityMerger) -> None:
     """
     log_spread = merger.log_spread
     weight = (merger.n_obs > 0) * merger.log_concentration.exp()
-    total = torch.zeros(merger.n_groups, dtype=log_spread.dtype)
+    total = log_spread.new_zeros(merger.n_groups)
     mean = total.index_add(0, merger.group, weight * log_spread)
     total = total.index_add(0, merger.group, weight)
     mean = (mean / total.clamp_min(1e-30))[merger.group]
@@ -128,7 +141,7 @@ def fit(
     epochs = epochs or config.epochs
     merger.count(table)
     amplitudes = RowNewton(merger)
-    optimizer = _optimizer(merger, config) if with_scales else None
+    optimizer = make_optimizer(merger, config) if with_scales else None
     generator = torch.Generator().manual_seed(config.seed)
     batches = table.unit_batches(config.batch_size if with_scales else None, generator)
     everything = table.everything() if len(batches) == 1 else None
@@ -163,7 +176,7 @@ def _step(
     if optimizer is None:
         (-terms.elbo).backward(inputs=parameters)
     else:
-        _set_rate(optimizer, share)
+        set_rate(optimizer, share)
         optimizer.zero_grad(set_to_none=True)
         (-terms.elbo).backward()
         optimizer.step()
@@ -171,7 +184,8 @@ def _step(
     return float(terms.elbo.detach())
 
 
-def _optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.optim.Optimizer:
+def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.optim.Optimizer:
+    """Adam for all but the amplitudes, with a rate of its own for each kind of parameter."""
     scale = merger.scale
     networks = [
         p
@@ -193,7 +207,7 @@ def _optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.o
     return torch.optim.Adam(groups, betas=BETAS, lr=config.learning_rate)
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Rise over the first 5 %, then cosine to a hundredth."""
     rise = min(1.0, (share + 1e-3) / 0.05)
     decay = 0.505 + 0.495 * math.cos(math.pi * share)
@@ -202,20 +216,19 @@ def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def _shells(inv_d2: Tensor, n: int = 20) -> Tensor:
-    edges = torch.quantile(
-        inv_d2[:: max(1, len(inv_d2) // 100_000)], torch.linspace(0, 1, n + 1, dtype=inv_d2.dtype)
-    )
+    share = torch.linspace(0, 1, n + 1, dtype=inv_d2.dtype, device=inv_d2.device)
+    edges = torch.quantile(inv_d2[:: max(1, len(inv_d2) // 100_000)], share)
     return torch.bucketize(inv_d2, edges[1:-1])
 
 
 def _mean(value: Tensor, weight: Tensor, index: Tensor, n: int) -> Tensor:
-    total = torch.zeros(n, dtype=value.dtype).index_add_(0, index, value * weight)
+    total = value.new_zeros(n).index_add_(0, index, value * weight)
     return total / torch.zeros_like(total).index_add_(0, index, weight).clamp_min(1e-30)
 
 
 def _log_ratio(above: Tensor, below: Tensor, index: Tensor, n: int) -> Tensor:
     """Log of the ratio of the sums of each group; 0 where a group has nothing."""
-    a = torch.zeros(n, dtype=above.dtype).index_add_(0, index, above)
-    b = torch.zeros(n, dtype=above.dtype).index_add_(0, index, below)
+    a = above.new_zeros(n).index_add_(0, index, above)
+    b = above.new_zeros(n).index_add_(0, index, below)
     known = (a > 0) & (b > 0)
     return torch.where(known, a / b.clamp_min(1e-30), torch.ones_like(a)).log().clamp(-5.0, 5.0)
