@@ -114,6 +114,7 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
     operators = ambiguous_operators(data, config)
     reference = read_reference(config, data, operators is not None)
     problem = build_problem(data, config, inputs.parents, operators)
+    _check_relations(problem, config)
     _prepare(inputs, config)
     log.attach_file(inputs.out / "run.log")
     table = problem.table
@@ -147,6 +148,21 @@ def _read(inputs: MergeInputs) -> list[UnmergedData]:
     return [combine_friedel(*data)]
 
 
+def _check_relations(problem: MergeProblem, config: IntensityMergeConfig) -> None:
+    """Refuse a coupling that has nothing to couple or to choose r by."""
+    if config.prior != "double-wilson":
+        return
+    if not (problem.unique.parent >= 0).any():
+        raise UserError(
+            "--prior double-wilson finds no amplitude with a relative; give --parents for "
+            "datasets or --anomalous for Bijvoet mates"
+        )
+    if config.correlation is None and not config.held_out:
+        raise UserError(
+            "r is chosen by held-out data and held_out is 0; raise it or give --correlation"
+        )
+
+
 def _prepare(inputs: MergeInputs, config: IntensityMergeConfig) -> None:
     inputs.out.mkdir(parents=True, exist_ok=True)
     write_text(inputs.out / "config.yaml", schema.annotated_yaml(config))
@@ -168,11 +184,6 @@ def _fit(
     merger = IntensityMerger(problem.unique, training, config)
     start(merger, training)
     is_coupled = config.prior == "double-wilson" and len(merger.prior.child) > 0
-    if config.prior == "double-wilson" and not is_coupled:
-        raise UserError(
-            "--prior double-wilson finds no amplitude with a relative; give --parents for "
-            "datasets or --anomalous for Bijvoet mates"
-        )
     merger.prior.is_coupled = is_coupled
     if is_coupled:
         pool_trees(merger)
@@ -195,10 +206,6 @@ def _fit(
 def _set_correlation(merger, training, masks, config: IntensityMergeConfig, out: Path) -> None:
     if config.correlation is not None:
         merger.prior.one_minus_r2.fill_(1 - config.correlation**2)
-    elif not config.held_out:
-        raise UserError(
-            "r is chosen by held-out data and held_out is 0; raise it or give --correlation"
-        )
     else:
         rows = choose_correlation(merger, training, ~masks.is_used, config)
         write_rows(out / "correlation.csv", rows, rows[0])
