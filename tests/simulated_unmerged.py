@@ -28,7 +28,9 @@ def observed(asu, rng, n_images=12, n_per_image=150):
     """Indices and columns of images whose reflections are drawn from ``asu``."""
     f2 = np.random.default_rng(99).exponential(1000.0, len(asu)) * asu.epsilon
     image = np.repeat(np.arange(n_images), n_per_image)
-    row = rng.integers(0, len(asu), len(image))
+    row = np.concatenate(
+        [rng.choice(len(asu), n_per_image, replace=False) for _ in range(n_images)]
+    )
     sigma = np.full(len(image), 30.0)
     intensity = f2[row] + sigma * rng.standard_normal(len(image))
     x, y = rng.uniform(0, 1000, (2, len(image)))
