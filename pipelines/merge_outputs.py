@@ -109,7 +109,7 @@ def _write_statistics(
     name: str,
 ) -> None:
     row = scaled.row.numpy()
-    inside = (row >= rows.start) & (row < rows.stop)
+    inside = (row >= rows.start) & (row < rows.stop) & scaled.is_spot.numpy()
     observations = Observations.of(
         asu,
         row[inside] - rows.start,

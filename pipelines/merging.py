@@ -17,7 +17,7 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import choose_correlation
 from merge.intensities.held_out import predict, split
 from merge.intensities.merger import IntensityMerger
-from merge.intensities.training import fit, pool_trees, start
+from merge.intensities.training import adopt, fit, pool_trees, start
 from merge.io.observations import UnmergedData, combine_friedel
 from pipelines import log, provenance, schema
 from pipelines.merge_outputs import write_dataset
@@ -151,14 +151,16 @@ def _fit(problem: MergeProblem, config: IntensityMergeConfig, out: Path) -> Inte
             "datasets or --anomalous for Bijvoet mates"
         )
     merger.prior.is_coupled = is_coupled
-    if is_coupled:
+    if len(merger.prior.child):  # relatives start alike, coupled or not: each outvotes outliers
         pool_trees(merger)
     with log.progress("merging") as advance:
         fit(merger, training, config, observer=lambda e, _: advance(e, config.epochs))
+    merger.scale.describe_unseen(training.observations.unit, training.observations.is_used)
     if is_coupled:
         _set_correlation(merger, training, masks, config, out)
     held = (("image", masks.by_image), ("observation", masks.by_observation))
     predictions = {name: asdict(predict(merger, training, chosen)) for name, chosen in held}
+    adopt(merger, table, training)
     fit(merger, table, config, epochs=max(1, round(FINAL_SHARE * config.epochs)))
     _write_metrics(merger, predictions, out)
     return merger

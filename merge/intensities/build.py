@@ -14,6 +14,7 @@ from integrator.crystal.cell import inv_d2
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.overloads import is_overloaded
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.table import Observations, ObservationTable, Terms
 from merge.intensities.unique import UniqueRows
@@ -33,7 +34,6 @@ POSITIONS = (("X", "Y"), ("XDET", "YDET"), ("xobs", "yobs"))
 RESOLUTION = "dHKL"
 #: Share of a dataset's observations that must have a partner for a common error.
 MIN_PAIRED = 0.3
-MAX_HARMONIC = 8
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ def build_problem(
     columns = _columns(data, unique)
     features, names = _features(data, columns, config)
     kept = (columns.row >= 0) & (columns.sigma > 0) & np.isfinite(columns.intensity)
+    if config.overloads == "auto":
+        kept &= ~is_overloaded(data)
     if not kept.any():
         raise UserError("no observation is inside the resolution limit; give a smaller --d-min")
     unit, cluster = _units(columns, config)
@@ -289,7 +291,8 @@ def _harmonics(
 ) -> tuple[NDArray[np.int64], tuple[NDArray[np.int64], ...]]:
     """Every harmonic of each observation inside the wavelength range and the resolution limit.
 
-    The order n of index n h0 has wavelength lambda0 / n, h0 the index without common divisor.
+    The order n of index n h0 has wavelength lambda0 / n, h0 the index without common divisor. In a
+    narrow beam it is the high orders that overlap: 8 and 9 where the range is 1.02 to 1.18 A.
     """
     index, wavelength = c.miller_index[order], c.wavelength[order]
     low, high = wavelength.min(), wavelength.max()
@@ -297,10 +300,18 @@ def _harmonics(
     primitive = index // divisor[:, None]
     longest = wavelength * divisor
     found, rows, multiples = [], [], []
-    for n in range(1, MAX_HARMONIC + 1):
-        own = n == divisor
-        possible = own | ((longest / n >= low) & (longest / n <= high))
-        which = np.flatnonzero(possible)
+    candidate = np.flatnonzero((divisor > 1) | (longest >= 2 * low))
+    alone = np.setdiff1d(np.arange(len(order)), candidate)
+    found.append(alone)
+    rows.append(c.row[order][alone])
+    multiples.append(np.ones(len(alone), np.int64))
+    finest = min(asu.d_min for asu in unique.asus)
+    d_first = c.inv_d2[order] ** -0.5 * divisor  # of order 1
+    last = np.maximum(divisor, np.minimum(longest / low, d_first / finest + 1).astype(np.int64))
+    for n in range(1, int(last[candidate].max(initial=0)) + 1):
+        which = candidate[n <= last[candidate]]
+        own = n == divisor[which]
+        which = which[own | ((longest[which] / n >= low) & (longest[which] / n <= high))]
         row = np.full(len(which), -1)
         dataset = c.dataset[order][which]
         for k, asu in enumerate(unique.asus):
@@ -312,10 +323,6 @@ def _harmonics(
         found.append(which)
         rows.append(row)
         multiples.append(np.full(len(which), n))
-    beyond = np.flatnonzero(divisor > MAX_HARMONIC)
-    found.append(beyond)
-    rows.append(c.row[order][beyond])
-    multiples.append(divisor[beyond])
     found, rows = np.concatenate(found), np.concatenate(rows)
     multiples = np.concatenate(multiples)
     # the index that the file gives comes first

@@ -20,6 +20,9 @@ class IntensityMergeConfig:
     d_min: float | None = None
     # Columns that the scale network sees beside resolution; all known ones when null.
     metadata: tuple[str, ...] | None = None
+    # Spots above the level where sigma / I rises again, which only saturation explains: auto
+    # leaves them out.
+    overloads: Literal["auto", "keep"] = "auto"
     # Distribution of the errors: studentt forgives outliers.
     likelihood: Literal["studentt", "normal"] = "studentt"
     # Degrees of freedom of Student's t; learned when null.

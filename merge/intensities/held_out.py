@@ -84,7 +84,8 @@ def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) ->
     batch = table.everything()
     e = merger.generative(batch, merger.inference())
     measured = batch.observations.intensity[chosen].numpy()
-    expected = e.mean[chosen].numpy()
+    share = 1.0 if e.blank is None else torch.sigmoid(-e.blank.log_odds[chosen])
+    expected = (share * e.mean[chosen]).numpy()
     density = log_likelihoods(merger, table, chosen)
     total = float(density[~density.isnan()].sum()) / n_obs
     if measured.std() == 0 or expected.std() == 0:

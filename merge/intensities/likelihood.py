@@ -14,16 +14,57 @@ log-likelihood needs only the mean and the variance ``v_i`` of K F^2 under q,
     E log p >= log c - 1/2 log|D| - (dof + n) / 2 log(1 + E[z^2] / dof),
 
 a lower bound of the ELBO, exact for the Normal: no sampling and no quadrature.
+
+Where the scale model gives log-odds that a spot is *blank* (in a shadow, on a dead module:
+predicted and integrated, but without a photon of its own), the density is a mixture with
+Normal(0, sigma_i^2). The spots of a cluster are at one place and blank together.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 MIN_VARIANCE = 0.05  # least share of sigma^2 that a negative sdB may leave
+
+
+@dataclass(frozen=True)
+class Blank:
+    """What is measured where no spot is, (N,) each.
+
+    Parameters
+    ----------
+    log_density : Tensor
+        Of the intensity, were the spot blank.
+    log_odds : Tensor
+        Of being blank, before the intensity is known.
+    """
+
+    log_density: Tensor
+    log_odds: Tensor
+
+    @classmethod
+    def of(cls, intensity: Tensor, sigma: Tensor, log_odds: Tensor | None) -> Blank | None:
+        """Normal(0, sigma^2); None without odds."""
+        if log_odds is None:
+            return None
+        log_density = -0.5 * (intensity / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
+        return cls(log_density, log_odds)
+
+    def by_cluster(self, cluster: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sum of the log-densities and mean of the log-odds of each cluster, (C,)."""
+        if cluster is None:
+            return self.log_density, self.log_odds
+        n = int(cluster[-1]) + 1
+        nothing, odds, count = (
+            torch.zeros(n, dtype=v.dtype, device=v.device).index_add(0, cluster, v)
+            for v in (self.log_density, self.log_odds, torch.ones_like(self.log_odds))
+        )
+        return nothing, odds / count
 
 
 class IntensityLikelihood(nn.Module):
@@ -96,6 +137,7 @@ class IntensityLikelihood(nn.Module):
         spread: Tensor,
         variance: Tensor,
         cluster: Tensor | None,
+        blank: Blank | None = None,
     ) -> Tensor:
         """Bound of the expected log-density of each cluster, (C,); of each observation without.
 
@@ -105,7 +147,22 @@ class IntensityLikelihood(nn.Module):
             I - m, m, v = Var[K F^2] under q, and D.
         cluster : Tensor, (N,) int64, or None
             0 .. C - 1, not decreasing.
+        blank : Blank, optional
         """
+        density = self._of_spots(residual, expected, spread, variance, cluster)
+        if blank is None:
+            return density
+        nothing, log_odds = blank.by_cluster(cluster)
+        return torch.logaddexp(density + logsigmoid(-log_odds), nothing + logsigmoid(log_odds))
+
+    def _of_spots(
+        self,
+        residual: Tensor,
+        expected: Tensor,
+        spread: Tensor,
+        variance: Tensor,
+        cluster: Tensor | None,
+    ) -> Tensor:
         z2 = (residual**2 + spread) / variance
         log_det = variance.log()
         n = torch.ones_like(z2)
@@ -146,3 +203,21 @@ class IntensityLikelihood(nn.Module):
             return torch.ones_like(residual)
         dof = self.dof
         return (dof + 1) / (dof + residual**2 / variance)
+
+    @torch.no_grad()
+    def share_of_spots(
+        self,
+        residual: Tensor,
+        expected: Tensor,
+        spread: Tensor,
+        variance: Tensor,
+        cluster: Tensor | None,
+        blank: Blank | None,
+    ) -> Tensor:
+        """Probability of each observation to be a spot and not blank, (N,)."""
+        if blank is None:
+            return torch.ones_like(residual)
+        density = self._of_spots(residual, expected, spread, variance, cluster)
+        nothing, log_odds = blank.by_cluster(cluster)
+        share = torch.sigmoid(density - nothing - log_odds)
+        return share if cluster is None else share[cluster]

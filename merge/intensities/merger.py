@@ -10,6 +10,8 @@ to the full batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from integrator.distributions.nakagami import Nakagami
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.likelihood import IntensityLikelihood
+from merge.intensities.likelihood import Blank, IntensityLikelihood
 from merge.intensities.prior import TreePrior
 from merge.intensities.scale import ObservationScale
 from merge.intensities.table import Batch, ObservationTable
@@ -36,12 +38,15 @@ class Expectation:
         Error model's D.
     scale : Tensor
         K; with harmonics, ``mean`` over <F^2> of the first.
+    blank : Blank or None
+        What there would be without a spot.
     """
 
     mean: Tensor
     spread: Tensor
     variance: Tensor
     scale: Tensor
+    blank: Blank | None
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,19 @@ class IntensityMerger(nn.Module):
         # of a row with a parent: relative to the parent's, so that a common change is one step
         self.log_spread_step = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
         self.log_concentration = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
+        # of all observations, where q(F) alone is fitted
+        self.fixed_scale: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         self.count(table)
+
+    @contextmanager
+    def with_fixed_scale(self, everything: Batch) -> Iterator[None]:
+        """Compute the scales of the whole table once; only that batch may be used within."""
+        with torch.no_grad():
+            self.fixed_scale = self.scale(everything)
+        try:
+            yield
+        finally:
+            self.fixed_scale = None
 
     def count(self, table: ObservationTable) -> None:
         """Count the used observations of each row and tree, for the weights of the KL."""
@@ -132,7 +149,7 @@ class IntensityMerger(nn.Module):
 
     def generative(self, batch: Batch, q: Nakagami) -> Expectation:
         """Mean and variance of every observation."""
-        log_scale, relative = self.scale(batch)
+        log_scale, relative, log_odds = self.fixed_scale or self.scale(batch)
         row = batch.terms.row
         mean = log_scale.exp() * q.spread[row]
         spread = mean**2 / q.concentration[row]
@@ -142,8 +159,10 @@ class IntensityMerger(nn.Module):
             mean = mean.new_zeros(n).index_add(0, into, mean)
             spread = spread.new_zeros(n).index_add(0, into, spread)
             row = batch.first_rows
-        variance = self.likelihood.variance(batch.observations.sigma, mean, relative)
-        return Expectation(mean, spread, variance, mean / q.spread[row])
+        o = batch.observations
+        variance = self.likelihood.variance(o.sigma, mean, relative)
+        blank = Blank.of(o.intensity, o.sigma, log_odds)
+        return Expectation(mean, spread, variance, mean / q.spread[row], blank)
 
     def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
         """Terms of the ELBO that this batch contributes."""
@@ -167,7 +186,11 @@ class IntensityMerger(nn.Module):
     def _information(self, batch: Batch, e: Expectation) -> Tensor:
         """Sum of w m^2 / D over the used observations of each row, (R,)."""
         o = batch.observations
-        robust = self.likelihood.weight(o.intensity - e.mean, e.variance)
+        residual = o.intensity - e.mean
+        robust = self.likelihood.weight(residual, e.variance)
+        robust = robust * self.likelihood.share_of_spots(
+            residual, e.mean, e.spread, e.variance, batch.cluster, e.blank
+        )
         term = o.is_used * robust * e.mean**2 / e.variance
         rows = batch.first_rows
         return term.new_zeros(len(self.group)).index_add_(0, rows, term)
@@ -178,4 +201,4 @@ class IntensityMerger(nn.Module):
         variance, spread = e.variance, e.spread
         if predict:
             variance, spread = variance + spread, torch.zeros_like(spread)
-        return self.likelihood(residual, e.mean, spread, variance, batch.cluster)
+        return self.likelihood(residual, e.mean, spread, variance, batch.cluster, e.blank)

@@ -15,11 +15,15 @@ from merge.model.amplitudes import french_wilson
 
 @dataclass(frozen=True)
 class ScaledObservations:
-    """Observations on the common scale, (N,); units of the files."""
+    """Observations on the common scale, (N,); units of the files.
+
+    ``is_spot``: more likely a spot than blank.
+    """
 
     row: Tensor
     intensity: Tensor
     variance: Tensor
+    is_spot: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,16 @@ def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> Sca
     if merger.likelihood.has_common_error:
         variance = variance + (2 * merger.likelihood.log_common).exp() * e.mean**2
     weight = merger.likelihood.weight(residual, variance)
+    share = merger.likelihood.share_of_spots(
+        residual, e.mean, e.spread, e.variance, batch.cluster, e.blank
+    )
+    weight = weight * share.clamp_min(1e-9)
     unit = table.unit_intensity
     return ScaledObservations(
         batch.first_rows,
         batch.observations.intensity / e.scale * unit,
         variance / weight / e.scale**2 * unit**2,
+        share > 0.5,
     )
 
 
@@ -70,7 +79,7 @@ def merged_rows(
     q = merger.inference()
     n_rows = len(merger.group)
     mean, sigma = weighted_mean(scaled, n_rows)
-    n_obs = torch.bincount(scaled.row, minlength=n_rows)
+    n_obs = torch.bincount(scaled.row[scaled.is_spot], minlength=n_rows)
     unit = table.unit_intensity**0.5
     wilson = merger.prior.wilson
     normalised = q.mean / (wilson.epsilon * wilson.wilson_sigma()).sqrt()
@@ -87,8 +96,8 @@ def merged_rows(
 def weighted_mean(
     scaled: ScaledObservations, n_rows: int, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Inverse-variance mean of each row and its sigma, NaN where nothing is ``chosen``."""
-    weight = 1 / scaled.variance
+    """Inverse-variance mean of each row's spots and its sigma, NaN where none is ``chosen``."""
+    weight = scaled.is_spot / scaled.variance
     if chosen is not None:
         weight = weight * chosen
     total = weight.new_zeros(n_rows).index_add_(0, scaled.row, weight)

@@ -244,6 +244,33 @@ def test_harmonics_share_one_observation():
     assert wide.row[wide.observation == 1].tolist() == [rows[1, 1, 1], rows[2, 2, 2]]
 
 
+def test_neighbouring_high_orders_overlap_in_a_narrow_beam():
+    """16 8 0 at 1.158 A lies on 18 9 0 at 1.029 A: orders 8 and 9 of 2 1 0."""
+    cell = gemmi.UnitCell(66.9, 66.9, 40.8, 90, 90, 120)
+    data = make_unmerged(
+        source="x",
+        miller_index=[[16, 8, 0], [18, 9, 0], [1, 2, 30]],
+        intensity=[10.0, 20.0, 30.0],
+        sigma=[1.0, 1.0, 1.0],
+        image_label=[0, 0, 0],
+        metadata={},
+        wavelength=[1.158, 1.02, 1.18],
+        cell=cell,
+        space_group=gemmi.SpaceGroup("P 63"),
+        name="x",
+        has_lp_applied=True,
+    )
+    problem = build_problem([data], IntensityMergeConfig(laue=True))
+    terms, asu = problem.table.terms, problem.unique.asus[0]
+    first = terms.row[terms.observation == 0].tolist()
+    assert first == [int(asu.refl_id([h])[0]) for h in ([16, 8, 0], [18, 9, 0])]
+    np.testing.assert_allclose(
+        terms.wavelength[terms.observation == 0], [1.158, 1.158 * 8 / 9], rtol=1e-6
+    )
+    # 16 8 0 would need 1.1475 A on the spot of 18 9 0, and has it; 1 2 30 is alone
+    assert torch.bincount(terms.observation).tolist() == [2, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("parents", "message"),
     [((0, None), "own parent"), ((1, 0), "own parent"), ((None, 5), "does not exist"),
