@@ -39,7 +39,7 @@ class IntensityMergeConfig:
     # relatives have in common, for programs that weigh differences as if F were independent.
     sigma: Literal["amplitude", "difference"] = "amplitude"
     # Resolution shells of r.
-    n_correlation_shells: int = 5
+    n_correlation_shells: int = 10
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12
     # Knots of the wavelength spectrum.

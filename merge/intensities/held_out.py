@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from merge.intensities.merger import IntensityMerger
-from merge.intensities.table import ObservationTable
+from merge.intensities.table import Batch, ObservationTable
+from merge.intensities.tree_width import tree_width
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,40 @@ def split(table: ObservationTable, share: float, is_still: bool, seed: int) -> S
 def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Tensor:
     """Predictive log-density of each cluster that is wholly chosen, (C,); NaN for the others."""
     batch = table.everything()
-    density = merger.log_density(batch, merger.generative(batch, merger.inference()), predict=True)
+    density = predictive_density(merger, batch)
     if batch.cluster is not None:
         left = torch.zeros(len(density), dtype=torch.int64)
         left.index_add_(0, batch.cluster, (~chosen).long())
         chosen = left == 0
     return torch.where(chosen, density, torch.nan)
+
+
+@torch.no_grad()
+def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
+    """Log-density of each cluster given what q(F) has learned from other observations, (C,).
+
+    With the whole width of the amplitudes: from the width given the relatives, which is too small
+    where they are alike, held-out data would choose too small an r.
+    """
+    q = merger.inference()
+    e = merger.generative(batch, q)
+    width = tree_width(merger, q)
+    row = batch.first_rows
+    slope = 2 * e.scale * q.spread[row] / q.mean[row]  # of K F^2 against F
+    # the spread of all harmonics, less what q(F) of the first one says
+    others = (e.spread - e.mean**2 / q.concentration[row]).clamp_min(0.0)
+    if batch.observation_of_term is None:
+        others = torch.zeros_like(e.spread)
+    variance = e.variance + others + slope**2 * width.own_variance[row]
+    return merger.likelihood(
+        batch.observations.intensity - e.mean,
+        e.common,
+        torch.zeros_like(e.spread),
+        variance,
+        batch.cluster,
+        e.blank,
+        slope * width.shared[row],
+    )
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from integrator.distributions.nakagami import Nakagami
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.likelihood import Blank, IntensityLikelihood
 from merge.intensities.prior import TreePrior
-from merge.intensities.scale import ObservationScale
+from merge.intensities.scale import ErrorsByPlace, ObservationScale
 from merge.intensities.table import Batch, ObservationTable
 from merge.intensities.unique import UniqueRows
 
@@ -38,6 +38,8 @@ class Expectation:
         Error model's D.
     scale : Tensor
         K; with harmonics, ``mean`` over <F^2> of the first.
+    common : Tensor
+        Error that the observations of a cluster share.
     blank : Blank or None
         What there would be without a spot.
     """
@@ -46,6 +48,7 @@ class Expectation:
     spread: Tensor
     variance: Tensor
     scale: Tensor
+    common: Tensor
     blank: Blank | None
 
 
@@ -103,7 +106,7 @@ class IntensityMerger(nn.Module):
         self.log_spread_step = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
         self.log_concentration = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
         # of all observations, where q(F) alone is fitted
-        self.fixed_scale: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        self.fixed_scale: tuple[Tensor, ErrorsByPlace] | None = None
         self.count(table)
 
     @contextmanager
@@ -149,7 +152,7 @@ class IntensityMerger(nn.Module):
 
     def generative(self, batch: Batch, q: Nakagami) -> Expectation:
         """Mean and variance of every observation."""
-        log_scale, relative, log_odds = self.fixed_scale or self.scale(batch)
+        log_scale, errors = self.fixed_scale or self.scale(batch)
         row = batch.terms.row
         mean = log_scale.exp() * q.spread[row]
         spread = mean**2 / q.concentration[row]
@@ -160,9 +163,10 @@ class IntensityMerger(nn.Module):
             spread = spread.new_zeros(n).index_add(0, into, spread)
             row = batch.first_rows
         o = batch.observations
-        variance = self.likelihood.variance(o.sigma, mean, relative)
-        blank = Blank.of(o.intensity, o.sigma, log_odds)
-        return Expectation(mean, spread, variance, mean / q.spread[row], blank)
+        variance = self.likelihood.variance(o.sigma, mean, errors.relative)
+        common = self.likelihood.common(mean, errors.log_common)
+        blank = Blank.of(o.intensity, o.sigma, errors.blank_log_odds)
+        return Expectation(mean, spread, variance, mean / q.spread[row], common, blank)
 
     def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
         """Terms of the ELBO that this batch contributes."""
@@ -189,16 +193,13 @@ class IntensityMerger(nn.Module):
         residual = o.intensity - e.mean
         robust = self.likelihood.weight(residual, e.variance)
         robust = robust * self.likelihood.share_of_spots(
-            residual, e.mean, e.spread, e.variance, batch.cluster, e.blank
+            residual, e.common, e.spread, e.variance, batch.cluster, e.blank
         )
         term = o.is_used * robust * e.mean**2 / e.variance
         rows = batch.first_rows
         return term.new_zeros(len(self.group)).index_add_(0, rows, term)
 
-    def log_density(self, batch: Batch, e: Expectation, predict: bool = False) -> Tensor:
-        """Bound the log-density of each cluster (or observation), or give the predictive one."""
+    def log_density(self, batch: Batch, e: Expectation) -> Tensor:
+        """Bound the log-density of each cluster (or observation), (C,)."""
         residual = batch.observations.intensity - e.mean
-        variance, spread = e.variance, e.spread
-        if predict:
-            variance, spread = variance + spread, torch.zeros_like(spread)
-        return self.likelihood(residual, e.mean, spread, variance, batch.cluster, e.blank)
+        return self.likelihood(residual, e.common, e.spread, e.variance, batch.cluster, e.blank)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from integrator.distributions.nakagami import Nakagami
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import ObservationTable
+from merge.intensities.tree_width import tree_width
 from merge.model.amplitudes import french_wilson
 
 
@@ -48,11 +48,10 @@ def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> Sca
     e = merger.generative(batch, merger.inference())
     residual = batch.observations.intensity - e.mean
     variance = e.variance
-    if merger.likelihood.has_common_error:
-        variance = variance + (2 * merger.likelihood.log_common).exp() * e.mean**2
+    variance = variance + e.common**2
     weight = merger.likelihood.weight(residual, variance)
     share = merger.likelihood.share_of_spots(
-        residual, e.mean, e.spread, e.variance, batch.cluster, e.blank
+        residual, e.common, e.spread, e.variance, batch.cluster, e.blank
     )
     weight = weight * share.clamp_min(1e-9)
     unit = table.unit_intensity
@@ -85,7 +84,7 @@ def merged_rows(
     normalised = q.mean / (wilson.epsilon * wilson.wilson_sigma()).sqrt()
     return MergedRows(
         q.mean * unit,
-        (marginal_sigma(merger, q) if is_marginal else q.variance.sqrt()) * unit,
+        (tree_width(merger, q).sigma if is_marginal else q.variance.sqrt()) * unit,
         normalised,
         mean,
         sigma,
@@ -116,33 +115,3 @@ def half_set_amplitudes(
     return french_wilson(
         mean, sigma, prior.spread * table.unit_intensity, merger.prior.wilson.is_centric
     )
-
-
-@torch.no_grad()
-def marginal_sigma(merger: IntensityMerger, q: Nakagami) -> Tensor:
-    """Give the standard deviation of each amplitude, its relatives being uncertain too, (R,).
-
-    q is a product, whose width is that of F with its parent known exactly. The precision matrix
-    of a tree is the data's (q's precision less the prior's) plus the prior's links; its inverse
-    along a tree is one pass from the children up and one back. Here each row takes up the
-    uncertainty of its parent: Var = Var_q + (d mean / d parent)^2 Var(parent), with the slope
-    r (2 / S) / precision of the conditional.
-    """
-    variance = q.variance.clone()
-    if not merger.prior.is_coupled:
-        return variance.sqrt()
-    r, spread = merger.prior.conditional()
-    child, parent = merger.prior.child, merger.prior.parent
-    stiffness = torch.where(merger.prior.wilson.is_centric[child], 1.0, 2.0) / spread
-    slope = torch.zeros_like(variance)
-    slope[child] = (r * stiffness * variance[child]).clamp_max(1.0)
-    # a parent knows of its child only what the child's own data say
-    own = (1 / variance[child] - stiffness).clamp_min(0.0)
-    link = stiffness * own / (stiffness + own)
-    precision = 1 / variance
-    precision.index_add_(0, parent, link - r**2 * stiffness)
-    least = 1 / (merger.prior.wilson.epsilon * merger.prior.wilson.wilson_sigma())
-    total = torch.where(slope > 0, variance, 1 / torch.maximum(precision, least))
-    for rows, above in merger.levels:
-        total = total.index_copy(0, rows, variance[rows] + slope[rows] ** 2 * total[above])
-    return total.sqrt()

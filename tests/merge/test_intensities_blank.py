@@ -31,7 +31,8 @@ def test_density_is_a_mixture_and_the_spots_of_a_cluster_are_blank_together():
     tensor = torch.as_tensor
     blank = Blank.of(tensor(intensity), tensor(sigma), tensor(log_odds))
     cluster = torch.tensor([0, 0, 1])
-    given = [tensor(x) for x in (intensity - expected, expected, np.zeros(3), variance)]
+    s = s2**0.5 * expected
+    given = [tensor(x) for x in (intensity - expected, s, np.zeros(3), variance)]
     density = model(*given, cluster, blank).detach().numpy()
     share = model.share_of_spots(*given, cluster, blank).numpy()
     for c, rows in ((0, [0, 1]), (1, [2])):
