@@ -26,7 +26,7 @@ from merge.intensities.merger import IntensityMerger
 from merge.intensities.saved_scale import SavedScale
 from merge.intensities.sigma_a import set_reference
 from merge.intensities.table import ObservationTable
-from merge.intensities.training import Observer, fit, pool_trees, start, start_amplitudes
+from merge.intensities.training import Observer, adopt, fit, pool_trees, start, start_amplitudes
 from merge.intensities.unique import UniqueRows
 from pipelines import log
 
@@ -115,6 +115,11 @@ class MergeFit:
         self.tables: dict[str, Sequence[Mapping[str, Any]]] = {}
 
     @property
+    def with_scales(self) -> bool:
+        """Whether scales and error model are fitted too."""
+        return self.known.saved is None
+
+    @property
     def training(self) -> ObservationTable:
         """Observations as they are indexed now, some held out."""
         masked = self.problem.table.with_masks(self.masks.is_used, self.masks.is_seen)
@@ -123,32 +128,35 @@ class MergeFit:
     def run(self) -> FittedMerge:
         """Take all steps."""
         self._start()
-        merger, config = self.merger, self.config
+        merger, config, masks = self.merger, self.config, self.masks
         if self.problem.ambiguity is not None:
-            self.problem = refined(
-                merger, self.problem, self.masks, config, self.known.saved is None
-            )
+            self.problem = refined(merger, self.problem, masks, config, self.with_scales)
         with log.progress("merging") as advance:
             self._fit(self.training, 1.0, lambda e, _: advance(e, config.epochs))
+        if self.with_scales:
+            o = self.training.observations
+            merger.scale.describe_unseen(o.unit, o.is_used)
         if self.known.f_calc is not None:
             self._choose_sigma_a()
         if merger.prior.is_coupled:
             self._choose_correlation()
-        held = (("image", self.masks.by_image), ("observation", self.masks.by_observation))
+        held = (("image", masks.by_image), ("observation", masks.by_observation))
         predictions = {k: asdict(predict(merger, self.training, chosen)) for k, chosen in held}
         if self.problem.ambiguity is not None:
             self.problem = reassigned(merger, self.problem)
-        self._fit(self.problem.table.to(self.device), SHORT)
+        table = self.problem.table.to(self.device)
+        adopt(merger, table, self.training, self.with_scales)
+        self._fit(table, SHORT)
         return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
 
     def _start(self) -> None:
-        if self.known.saved is None:
+        if self.with_scales:
             start(self.merger, self.training)
         else:
             self.known.saved.load_into(self.merger)
             start_amplitudes(self.merger, self.training)
         self.merger.prior.is_coupled = is_coupled(self.problem.unique, self.config)
-        if self.merger.prior.is_coupled:
+        if len(self.merger.prior.child):  # relatives start alike: each outvotes outliers
             pool_trees(self.merger)
 
     def _fit(
@@ -159,7 +167,7 @@ class MergeFit:
             table,
             self.config,
             epochs=max(1, round(share * self.config.epochs)),
-            with_scales=self.known.saved is None,
+            with_scales=self.with_scales,
             observer=observer,
         )
 

@@ -224,7 +224,12 @@ def image_log_likelihoods(
         own = o.is_used & (rows[:, a] == current)
         left = 1 - own * (e.spread / e.variance).clamp_max(MAX_LEVERAGE)
         residual = (o.intensity - e.mean) / left
-        e = replace(e, mean=o.intensity - residual, spread=e.spread / left)
-        density = merger.log_density(moved, e, predict=True)
+        e = replace(
+            e,
+            mean=o.intensity - residual,
+            spread=torch.zeros_like(e.spread),
+            variance=e.variance + e.spread / left,
+        )
+        density = merger.log_density(moved, e)
         score[:, a].index_add_(0, batch.image, density * scored)
     return score.cpu()

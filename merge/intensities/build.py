@@ -16,6 +16,7 @@ from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
 from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.overloads import is_overloaded
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.photon_counts import counted_sigma, observed_sigma
 from merge.intensities.standard import LOW_ANGLE, Standard, mean_and_spread
@@ -37,7 +38,6 @@ POSITIONS = (("X", "Y"), ("XDET", "YDET"), ("xobs", "yobs"))
 RESOLUTION = "dHKL"
 #: Share of a dataset's observations that must have a partner for a common error.
 MIN_PAIRED = 0.3
-MAX_HARMONIC = 8
 MIN_LEVEL = 1e-3  # of an image, in mean intensities of all
 
 
@@ -112,6 +112,8 @@ def build_problem(
     columns = _columns(data, unique, config)
     given = _metadata(data, columns, config, standard)
     kept = is_kept(columns.row, columns.intensity, columns.sigma)
+    if config.overloads == "auto":
+        kept &= ~is_overloaded(data)
     alternatives = None
     if operators is not None:
         alternatives = alternative_rows(columns.miller_index, columns.dataset, unique, operators)
@@ -348,7 +350,8 @@ def _harmonics(
 ) -> tuple[NDArray[np.int64], tuple[NDArray[np.int64], ...]]:
     """Every harmonic of each observation inside the wavelength range and the resolution limit.
 
-    The order n of index n h0 has wavelength lambda0 / n, h0 the index without common divisor.
+    The order n of index n h0 has wavelength lambda0 / n, h0 the index without common divisor. In a
+    narrow beam it is the high orders that overlap: 8 and 9 where the range is 1.02 to 1.18 A.
     """
     index, wavelength = c.miller_index[order], c.wavelength[order]
     low, high = wavelength.min(), wavelength.max()
@@ -356,10 +359,18 @@ def _harmonics(
     primitive = index // divisor[:, None]
     longest = wavelength * divisor
     found, rows, multiples = [], [], []
-    for n in range(1, MAX_HARMONIC + 1):
-        own = n == divisor
-        possible = own | ((longest / n >= low) & (longest / n <= high))
-        which = np.flatnonzero(possible)
+    candidate = np.flatnonzero((divisor > 1) | (longest >= 2 * low))
+    alone = np.setdiff1d(np.arange(len(order)), candidate)
+    found.append(alone)
+    rows.append(c.row[order][alone])
+    multiples.append(np.ones(len(alone), np.int64))
+    finest = min(asu.d_min for asu in unique.asus)
+    d_first = c.inv_d2[order] ** -0.5 * divisor  # of order 1
+    last = np.maximum(divisor, np.minimum(longest / low, d_first / finest + 1).astype(np.int64))
+    for n in range(1, int(last[candidate].max(initial=0)) + 1):
+        which = candidate[n <= last[candidate]]
+        own = n == divisor[which]
+        which = which[own | ((longest[which] / n >= low) & (longest[which] / n <= high))]
         row = np.full(len(which), -1)
         dataset = c.dataset[order][which]
         for k, asu in enumerate(unique.asus):
@@ -371,10 +382,6 @@ def _harmonics(
         found.append(which)
         rows.append(row)
         multiples.append(np.full(len(which), n))
-    beyond = np.flatnonzero(divisor > MAX_HARMONIC)
-    found.append(beyond)
-    rows.append(c.row[order][beyond])
-    multiples.append(divisor[beyond])
     found, rows = np.concatenate(found), np.concatenate(rows)
     multiples = np.concatenate(multiples)
     # the index that the file gives comes first

@@ -21,6 +21,9 @@ class IntensityMergeConfig:
     d_min: float | None = None
     # Columns that the scale network sees beside resolution; all known ones when null.
     metadata: tuple[str, ...] | None = None
+    # Spots above the level where sigma / I rises again, which only saturation explains: auto
+    # leaves them out.
+    overloads: Literal["auto", "keep"] = "auto"
     # Distribution of the errors: studentt forgives outliers.
     likelihood: Literal["studentt", "normal"] = "studentt"
     # Degrees of freedom of Student's t; learned when null.
@@ -46,7 +49,7 @@ class IntensityMergeConfig:
     # relatives have in common, for programs that weigh differences as if F were independent.
     sigma: Literal["amplitude", "difference"] = "amplitude"
     # Resolution shells of r.
-    n_correlation_shells: int = 5
+    n_correlation_shells: int = 10
     # Resolution shells of sigma_A, the correlation of amplitudes with those of --reference.
     n_reference_shells: int = 10
     # Knots of the learned mean intensity against resolution.

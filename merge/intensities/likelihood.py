@@ -4,9 +4,9 @@ r"""Likelihood of measured intensities with an error model, in closed form under
     D_i = sdfac^2 (sigma_i^2 + sdB m_i + (sdadd m_i)^2)        (Evans 2006, Acta Cryst. D62, 72)
 
 plus, for observations of one reflection on one image in several datasets (a *cluster*), an error
-``s m_i`` that they have in common: absorption, beam and position on the crystal are the same, so
-that most of it cancels in their difference. Then D becomes diag(D) + s^2 m m^T, whose inverse and
-determinant are rank-one updates.
+``s_i m_i`` that they have in common: absorption, shadows, beam and position on the crystal are the
+same, so that most of it cancels in their difference. Then D becomes diag(D) + (s m)(s m)^T, whose
+inverse and determinant are rank-one updates. s may depend on the place.
 
 Student's t is a Normal with a random precision. With its optimal Gamma posterior the expected
 log-likelihood needs only the mean and the variance ``v_i`` of K F^2 under q,
@@ -14,16 +14,57 @@ log-likelihood needs only the mean and the variance ``v_i`` of K F^2 under q,
     E log p >= log c - 1/2 log|D| - (dof + n) / 2 log(1 + E[z^2] / dof),
 
 a lower bound of the ELBO, exact for the Normal: no sampling and no quadrature.
+
+Where the scale model gives log-odds that a spot is *blank* (in a shadow, on a dead module:
+predicted and integrated, but without a photon of its own), the density is a mixture with
+Normal(0, sigma_i^2). The spots of a cluster are at one place and blank together.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 MIN_VARIANCE = 0.05  # least share of sigma^2 that a negative sdB may leave
+
+
+@dataclass(frozen=True)
+class Blank:
+    """What is measured where no spot is, (N,) each.
+
+    Parameters
+    ----------
+    log_density : Tensor
+        Of the intensity, were the spot blank.
+    log_odds : Tensor
+        Of being blank, before the intensity is known.
+    """
+
+    log_density: Tensor
+    log_odds: Tensor
+
+    @classmethod
+    def of(cls, intensity: Tensor, sigma: Tensor, log_odds: Tensor | None) -> Blank | None:
+        """Normal(0, sigma^2); None without odds."""
+        if log_odds is None:
+            return None
+        log_density = -0.5 * (intensity / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
+        return cls(log_density, log_odds)
+
+    def by_cluster(self, cluster: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sum of the log-densities and mean of the log-odds of each cluster, (C,)."""
+        if cluster is None:
+            return self.log_density, self.log_odds
+        n = int(cluster[-1]) + 1
+        nothing, odds, count = (
+            torch.zeros(n, dtype=v.dtype, device=v.device).index_add(0, cluster, v)
+            for v in (self.log_density, self.log_odds, torch.ones_like(self.log_odds))
+        )
+        return nothing, odds / count
 
 
 class IntensityLikelihood(nn.Module):
@@ -89,28 +130,62 @@ class IntensityLikelihood(nn.Module):
         total = sigma**2 + self.sdb * self.sigma_unit * expected + share * expected**2
         return (2 * self.log_sdfac).exp() * torch.maximum(total, floor)
 
+    def common(self, expected: Tensor, log_relative: Tensor | None) -> Tensor:
+        """Error s m that the observations of a cluster share, (N,); 0 where none is modelled."""
+        if not self.has_common_error:
+            return torch.zeros_like(expected)
+        log_error = self.log_common if log_relative is None else self.log_common + log_relative
+        return log_error.clamp_max(1.0).exp() * expected
+
     def forward(
         self,
         residual: Tensor,
-        expected: Tensor,
+        common: Tensor,
         spread: Tensor,
         variance: Tensor,
         cluster: Tensor | None,
+        blank: Blank | None = None,
+        shared: Tensor | None = None,
     ) -> Tensor:
         """Bound of the expected log-density of each cluster, (C,); of each observation without.
 
         Parameters
         ----------
-        residual, expected, spread, variance : Tensor, (N,)
-            I - m, m, v = Var[K F^2] under q, and D.
+        residual, common, spread, variance : Tensor, (N,)
+            I - m, s m, v = Var[K F^2] under q, and D.
         cluster : Tensor, (N,) int64, or None
             0 .. C - 1, not decreasing.
+        blank : Blank, optional
+        shared : Tensor, (N,), optional
+            Deviation of a cluster's observations because the root of their amplitudes is
+            uncertain: another error in common. Without clusters it belongs to ``variance``.
         """
+        density = self._of_spots(residual, common, spread, variance, cluster, shared)
+        if blank is None:
+            return density
+        nothing, log_odds = blank.by_cluster(cluster)
+        return torch.logaddexp(density + logsigmoid(-log_odds), nothing + logsigmoid(log_odds))
+
+    def _of_spots(
+        self,
+        residual: Tensor,
+        common: Tensor,
+        spread: Tensor,
+        variance: Tensor,
+        cluster: Tensor | None,
+        shared: Tensor | None = None,
+    ) -> Tensor:
+        if shared is not None and cluster is None:
+            variance = variance + shared**2
         z2 = (residual**2 + spread) / variance
         log_det = variance.log()
         n = torch.ones_like(z2)
         if cluster is not None:
-            z2, log_det, n = self._correlated(residual, expected, spread, variance, cluster)
+            z2, log_det, n = self._correlated(residual, common, spread, variance, cluster)
+            if shared is not None:
+                z2, log_det = self._correlated_twice(
+                    z2, log_det, residual, common, shared, variance, cluster
+                )
         if self.is_normal:
             return -0.5 * (z2 + log_det + n * math.log(2 * math.pi))
         dof = self.dof
@@ -119,7 +194,7 @@ class IntensityLikelihood(nn.Module):
         return norm - 0.5 * log_det - 0.5 * (dof + n) * torch.log1p(z2 / dof)
 
     def _correlated(
-        self, residual: Tensor, expected: Tensor, spread: Tensor, variance: Tensor, cluster: Tensor
+        self, residual: Tensor, common: Tensor, spread: Tensor, variance: Tensor, cluster: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Sum E[z^2], log-determinant and size by cluster, with Sherman and Morrison."""
         n_clusters = int(cluster[-1]) + 1
@@ -127,17 +202,36 @@ class IntensityLikelihood(nn.Module):
             (residual**2 + spread) / variance,
             variance.log(),
             torch.ones_like(variance),
-            expected * residual / variance,
-            expected**2 / variance,
-            expected**2 * spread / variance**2,
+            common * residual / variance,
+            common**2 / variance,
+            common**2 * spread / variance**2,
         ]
         z2, log_det, n, slope, weight, noise = (
             torch.zeros(n_clusters, dtype=t.dtype, device=t.device).index_add_(0, cluster, t)
             for t in terms
         )
-        common = (2 * self.log_common.clamp_max(0.0)).exp()
-        gain = 1 + common * weight
-        return z2 - common * (slope**2 + noise) / gain, log_det + gain.log(), n
+        gain = 1 + weight
+        return z2 - (slope**2 + noise) / gain, log_det + gain.log(), n
+
+    def _correlated_twice(
+        self,
+        z2: Tensor,
+        log_det: Tensor,
+        residual: Tensor,
+        common: Tensor,
+        shared: Tensor,
+        variance: Tensor,
+        cluster: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Add shared shared^T to a covariance that holds common common^T: a second update."""
+        n = len(z2)
+        cr, cc, sr, ss, cs = (
+            torch.zeros(n, dtype=v.dtype, device=v.device).index_add_(0, cluster, v / variance)
+            for v in (common * residual, common**2, shared * residual, shared**2, common * shared)
+        )
+        # products with the inverse of diag(D) + common common^T
+        sr, ss = sr - cs * cr / (1 + cc), ss - cs**2 / (1 + cc)
+        return z2 - sr**2 / (1 + ss), log_det + ss.log1p()
 
     @torch.no_grad()
     def weight(self, residual: Tensor, variance: Tensor) -> Tensor:
@@ -146,3 +240,21 @@ class IntensityLikelihood(nn.Module):
             return torch.ones_like(residual)
         dof = self.dof
         return (dof + 1) / (dof + residual**2 / variance)
+
+    @torch.no_grad()
+    def share_of_spots(
+        self,
+        residual: Tensor,
+        common: Tensor,
+        spread: Tensor,
+        variance: Tensor,
+        cluster: Tensor | None,
+        blank: Blank | None,
+    ) -> Tensor:
+        """Probability of each observation to be a spot and not blank, (N,)."""
+        if blank is None:
+            return torch.ones_like(residual)
+        density = self._of_spots(residual, common, spread, variance, cluster)
+        nothing, log_odds = blank.by_cluster(cluster)
+        share = torch.sigmoid(density - nothing - log_odds)
+        return share if cluster is None else share[cluster]

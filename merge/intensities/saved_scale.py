@@ -32,7 +32,7 @@ FILE_NAME = "scale_model.pt"
 PARTS = ("scale", "likelihood")
 #: Settings that do not shape scales and error model: free to differ.
 FREE = {
-    *("anomalous", "d_min", "metadata", "pairing", "photon_counts"),
+    *("anomalous", "d_min", "metadata", "overloads", "pairing", "photon_counts"),
     *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities"),
     *("prior", "correlation", "sigma", "n_correlation_shells", "n_reference_shells"),
     *("n_wilson_knots", "anisotropic", "held_out", "epochs", "batch_size"),
