@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from integrator.crystal.cell import inv_d2
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
-from merge.intensities.build import build_problem, is_kept
+from merge.intensities.build import build_problem
+from merge.intensities.columns import is_kept
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.held_out import Split, split
 from merge.intensities.standard import Standard
