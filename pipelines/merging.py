@@ -10,7 +10,7 @@ import torch
 from merge.intensities.build import MergeProblem, build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
-from pipelines.ambiguity import ambiguous_operators, read_reference, write_choices
+from pipelines.ambiguity import ambiguous_operators, wanted_indexing, write_choices
 from pipelines.device import choose_device
 from pipelines.merge_fit import Knowledge, MergeFit, is_coupled
 from pipelines.merge_inputs import MergeInputs
@@ -54,21 +54,18 @@ def _merge_in_memory(
 ) -> list[Path]:
     data, out = inputs.read(), inputs.out
     operators = ambiguous_operators(data, config)
-    reference = read_reference(config, data, operators is not None)
     standard = None if saved is None else saved.standard
     problem = build_problem(data, config, inputs.parents, operators, standard)
     is_coupled(problem.unique, config)
     if saved is not None:
         saved.check(problem.table)
-    f_calc = indexing = None
+    f_calc = None
     if inputs.reference is not None:
         f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, problem.unique.asus))
-        indexing = f_calc[problem.unique.rows(0)] ** 2
-    if reference is not None:
-        indexing = reference.on_rows(problem)
+    known = Knowledge(saved, f_calc, wanted_indexing(config, problem, f_calc))
     inputs.open_folder(config)
     _log_size(problem)
-    fitted = MergeFit(problem, config, Knowledge(saved, f_calc, indexing), device).run()
+    fitted = MergeFit(problem, config, known, device).run()
     merger, problem = fitted.merger, fitted.problem
     for name, rows in fitted.tables.items():
         write_rows(out / f"{name}.csv", rows, rows[0])

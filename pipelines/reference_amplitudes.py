@@ -31,6 +31,9 @@ AMPLITUDES = (
     *("F", "FP", "FMEAN", "FOBS", "F-obs", "F-obs-filtered"),
 )
 
+#: Types of columns in the order of preference, intensities before amplitudes, means before mates.
+KINDS = ("J", "K", "F", "G")
+
 
 def reference_amplitudes(path: Path, asus: Sequence[ReciprocalAsu]) -> Array:
     """Amplitudes of all rows, one dataset after the other, on any scale; NaN where there is none.
@@ -48,15 +51,47 @@ def reference_amplitudes(path: Path, asus: Sequence[ReciprocalAsu]) -> Array:
         It cannot be used, or is of another crystal form.
     """
     if path.suffix.lower() == ".mtz":
-        hkl, amplitude = _from_mtz(path, asus)
-    else:
-        structure = read_model(path)
-        for asu in asus:
-            check_same_crystal(structure, asu.cell, asu.space_group, path)
-        # a little beyond: the reflections that set the limit must be inside
-        hkl, value = structure_factors(structure, 0.999 * min(asu.d_min for asu in asus))
-        amplitude = np.abs(value).astype(float)
-    columns = [_of_rows(asu, hkl, amplitude) for asu in asus]
+        mtz = _merged_mtz(path, asus)
+        amplitude = np.array(mtz.column_with_label(_amplitude_label(mtz, path)), dtype=float)
+        known = np.isfinite(amplitude) & (amplitude >= 0)
+        return _of_all(asus, mtz.make_miller_array()[known], amplitude[known], path)
+    return _of_all(asus, *_calculated(path, asus), path)
+
+
+def reference_intensities(path: Path, asu: ReciprocalAsu) -> Array:
+    """F^2 of the rows of one dataset on any scale, measured or calculated; NaN for none, (R,).
+
+    As :func:`reference_amplitudes`, but of an MTZ file merged intensities will do as well, and
+    are preferred.
+    """
+    if path.suffix.lower() != ".mtz":
+        return _of_all([asu], *_calculated(path, [asu]), path) ** 2
+    mtz = _merged_mtz(path, [asu])
+    kind = next((k for k in KINDS if len(mtz.columns_with_type(k))), None)
+    if kind is None:
+        raise UserError(
+            f"reference {path} has neither intensities nor amplitudes (columns of type J, K, F or "
+            f"G; found {' '.join(mtz.column_labels())}); give a merged file that has"
+        )
+    value = np.array(mtz.columns_with_type(kind)[0], dtype=float)
+    known = np.isfinite(value)
+    value = value[known] ** (2 if kind in "FG" else 1)
+    return _of_all([asu], mtz.make_miller_array()[known], value, path)
+
+
+def _calculated(path: Path, asus: Sequence[ReciprocalAsu]) -> tuple[NDArray[np.integer], Array]:
+    structure = read_model(path)
+    for asu in asus:
+        check_same_crystal(structure, asu.cell, asu.space_group, path)
+    # a little beyond: the reflections that set the limit must be inside
+    hkl, value = structure_factors(structure, 0.999 * min(asu.d_min for asu in asus))
+    return hkl, np.abs(value).astype(float)
+
+
+def _of_all(
+    asus: Sequence[ReciprocalAsu], hkl: NDArray[np.integer], values: Array, path: Path
+) -> Array:
+    columns = [_of_rows(asu, hkl, values) for asu in asus]
     if not all(np.isfinite(column).any() for column in columns):
         raise UserError(
             f"reference {path} has no reflection in common with the data; give one that reaches "
@@ -73,18 +108,15 @@ def _of_rows(asu: ReciprocalAsu, hkl: NDArray[np.integer], amplitude: Array) -> 
     return values
 
 
-def _from_mtz(path: Path, asus: Sequence[ReciprocalAsu]) -> tuple[NDArray[np.integer], Array]:
+def _merged_mtz(path: Path, asus: Sequence[ReciprocalAsu]) -> gemmi.Mtz:
     mtz = load_mtz(path)
     if mtz.batches or {"B", "Y"} & {column.type for column in mtz.columns}:
         raise UserError(
             f"reference {path} is unmerged; give coordinates or an MTZ file with merged amplitudes"
         )
-    label = _amplitude_label(mtz, path)
     for asu in asus:
         check_same_form(mtz.cell, mtz.spacegroup, asu.cell, asu.space_group, path)
-    amplitude = np.array(mtz.column_with_label(label), dtype=float)
-    known = np.isfinite(amplitude) & (amplitude >= 0)
-    return mtz.make_miller_array()[known], amplitude[known]
+    return mtz
 
 
 def _amplitude_label(mtz: gemmi.Mtz, path: Path) -> str:

@@ -39,7 +39,8 @@ class IntensityMergeConfig:
     resolve_ambiguity: Literal["auto", "none"] = "auto"
     # Obliquity [deg] up to which a two-fold axis of the lattice may be mistaken for symmetry.
     ambiguity_tolerance: float = 0.5
-    # Merged MTZ of the same crystal form: of ambiguous indexings, its own is taken.
+    # Model or merged MTZ of the same crystal form: of ambiguous indexings, its own is taken; that
+    # of --reference when null.
     reference_intensities: Path | None = None
     # wilson: every amplitude for itself; double-wilson: given its parent (or Bijvoet mate).
     prior: Literal["wilson", "double-wilson"] = "wilson"
@@ -113,5 +114,10 @@ class IntensityMergeConfig:
             raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.stills and self.laue:
             raise ValueError("`stills` and `laue` exclude each other; give one of them")
+        if self.reference_intensities is not None and not self.stills:
+            raise ValueError(
+                "`reference_intensities` is for `stills`, whose images choose their indices one "
+                "by one; reindex whole scans with --reindex"
+            )
         if self.stills and not self.network_width:
             raise ValueError("`stills` needs a `network_width` above 0")

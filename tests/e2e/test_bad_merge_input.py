@@ -168,8 +168,16 @@ CASES = {
     "unknown option": (lambda f: [f.mtz(), "--set", "colour=red"], "unknown configuration key"),
     "unknown likelihood": (lambda f: [f.mtz(), "--likelihood", "cauchy"], "likelihood must be"),
     "no such reference": (
-        lambda f: [f.mtz(), "--reference-intensities", f.path / "none.mtz"],
+        lambda f: [f.mtz(), "--reference", f.path / "none.mtz"],
         "none.mtz does not exist",
+    ),
+    "indexing reference of a scan": (
+        lambda f: [f.mtz(), "--reference-intensities", f.path / "none.mtz"],
+        "reindex whole scans with --reindex",
+    ),
+    "no such scale model": (
+        lambda f: [f.mtz(), "--freeze-scales", f.path],
+        "scale_model.pt does not exist",
     ),
 }  # fmt: skip
 

@@ -157,8 +157,8 @@ def bad_reference(kind, tmp_path):
     [
         ("missing", "does not exist"),
         ("unmerged", "is unmerged"),
-        ("cell", "cell of the reference"),
-        ("group", "is in P 6 2 2, stills in P 63"),
+        ("cell", "has the cell"),
+        ("group", "is in space group P 6 2 2 but the data are in P 63"),
         ("columns", "neither intensities nor amplitudes"),
     ],
 )
