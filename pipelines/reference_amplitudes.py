@@ -57,7 +57,7 @@ def reference_amplitudes(path: Path, asus: Sequence[ReciprocalAsu]) -> Array:
         hkl, value = structure_factors(structure, 0.999 * min(asu.d_min for asu in asus))
         amplitude = np.abs(value).astype(float)
     columns = [_of_rows(asu, hkl, amplitude) for asu in asus]
-    if not all(np.isfinite(column).any() for column in columns):
+    if not all((column > 0).any() for column in columns):
         raise UserError(
             f"reference {path} has no reflection in common with the data; give one that reaches "
             "their resolution"

@@ -58,6 +58,7 @@ class ReferencePrior(nn.Module):
     @torch.no_grad()
     def set_model(self, f_calc: Tensor, wilson: WilsonPrior) -> None:
         """Take |F_calc| of each row, (R,) on any scale; NaN where there is none."""
+        f_calc = f_calc.to(self.e_calc)
         known = torch.isfinite(f_calc) & (f_calc >= 0)
         shape = torch.where(self.is_centric, 0.5, 1.0).double()
         mean = mean_intensity(wilson.full_design, f_calc**2 / wilson.epsilon, shape, known)
@@ -110,7 +111,7 @@ def mean_intensity(design: Tensor, intensity: Tensor, shape: Tensor, known: Tens
     known : Tensor, (R,) bool
     """
     x, y, k = design[known], intensity[known], shape[known]
-    ridge = 1e-6 * torch.eye(x.shape[1], dtype=x.dtype)
+    ridge = 1e-6 * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     information = (x * k[:, None]).T @ x + ridge
     floor = 1e-6 * y.mean()
     coefficients = torch.linalg.solve(information, x.T @ (k * (y.clamp_min(floor).log() + 0.577)))

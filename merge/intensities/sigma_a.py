@@ -93,8 +93,8 @@ def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tens
         s = min(max(b / (a + b), 0.0), 0.99) if a + b > 0 else 0.0
     if a + b <= 0:
         return SigmaA2(0.0, math.inf, n)
-    chi2 = float((((z - x @ torch.tensor([a, b], dtype=x.dtype)) ** 2) / variance).sum()) / (n - 2)
-    slope = torch.tensor([-b, a], dtype=x.dtype) / (a + b) ** 2
+    chi2 = float((((z - x @ x.new_tensor([a, b])) ** 2) / variance).sum()) / (n - 2)
+    slope = x.new_tensor([-b, a]) / (a + b) ** 2
     error = float((slope @ covariance @ slope).sqrt()) * math.sqrt(max(chi2, 1.0))
     return SigmaA2(b / (a + b), error, n)
 
