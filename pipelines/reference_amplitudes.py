@@ -92,7 +92,7 @@ def _of_all(
     asus: Sequence[ReciprocalAsu], hkl: NDArray[np.integer], values: Array, path: Path
 ) -> Array:
     columns = [_of_rows(asu, hkl, values) for asu in asus]
-    if not all(np.isfinite(column).any() for column in columns):
+    if not all((column > 0).any() for column in columns):
         raise UserError(
             f"reference {path} has no reflection in common with the data; give one that reaches "
             "their resolution"

@@ -52,7 +52,7 @@ class TreePrior(nn.Module):
     ) -> None:
         super().__init__()
         tensors = [invariant_tensors(a.cell, a.space_group) for a in unique.asus]
-        self.tensors = torch.as_tensor(tensors[0])
+        self.register_buffer("tensors", torch.as_tensor(tensors[0]), persistent=False)
         designs = [anisotropic_design(a, t) for a, t in zip(unique.asus, tensors, strict=True)]
         self.wilson = WilsonPrior(
             torch.as_tensor(unique.d) ** -2.0,

@@ -58,6 +58,7 @@ class ReferencePrior(nn.Module):
     @torch.no_grad()
     def set_model(self, f_calc: Tensor, wilson: WilsonPrior) -> None:
         """Take |F_calc| of each row, (R,) on any scale; NaN where there is none."""
+        f_calc = f_calc.to(self.e_calc)
         known = torch.isfinite(f_calc) & (f_calc >= 0)
         shape = torch.where(self.is_centric, 0.5, 1.0).double()
         mean = mean_intensity(wilson.full_design, f_calc**2 / wilson.epsilon, shape, known)

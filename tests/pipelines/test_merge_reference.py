@@ -141,6 +141,29 @@ def test_reference_from_file_to_file(tmp_path, calculated):
     assert better > metrics[0]["held_out"]["observation"]["log_likelihood"]
 
 
+def test_reference_with_double_wilson(tmp_path, calculated):
+    """The root dataset takes the model, its child the parent; both get closer to the truth."""
+    asu, f_calc = calculated
+    rng = np.random.default_rng(4)
+    light = f_calc * (1 + 0.03 * rng.standard_normal(len(asu)))
+    noise = 2.0 * np.mean(f_calc**2)
+    paths = [
+        str(write_unmerged(tmp_path / f"{name}.mtz", asu, f, noise, seed))
+        for seed, (name, f) in enumerate({"dark": f_calc, "light": light}.items())
+    ]
+    structure().write_pdb(str(tmp_path / "m.pdb"))
+    common = ("--parents", "none,0", "--prior", "double-wilson", "--correlation", "0.99", *FAST)
+    correlation = {}
+    for name, more in (("plain", ()), ("with", ("--reference", str(tmp_path / "m.pdb")))):
+        assert cli.main(["merge", *paths, "--out", str(tmp_path / name), *common, *more]) == 0
+        for dataset, f in (("dark", f_calc), ("light", light)):
+            table = read_merged_mtz(tmp_path / name / f"{dataset}_merged.mtz").table
+            truth = f[asu.refl_id(table.miller_index)]
+            correlation[name, dataset] = np.corrcoef(table.f, truth)[0, 1]
+    for dataset in ("dark", "light"):
+        assert correlation["with", dataset] > correlation["plain", dataset] + 0.01
+
+
 def _mean_square(asu, f):
     """Mean of F^2 / epsilon against d in shells, for interpolation."""
     order = np.argsort(asu.d)
