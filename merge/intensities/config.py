@@ -11,7 +11,7 @@ from typing import Literal
 class IntensityMergeConfig:
     """Scale, error model, priors and their optimisation (`braggflux merge`)."""
 
-    # Bijvoet mates: false merges them into one amplitude.
+    # Bijvoet mates have amplitudes of their own; false merges them into one.
     anomalous: bool = False
     # Still images, related to each other by nothing: their scales come from the image encoder.
     stills: bool = False

@@ -1,8 +1,8 @@
 r"""Merge unmerged reflections of any program: rotation, Laue, stills.
 
-INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, a store of stills
-(.h5), or the photon counts of a staged run (RUN/intensities.h5). Every file is a dataset of its
-own, and all are merged on one scale. Writes DIR/merged.mtz, for several datasets
+INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, a store (.h5, see
+`braggflux convert`), or the photon counts of a staged run (RUN/intensities.h5). Every file is a
+dataset of its own, and all are merged on one scale. Writes DIR/merged.mtz, for several datasets
 DIR/<input stem>_merged.mtz, with statistics by resolution shell, the held-out predictions
 (metrics.json), the scale model and, where stills can be indexed in several ways, indexing.csv.
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files, their relations and the options of the model."""
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT")
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".mtz .refl+.expt .stream .h5")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     text = "dataset that each dataset resembles, by its number from 0, or none"
     add("--parents", metavar="none,0", help=text)
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reference", type=Path, metavar="MODEL", help=text)
     text = "earlier merge (its folder or scale_model.pt) whose scales and error model are used"
     add("--freeze-scales", type=Path, metavar="DIR", help=text)
-    add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig)
+    add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig, "network_width=64")
 
 
 def run(args: argparse.Namespace) -> None:
