@@ -81,23 +81,33 @@ def test_images_are_assigned_consistently(merged, data):
     assert "indexing: h,k,l" in (merged / "run.log").read_text()
 
 
-@pytest.mark.parametrize("is_flipped", [False, True])
-def test_the_reference_decides(is_flipped, data, tmp_path):
+@pytest.mark.parametrize(
+    ("is_flipped", "option"), [(False, "--reference-intensities"), (True, "--reference")]
+)
+def test_the_reference_decides(is_flipped, option, data, tmp_path):
     hkl, f, group = true_amplitudes(data)
     turn = FLIP if is_flipped else np.eye(3, dtype=int)
     reference = write_mtz(
         tmp_path / "ref.mtz",
         to_asu(hkl @ turn, group).miller_index,
-        {"IMEAN": ("J", f**2)},
+        {"IMEAN": ("J", f**2), "F": ("F", f)},
         cell=HEXAGONAL,
         space_group="P 63",
     )
     out = tmp_path / "out"
-    more = ("--anomalous", "--reference-intensities", reference)
+    more = ("--anomalous", option, reference)
     assert run("merge", data.observations, "--stills", "--out", out, *more, *FAST) == 0
     agreeing, _ = choices(out, data)
     assert (agreeing < 0.02) if is_flipped else (agreeing > 0.98)
     assert correlation(out / "merged.mtz", data, turn) > 0.9
+
+
+def test_new_images_with_scales_of_others(merged, data, tmp_path):
+    out = tmp_path / "out"
+    more = ("--freeze-scales", merged, "--reference-intensities", merged / "merged.mtz")
+    assert run("merge", data.observations, "--stills", "--out", out, *more, *FAST) == 0
+    before, after = (choices(path, data)[0] for path in (merged, out))
+    assert after == pytest.approx(before, abs=0.02)
 
 
 def test_switched_off(data, tmp_path):

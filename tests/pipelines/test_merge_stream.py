@@ -8,6 +8,7 @@ import json
 import gemmi
 import numpy as np
 import pytest
+from simulated_unmerged import write_mtz
 
 from fixtures.stills import stills
 from merge.io.mtz import read_merged_mtz
@@ -84,6 +85,19 @@ def test_new_images_with_the_scales_of_others(files, merged, streamed):
     rows = [index.get(tuple(h), -1) for h in second.miller_index.tolist()]
     ratio = (second.f / first.f[rows])[np.array(rows) >= 0]
     assert np.nanmedian(ratio) == pytest.approx(1.0, abs=0.03)
+
+
+def test_a_model_as_prior(files, merged):
+    """The amplitudes that the simulation was made from fit, and the data say so."""
+    out, truth = files / "with_model", gemmi.read_mtz_file(str(files / "first" / "truth.mtz"))
+    form = {"cell": truth.cell.parameters, "space_group": truth.spacegroup.xhm()}
+    columns = {"F": ("F", np.array(truth.column_with_label("F(+)")))}
+    reference = write_mtz(files / "f.mtz", truth.make_miller_array(), columns, **form)
+    more = ("--freeze-scales", merged, "--reference", reference)
+    assert run(files / "second" / "stills.h5", "--out", out, *OPTIONS, *STREAMED, *more) == 0
+    with (out / "sigma_a.csv").open() as stream:
+        assert np.mean([float(row["sigma_a"]) for row in csv.DictReader(stream)]) > 0.9
+    assert truth_cc(files, out) > truth_cc(files, merged)
 
 
 def test_a_scale_model_of_another_kind_is_one_line(files, merged, capsys):
