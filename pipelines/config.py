@@ -84,7 +84,7 @@ class TrainingConfig:
     # joint: the merge's gradients reach the shoebox encoder; staged: integrate, then merge.
     coupling: Literal["joint", "staged"] = "joint"
     # Passes over all observations.
-    epochs: int = 8
+    epochs: int = 6
     # Observations in a step.
     batch_size: int = 2048
     # Same seed, same result on the CPU.
