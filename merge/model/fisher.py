@@ -5,7 +5,7 @@ hides in the amplitudes of all its reflections: with one learning rate for all, 
 end below what thirty of these reach. The expected information is known in closed form. With the
 weight of an observation in the logarithm
 
-    w_i = mu_i^2 / V_i [P(good) + P(outlier) (nu + 1) / (nu + z_i^2) / 6^2],     mu_i = K_i <F_h^2>,
+    w_i = mu_i^2 / V_i [P(good) + P(outlier) (nu + 1) / (nu + z_i^2) / 6^2],   mu_i = K_i <F_h^2>,
 
 (V the variance of J with the relative error s; for the outlier part, Student's t six times as wide,
 the weight of iterated least squares, without which an amplitude far from all its observations
