@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -11,6 +12,9 @@ class MergeConfig:
 
     # Bijvoet mates: false merges them into one amplitude.
     anomalous: bool = True
+    # What the merge sees of an observation: photon-counts, its whole likelihood; or gaussian, an
+    # intensity and a sigma from its own counts, as conventional programs hand on (an ablation).
+    handover: Literal["photon-counts", "gaussian"] = "photon-counts"
     # Couple Bijvoet mates by the double-Wilson prior; false gives each its own Wilson prior.
     double_wilson: bool = True
     # Scale, B factor and absorption as physics knows them; false leaves the network alone.

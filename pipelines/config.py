@@ -121,7 +121,6 @@ class RunConfig:
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
-    merge: MergeConfig = field(default_factory=MergeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @classmethod

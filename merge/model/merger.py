@@ -19,7 +19,7 @@ from integrator.distributions.nakagami import Nakagami
 from integrator.types import Flag, IntensityTable
 from merge.config import MergeConfig
 from merge.model.friedel import estimate_one_minus_r2, mean_half_set_covariance
-from merge.model.likelihood import PhotonCountLikelihood
+from merge.model.likelihood import observation_likelihood
 from merge.model.prior import DoubleWilsonPrior, WilsonPrior
 from merge.model.scale import ScaleFeatures, ScaleModel
 from merge.types import MergeBatch, MergeLoss
@@ -86,7 +86,9 @@ class Merger(nn.Module):
         n_group = torch.zeros(len(plus), dtype=torch.int64).index_add_(0, self.group, n_obs)
         self.register_buffer("n_group", n_group)
         self.scale = ScaleModel(features, config)
-        self.likelihood = PhotonCountLikelihood(config.relative_error, config.outlier_fraction)
+        self.likelihood = observation_likelihood(
+            config.handover, config.relative_error, config.outlier_fraction
+        )
         self.log_spread = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
         self.log_concentration = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
 

@@ -238,6 +238,15 @@ class ScaleModel(nn.Module):
     def penalty(self) -> Tensor:
         """Minus the log-prior of all scale parameters, up to a constant, () [nats]."""
         total = self.log_frame_scale.new_zeros(())
+        if self.physical:
+            total = total + self._physical_penalty()
+        if self.network is not None:
+            for p in self.network.parameters():
+                total = total + 0.5 * (p**2).sum() / self.network_sd**2
+        return total
+
+    def _physical_penalty(self) -> Tensor:
+        total = self.log_frame_scale.new_zeros(())
         step = self.log_step.clamp(-7.0, 0.0)
         first = 0
         for n in self.n_frames:
@@ -255,8 +264,4 @@ class ScaleModel(nn.Module):
             change = knots.diff(n=2)
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * bend) + len(change) * bend
         total = total + 0.5 * ((bend - np.log(0.1)) / 1.0) ** 2
-        total = total + 0.5 * (self.absorption**2).sum() / self.harmonic_sd**2
-        if self.network is not None:
-            for p in self.network.parameters():
-                total = total + 0.5 * (p**2).sum() / self.network_sd**2
-        return total
+        return total + 0.5 * (self.absorption**2).sum() / self.harmonic_sd**2
