@@ -69,6 +69,8 @@ class ExtractionConfig:
     box: tuple[int, int, int] | None = None
     # Half-width of a measured box in standard deviations of the spot.
     n_sigma: float = 4.0
+    # Leave out zingers, hot pixels and shadows that the frames' own mask does not know.
+    find_defects: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges."""

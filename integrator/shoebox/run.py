@@ -46,6 +46,7 @@ def run_extraction(
     n_sigma: float = 4.0,
     box: tuple[int, int, int] | None = None,
     settings: MaskSettings | None = None,
+    find_defects: bool = True,
     frame_source: Callable[[Experiment], FrameSource] = open_frames,
     progress: Progress | None = None,
 ) -> ShoeboxStore:
@@ -71,6 +72,8 @@ def run_extraction(
     box : (int, int, int), optional
         (frames, slow, fast), odd, instead of what ``n_sigma`` gives.
     settings : MaskSettings, optional
+    find_defects : bool
+        Leave out zingers, hot pixels and shadows that the masks of the frames do not know.
     frame_source : callable
         Opens the frames of an experiment.
     progress : callable, optional
@@ -107,6 +110,7 @@ def run_extraction(
             extent,
             out,
             settings=settings,
+            find_defects=find_defects,
             attributes={
                 "software": f"braggflux {_version()}",
                 "d_min": d_min if d_min is not None else min(map(detector_limit, experiments)),
