@@ -7,7 +7,7 @@ weight of an observation in the logarithm
 
     w_i = mu_i^2 / V_i [P(good) + P(outlier) (nu + 1) / (nu + z_i^2) / 6^2],   mu_i = K_i <F_h^2>,
 
-(V the variance of J with the relative error s; for the outlier part, Student's t six times as wide,
+    w_i = mu_i^2 / V_i [P(good) + P(outlier) (nu + 1) / (nu + z_i^2) / 36],   mu_i = K_i <F_h^2>,
 the weight of iterated least squares, without which an amplitude far from all its observations
 jumps to and fro over them),
 
