@@ -285,7 +285,7 @@ class _SweepCutter:
         self._source.load(frame)
         self._map.update(frame)
         is_dark = self._map.nearest > self._settings.foreground**2
-        self._background.add(frame, is_dark & ~self._source.is_sharp)
+        self._background.add(frame, is_dark & ~self._source.is_odd)
         rows = np.arange(boxes.begin[frame], boxes.end[frame])
         rows = rows[frame - self._corner[rows, 0] < self._n_frames[rows]]
         if len(rows):

@@ -27,6 +27,7 @@ from integrator.shoebox.predict import (
     predict_reflections,
     prediction_from_columns,
 )
+from integrator.shoebox.spikes import QuietFrames
 from integrator.shoebox.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,10 @@ def run_extraction(
             frames = stack.enter_context(frame_source(experiment))
             _check_frames(experiment, frames)
             sweeps.append(Sweep(experiment, frames, prediction))
-        extent = extent_override or measure_extent(sweeps, n_sigma=n_sigma)
+        quiet = (
+            [replace(s, frames=QuietFrames(s.frames)) for s in sweeps] if find_defects else sweeps
+        )
+        extent = extent_override or measure_extent(quiet, n_sigma=n_sigma)
         if box is not None:
             extent = replace(extent, box=box)
         logger.info(

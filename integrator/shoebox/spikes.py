@@ -6,13 +6,15 @@ frames; rings and shadows are wider still. A cosmic ray or a faulty pixel is sha
 Poisson law of that largest rate its chance is below :data:`CHANCE`. The pixels around it are the
 eight on the frame, or these less two opposite ones, since a particle leaves a track of a few
 pixels. A sharp count is a *spike*, and taken out, unless the frames before and after support it:
-detectors without any spread of their own show real spots of one pixel, but not of one frame too.
+detectors without any spread of their own show real spots of one pixel, but these are as sharp on
+the frames beside.
 A pixel that is sharp on most frames is *hot*. What is neither, small or under a strong spot, is
 left to the outlier part of the merge's likelihood.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +40,8 @@ MIN_COUNTS = 12
 """Smaller counts are never sharp: their chance is above :data:`CHANCE` on any background."""
 MIN_SHARE = 0.6
 """Of the neighbours that must be recorded; with fewer nothing is said."""
+ODD_RATIO = 0.5
+"""Where no spot is predicted: to the sum of the eight around, four times their mean."""
 OPPOSITE = ((), (0, 7), (1, 6), (2, 5), (3, 4))
 """Neighbours on the frame that are left out, by their place in the ring of eight."""
 HOT_SHARE, HOT_FRAMES = 0.5, 10
@@ -76,11 +80,11 @@ class SpikeFilter:
         for panel, good in enumerate(self._usable):
             canvas.panel_view(self._static, panel)[...] = good
         self._next = -1
-        self._sharp, self._spikes = (np.zeros(0, dtype=np.int64) for _ in range(2))
+        self._odd, self._spikes = (np.zeros(0, dtype=np.int64) for _ in range(2))
         self._is_spike = np.zeros(canvas.size, dtype=bool)
         self._n_sharp = np.zeros(canvas.size, dtype=np.int32)
         self.n_spikes = 0
-        self.is_sharp = np.zeros(canvas.size, dtype=bool)
+        self.is_odd = np.zeros(canvas.size, dtype=bool)  # too sharp for background
 
     def load(self, frame: int) -> None:
         """Load a frame (each in turn) into the canvas, without its spikes."""
@@ -89,6 +93,7 @@ class SpikeFilter:
             canvas.load(self._frames.read(frame), self._usable)
             return
         if self._next != frame:
+            self._before[...] = INVALID
             ahead.load(self._frames.read(frame), self._usable)
         now = ahead.counts.copy()
         if frame + 1 < self._frames.n_images:
@@ -96,13 +101,14 @@ class SpikeFilter:
         else:
             ahead.counts[...] = INVALID
         self._next = frame + 1
-        self.is_sharp[self._sharp] = False
+        self.is_odd[self._odd] = False
         self._is_spike[self._spikes] = False
-        self._sharp, is_supported = self._find(now)
-        self._spikes = self._sharp[~is_supported]
-        self.is_sharp[self._sharp] = True
+        sharp, is_supported = self._find(now)
+        self._odd = self.find_sharp(now, (ODD_RATIO,) * len(OPPOSITE))
+        self._spikes = sharp[~is_supported]
+        self.is_odd[self._odd] = True
         self._is_spike[self._spikes] = True
-        self._n_sharp[self._sharp] += 1
+        self._n_sharp[sharp] += 1
         self.n_spikes += len(self._spikes)
         canvas.counts[...] = now
         canvas.counts[self._spikes] = INVALID
@@ -118,25 +124,65 @@ class SpikeFilter:
 
     def _find(self, now: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Flat indices of sharp counts, (K,), and whether the frames beside support them."""
+        index = self.find_sharp(now, self._ratios)
+        around = self._canvas.around(index)
+        support, n_frames = np.zeros(len(index)), np.zeros(len(index))
+        for frame in (self._before, self._ahead.counts):
+            window = np.maximum(frame[around], 0)
+            # all of a spot in one pixel, nothing of one that has a third there, as most have
+            support += np.maximum(1.5 * window.max(axis=1) - 0.5 * window.sum(axis=1), 0.0)
+            n_frames += frame[index] >= 0
+        support *= 2.0 / np.maximum(n_frames, 1.0)
+        return index, ~exceeds(now[index], self._across, support)
+
+    def find_hot_candidates(self, now: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Flat indices of the sharp counts of a frame (canvas.size,)."""
+        return self.find_sharp(now, self._ratios)
+
+    def find_sharp(self, now: NDArray[np.int32], ratios: Sequence[float]) -> NDArray[np.int64]:
+        """Flat indices of counts above ``ratios`` to what each set of neighbours holds."""
         index = np.flatnonzero(now >= MIN_COUNTS)
-        if not len(index):
-            return index, np.zeros(0, dtype=bool)
         around = self._canvas.around(index)
         ring = np.delete(around, 4, axis=1)  # without the pixel itself
         values = now[ring]
         is_sharp = np.zeros(len(index), dtype=bool)
-        for left_out, ratio in zip(OPPOSITE, self._ratios, strict=True):
+        for left_out, ratio in zip(OPPOSITE, ratios, strict=True):
             beside = np.delete(values, left_out, axis=1)
             total, n = _sums(beside)
             is_sharp |= exceeds(now[index], ratio, total) & (n >= MIN_SHARE * beside.shape[1])
         # beside an overload the largest neighbour is missing: nothing can be said
         is_sharp &= ~((values < 0) & self._static[ring]).any(axis=1)
-        index, around, values = index[is_sharp], around[is_sharp], values[is_sharp]
-        beside = np.concatenate([self._before[around], self._ahead.counts[around]], axis=1)
-        # the median of the ring is the background, whatever the spot
-        background = beside.shape[1] * np.median(np.maximum(values, 0), axis=1)
-        total = np.maximum(_sums(beside)[0] - background, 0.0)
-        return index, ~exceeds(now[index], self._across, total, background)
+        return index[is_sharp]
+
+
+class QuietFrames:
+    """Frames without spikes and hot pixels, for looks at some of them before all are read.
+
+    Hot are pixels that are sharp on most of some frames from all over the scan.
+    """
+
+    def __init__(self, frames: FrameSource) -> None:
+        self._frames = frames
+        self.n_images, self.panel_shapes = frames.n_images, frames.panel_shapes
+        self._canvas = FrameCanvas(frames.panel_shapes, 2)
+        self._filter = SpikeFilter(frames, self._canvas, (1.0, 1.0, 1.0))
+        n_sharp, usable = np.zeros(self._canvas.size, dtype=np.int32), frames.static_mask()
+        looks = np.unique(np.linspace(0, frames.n_images - 1, 2 * HOT_FRAMES).astype(int))
+        for frame in looks:
+            self._canvas.load(frames.read(int(frame)), usable)
+            n_sharp[self._filter.find_hot_candidates(self._canvas.counts)] += 1
+        self._is_hot = n_sharp >= max(HOT_SHARE * len(looks), HOT_FRAMES)
+
+    def static_mask(self) -> list[NDArray[np.bool_]]:
+        """Pixels usable on every frame, per panel."""
+        hot = (self._canvas.panel_view(self._is_hot, p) for p in range(len(self.panel_shapes)))
+        return [good & ~bad for good, bad in zip(self._frames.static_mask(), hot, strict=True)]
+
+    def read(self, frame: int) -> list[NDArray[np.int32]]:
+        """Photons of a frame per panel, -1 where there is no count."""
+        self._filter.load(frame)
+        counts = self._canvas.counts
+        return [self._canvas.panel_view(counts, p).copy() for p in range(len(self.panel_shapes))]
 
 
 def _sums(neighbours: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -176,15 +222,9 @@ def peak_ratios(sigma: tuple[float, float, float]) -> tuple[list[float], float]:
 
 
 def exceeds(
-    count: NDArray[np.int32],
-    ratio: float,
-    total: NDArray[np.float64],
-    noise: NDArray[np.float64] | float = 0.0,
+    count: NDArray[np.int32], ratio: float, total: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """Whether counts (K,) are too large for neighbours that hold ``total``.
-
-    The neighbours' own rate may be larger than what they counted; ``noise`` is the variance of
-    the background that was subtracted from them.
-    """
-    upper = total + 3.0 * np.sqrt(total + noise) + 3.0
+    """Whether counts (K,) are too large for neighbours that hold ``total``."""
+    # the neighbours' own rate may be larger than what they counted
+    upper = total + 3.0 * np.sqrt(total) + 3.0
     return pdtrc(count - 1.0, ALLOWANCE * ratio * upper) < CHANCE
