@@ -48,7 +48,7 @@ MIN_RECORDED = 0.1
 """Share of a Gaussian spot that must be recorded for a reflection to be usable."""
 MIN_ZETA = 0.05
 """Closer to the rotation axis the spot moves on the detector while the rocking curve lasts (DIALS
-draws the same line). Between 0.05 and 0.1 errors of strong spots are still 1.3 times their sigma on
+draws the same line). From there to 0.1 errors of strong spots are 1.3 times their sigma on
 simulated frames: one in four hundred observations."""
 
 
