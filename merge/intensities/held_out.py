@@ -96,7 +96,7 @@ def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
         torch.zeros_like(e.spread),
         variance,
         batch.cluster,
-        e.blank,
+        e.other,
         slope * width.shared[row],
     )
 
@@ -113,7 +113,7 @@ def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) ->
     batch = table.everything()
     e = merger.generative(batch, merger.inference())
     measured = batch.observations.intensity[chosen].numpy()
-    share = 1.0 if e.blank is None else torch.sigmoid(-e.blank.log_odds[chosen])
+    share = 1.0 if e.other is None else torch.sigmoid(-e.other.blank_log_odds[chosen])
     expected = (share * e.mean[chosen]).numpy()
     density = log_likelihoods(merger, table, chosen)
     total = float(density[~density.isnan()].sum()) / n_obs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from integrator.distributions.nakagami import Nakagami
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.likelihood import Blank, IntensityLikelihood
+from merge.intensities.likelihood import IntensityLikelihood, NotTheSpot
 from merge.intensities.prior import TreePrior
 from merge.intensities.scale import ErrorsByPlace, ObservationScale
 from merge.intensities.table import Batch, ObservationTable
@@ -40,8 +40,8 @@ class Expectation:
         K; with harmonics, ``mean`` over <F^2> of the first.
     common : Tensor
         Error that the observations of a cluster share.
-    blank : Blank or None
-        What there would be without a spot.
+    other : NotTheSpot or None
+        What else may have been measured.
     """
 
     mean: Tensor
@@ -49,7 +49,7 @@ class Expectation:
     variance: Tensor
     scale: Tensor
     common: Tensor
-    blank: Blank | None
+    other: NotTheSpot | None
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,11 @@ class IntensityMerger(nn.Module):
         o = batch.observations
         variance = self.likelihood.variance(o.sigma, mean, errors.relative)
         common = self.likelihood.common(mean, errors.log_common)
-        blank = Blank.of(o.intensity, o.sigma, errors.blank_log_odds)
-        return Expectation(mean, spread, variance, mean / q.spread[row], common, blank)
+        scale = mean / q.spread[row]
+        wilson = self.prior.wilson
+        usual = scale.detach() * (wilson.epsilon * wilson.wilson_sigma()).detach()[row]
+        other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
+        return Expectation(mean, spread, variance, scale, common, other)
 
     def loss(self, batch: Batch, q: Nakagami) -> MergeTerms:
         """Terms of the ELBO that this batch contributes."""
@@ -193,7 +196,7 @@ class IntensityMerger(nn.Module):
         residual = o.intensity - e.mean
         robust = self.likelihood.weight(residual, e.variance)
         robust = robust * self.likelihood.share_of_spots(
-            residual, e.common, e.spread, e.variance, batch.cluster, e.blank
+            residual, e.common, e.spread, e.variance, batch.cluster, e.other
         )
         term = o.is_used * robust * e.mean**2 / e.variance
         rows = batch.first_rows
@@ -202,4 +205,4 @@ class IntensityMerger(nn.Module):
     def log_density(self, batch: Batch, e: Expectation) -> Tensor:
         """Bound the log-density of each cluster (or observation), (C,)."""
         residual = batch.observations.intensity - e.mean
-        return self.likelihood(residual, e.common, e.spread, e.variance, batch.cluster, e.blank)
+        return self.likelihood(residual, e.common, e.spread, e.variance, batch.cluster, e.other)
