@@ -33,9 +33,9 @@ class RowSums:
     Attributes
     ----------
     by_half : Tensor, (2, R, 7)
-        Columns :data:`COLUMNS`. Of spots, neither blank nor stray: ``n``, and of the scaled intensities,
-        in units of the table, sums of ``1 / variance``, of ``I / variance``, of ``I`` and of
-        ``|I - <F^2>|``. Of all: slope of the
+        Columns :data:`COLUMNS`. Of spots, neither blank nor stray: ``n``, and of the scaled
+        intensities, in units of the table, sums of ``1 / variance``, of ``I / variance``, of ``I``
+        and of ``|I - <F^2>|``. Of all: slope of the
         log-likelihood against log <F^2>, and its expected curvature.
     """
 
