@@ -29,6 +29,8 @@ class MergeConfig:
     scale_network_width: int = 8
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12
+    # Mean intensity depends on the direction too, as far as the point group allows.
+    anisotropic: bool = False
     # Resolution shells of the correlation between Bijvoet mates.
     n_friedel_shells: int = 10
     # Nodes of the quadrature over each structure factor.

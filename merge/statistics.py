@@ -3,14 +3,15 @@
 The definitions are those of the field and of ``iotbx.merging_statistics``, against which the
 tests compare: R factors about the inverse-variance weighted mean, over reflections seen at least
 twice (Diederichs & Karplus 1997; Weiss 2001); CC1/2 between random half data sets (Karplus &
-Diederichs 2012); CCanom between the Bijvoet differences of two half data sets; shells of equal
-volume. Systematically absent reflections are for the caller to leave out.
+Diederichs 2012); R_split between their intensities (White et al. 2012); CCanom between the Bijvoet
+differences of two half data sets; shells of equal volume. Systematically absent reflections are
+for the caller to leave out.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ COLUMNS = (
     "r_merge",
     "r_meas",
     "r_pim",
+    "r_split",
     "cc_half",
     "cc_half_pairs",
     "cc_anom",
@@ -56,6 +58,10 @@ COLUMNS = (
     "z_spread_anom",
     "reason",
 )
+
+
+#: Columns that another random split would change.
+OF_HALF_SETS = ("r_split", "cc_half", "cc_anom", "z_spread", "z_spread_anom")
 
 
 @dataclass(frozen=True)
@@ -148,19 +154,23 @@ def possible_reflections(
 
 
 @dataclass(frozen=True)
-class _PerReflection:
-    """Sums over the observations of each unique reflection, (R,) each."""
+class ReflectionSums:
+    """Sums over the observations of each unique reflection, (R,) each.
+
+    ``deviation`` and ``intensity``: of |I - mean| and of I, for the R factors.
+    """
 
     mean: Array
     sigma: Array
     n_obs: NDArray[np.int64]
     n_plus: NDArray[np.int64]
     n_minus: NDArray[np.int64]
-    deviation: Array  # sum of |I - mean|
-    intensity: Array  # sum of I
+    deviation: Array
+    intensity: Array
 
     @classmethod
-    def of(cls, o: Observations, n_refl: int) -> _PerReflection:
+    def of(cls, o: Observations, n_refl: int) -> ReflectionSums:
+        """Go through usable observations in memory."""
         mean, sigma, n_obs = weighted_merge(o.refl_id, o.intensity, o.variance, n_refl)
         deviation = np.abs(o.intensity - mean[o.refl_id])
         return cls(
@@ -175,20 +185,22 @@ class _PerReflection:
 
 
 def shell_statistics(
-    observations: Observations,
+    observations: Observations | ReflectionSums,
     unique: UniqueReflections,
     shells: ResolutionShells,
     *,
     possible: UniqueReflections | None = None,
     halves: tuple[HalfSet, HalfSet] | None = None,
+    intensity_halves: tuple[HalfSet, HalfSet] | None = None,
     seed: int = 0,
 ) -> list[Row]:
     """Statistics of every shell, then of all shells together.
 
     Parameters
     ----------
-    observations : Observations
-        On one scale; unusable rows are left out here.
+    observations : Observations or ReflectionSums
+        On one scale; unusable rows are left out here. Sums of observations that are not in memory
+        need both kinds of halves.
     unique : UniqueReflections
     shells : ResolutionShells
     possible : UniqueReflections, optional
@@ -196,6 +208,8 @@ def shell_statistics(
     halves : tuple of HalfSet, optional
         Two independent merges, for instance of two models that saw half of the observations each;
         random halves of ``observations`` without it.
+    intensity_halves : tuple of HalfSet, optional
+        Merged intensities for R_split, when ``halves`` are amplitudes; random halves without it.
     seed : int
         Of the random halves.
 
@@ -204,10 +218,13 @@ def shell_statistics(
     list of dict
         Keys :data:`COLUMNS`. ``None`` is what could not be computed; ``reason`` says why.
     """
-    usable = observations.usable()
-    per_reflection = _PerReflection.of(usable, len(unique))
-    if halves is None:
-        halves = half_sets(usable, len(unique), seed)
+    if isinstance(observations, ReflectionSums):
+        per_reflection = observations
+    else:
+        usable = observations.usable()
+        per_reflection = ReflectionSums.of(usable, len(unique))
+        intensity_halves = intensity_halves or half_sets(usable, len(unique), seed)
+        halves = halves or intensity_halves
     shell_of = shells.assign(unique.inv_d2)
     possible_shell = None if possible is None else shells.assign(possible.inv_d2)
     rows = []
@@ -218,6 +235,7 @@ def shell_statistics(
             inside = possible_shell >= 0 if i is None else possible_shell == i
             _add_completeness(row, reasons, per_reflection, unique, chosen, possible, inside)
         _add_half_set_statistics(row, reasons, halves, chosen & ~unique.is_centric, chosen)
+        row["r_split"] = r_split(*(h.mean[chosen] for h in intensity_halves))
         d_max = shells.d_range(0 if i is None else i)[0]
         d_min = shells.d_range(len(shells) - 1 if i is None else i)[1]
         row |= {"shell": "overall" if i is None else i, "d_max": d_max, "d_min": d_min}
@@ -226,8 +244,23 @@ def shell_statistics(
     return rows
 
 
+def average_over_repeats(repeats: Sequence[list[Row]]) -> list[Row]:
+    """Average what depends on the random halves over several tables of :func:`shell_statistics`.
+
+    A repeat without a value does not count; the rest is that of the first.
+    """
+    rows = []
+    for same in zip(*repeats, strict=True):
+        row = dict(same[0])
+        for name in OF_HALF_SETS:
+            known = [r[name] for r in same if r[name] is not None]
+            row[name] = sum(known) / len(known) if known else None
+        rows.append(row)
+    return rows
+
+
 def _moments(
-    p: _PerReflection, unique: UniqueReflections, chosen: NDArray[np.bool_]
+    p: ReflectionSums, unique: UniqueReflections, chosen: NDArray[np.bool_]
 ) -> tuple[Row, dict[str, str]]:
     """Compute counts, mean intensity and R factors of the chosen reflections."""
     seen = chosen & (p.n_obs > 0)
@@ -256,7 +289,7 @@ def _moments(
 def _add_completeness(
     row: Row,
     reasons: dict[str, str],
-    p: _PerReflection,
+    p: ReflectionSums,
     unique: UniqueReflections,
     chosen: NDArray[np.bool_],
     possible: UniqueReflections,
@@ -307,6 +340,19 @@ def _add_half_set_statistics(
             row[name] = float(np.corrcoef(x[both], y[both])[0, 1])
         z = (x - y)[both] / np.hypot(sigma_x, sigma_y)[both]
         row[spread] = float(np.median(np.abs(z)) / MEDIAN_ABS_NORMAL)
+
+
+def r_split(first: Array, second: Array) -> float | None:
+    """R_split of two merges of half of the images (White et al. 2012, J. Appl. Cryst. 45, 335).
+
+    ``sum |I1 - I2| / sum (I1 + I2) * sqrt(2)``: the factor 2^-1/2 is for the halves having half of
+    the observations. None without reflections in both, or where their sum is not positive.
+    """
+    both = np.isfinite(first) & np.isfinite(second)
+    total = 0.5 * (first + second)[both].sum()
+    if total <= 0:
+        return None
+    return float(np.abs(first - second)[both].sum() / total / np.sqrt(2))
 
 
 def write_statistics_csv(path: str | Path, rows: Iterable[Mapping[str, object]]) -> None:

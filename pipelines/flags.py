@@ -37,16 +37,23 @@ MERGE_FLAGS = {
     "--metadata": "metadata",
     "--likelihood": "likelihood",
     "--dof": "dof",
+    "--resolve-ambiguity": "resolve_ambiguity",
+    "--reference-intensities": "reference_intensities",
     "--prior": "prior",
     "--correlation": "correlation",
     "--epochs": "epochs",
     "--batch-size": "batch_size",
+    "--half-set-repeats": "half_set_repeats",
+    "--device": "device",
     "--seed": "seed",
 }
 
 
 def add_config_arguments(
-    parser: argparse.ArgumentParser, flags: Mapping[str, str], cls: type = RunConfig
+    parser: argparse.ArgumentParser,
+    flags: Mapping[str, str],
+    cls: type = RunConfig,
+    example: str = "training.checkpoint_every=2",
 ) -> None:
     """Add ``flags`` (name -> dotted key of ``cls``), ``--config``, ``--set`` and nothing else."""
     defaults = schema.flatten(schema.to_mapping(cls()))
@@ -73,7 +80,8 @@ def add_config_arguments(
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any option by its key in the file, e.g. training.checkpoint_every=2; repeatable",
+        help=f"any option by its key in the file, e.g. {example}; repeatable; the config.yaml "
+        "that is written explains all",
     )
 
 

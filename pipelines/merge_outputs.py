@@ -9,19 +9,26 @@ import numpy as np
 import torch
 
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.half_sets import HalfSet, Observations, split_half_sets
+from merge.half_sets import HalfSet, Observations, friedel_rows, split_half_sets
 from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.output import (
+    MergedRows,
     ScaledObservations,
+    amplitudes_of_means,
     half_set_amplitudes,
     merged_rows,
     scaled_observations,
+    with_amplitudes,
 )
+from merge.intensities.row_sums import RowSums
+from merge.intensities.stream import ObservationStream
 from merge.io.mtz import MergedTable, merged_table, write_merged_mtz
 from merge.io.observations import UnmergedData
 from merge.statistics import (
+    ReflectionSums,
+    average_over_repeats,
     possible_reflections,
     resolution_shells,
     shell_statistics,
@@ -49,28 +56,106 @@ def write_dataset(
     scaled = scaled_observations(merger, problem.table)
     merged = merged_rows(merger, problem.table, scaled, is_marginal=config.sigma == "amplitude")
     halves = _half_sets(problem, merger, config, scaled, rows)
+    n_obs = merged.n_obs.numpy()[rows]
     table = merged_table(
         asu,
         *(
             getattr(merged, name).numpy()[rows]
-            for name in ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity", "n_obs")
+            for name in ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity")
         ),
+        n_obs,
         halves,
     )
     stem = "" if len(names) == 1 else f"{names[dataset]}_"
     path = out / f"{stem}merged.mtz"
-    wavelength = data.wavelength
+    wavelength = None if data.wavelength is None else float(np.median(data.wavelength))
+    normalised = merged.normalised.numpy()[rows]
+    _write_mtz(path, asu, table, normalised, wavelength, config)
+    evidence = _observations(asu, scaled, rows)
+    _write_statistics(asu, evidence, table, out / f"{stem}statistics.csv", names[dataset])
+    return path
+
+
+def write_stream(
+    merger: IntensityMerger,
+    stream: ObservationStream,
+    sums: RowSums,
+    config: IntensityMergeConfig,
+    out: Path,
+) -> Path:
+    """Write the merged MTZ and the statistics of a store; returns the MTZ's path.
+
+    The halves are random halves of the images. R factors are about <F^2> of q(F), mates apart.
+    """
+    asu, unit = stream.unique.asus[0], stream.standard.unit_intensity
+
+    def in_units_of_the_file(half: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, sigma = sums.mean(half)
+        return mean.cpu() * unit, sigma.cpu() * unit
+
+    merged = with_amplitudes(
+        merger,
+        unit,
+        *in_units_of_the_file(None),
+        sums["n"].cpu().long(),
+        config.sigma == "amplitude",
+    )
+    intensities = [in_units_of_the_file(half) for half in (0, 1)]
+    halves = {
+        f"F{half + 1}": tuple(
+            values.numpy() for values in amplitudes_of_means(merger, unit, *intensities[half])
+        )
+        for half in (0, 1)
+    }
+    names = ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity", "n_obs")
+    table = merged_table(asu, *(getattr(merged, n).numpy() for n in names), halves)
+    path = out / "merged.mtz"
+    wavelength = stream.wavelength()
+    _write_mtz(path, asu, table, merged.normalised.numpy(), wavelength, config)
+    pair = tuple(HalfSet.of(asu, *(x.numpy() for x in half)) for half in intensities)
+    evidence = _reflection_sums(asu, sums, merged)
+    _write_statistics(asu, evidence, table, out / "statistics.csv", stream.store.name, pair)
+    return path
+
+
+def _write_mtz(
+    path: Path,
+    asu: ReciprocalAsu,
+    table: MergedTable,
+    normalised: np.ndarray,
+    wavelength: float | None,
+    config: IntensityMergeConfig,
+) -> None:
     write_merged_mtz(
         path,
         table,
-        data.cell,
-        data.space_group,
-        1.0 if wavelength is None else float(np.median(wavelength)),
+        asu.cell,
+        asu.space_group,
+        1.0 if wavelength is None else wavelength,
         history=[f"braggflux merge {package_version()}, prior {config.prior}"],
-        normalised=_normalised(asu, table, merged.normalised.numpy()[rows]),
+        mean_intensity="I",
+        extra=_extra_columns(asu, table, normalised),
     )
-    _write_statistics(asu, scaled, rows, table, out / f"{stem}statistics.csv", names[dataset])
-    return path
+
+
+def _reflection_sums(asu: ReciprocalAsu, sums: RowSums, merged: MergedRows) -> ReflectionSums:
+    """Join the Friedel mates of the sums over rows."""
+    plus, minus = friedel_rows(asu)
+
+    def both(values: np.ndarray) -> np.ndarray:
+        return values[plus] + np.where(minus >= 0, values[minus], 0)
+
+    n = merged.n_obs.numpy()
+    half = HalfSet.of(asu, merged.intensity.numpy(), merged.sigma_intensity.numpy())
+    return ReflectionSums(
+        half.mean,
+        half.sigma,
+        both(n),
+        n[plus],
+        np.where(minus >= 0, n[minus], 0),
+        both(sums["deviation"].cpu().numpy()),
+        both(sums["intensity"].cpu().numpy()),
+    )
 
 
 def _half_sets(
@@ -91,6 +176,16 @@ def _half_sets(
     return halves
 
 
+def _extra_columns(
+    asu: ReciprocalAsu, table: MergedTable, normalised: np.ndarray
+) -> list[tuple[str, str, np.ndarray]]:
+    """E, and N of both mates together where they are apart."""
+    columns = [("E", "E", _normalised(asu, table, normalised))]
+    if table.is_anomalous:
+        columns.append(("N", "I", np.nansum([table.n_plus, table.n_minus], axis=0)))
+    return columns
+
+
 def _normalised(asu: ReciprocalAsu, table: MergedTable, values: np.ndarray) -> np.ndarray:
     """E of each row of the table: of the mates together where there are two."""
     plus = asu.refl_id(table.miller_index)
@@ -100,34 +195,46 @@ def _normalised(asu: ReciprocalAsu, table: MergedTable, values: np.ndarray) -> n
     return (mates * seen).sum(0) / seen.sum(0)
 
 
-def _write_statistics(
-    asu: ReciprocalAsu,
-    scaled: ScaledObservations,
-    rows: slice,
-    table: MergedTable,
-    path: Path,
-    name: str,
-) -> None:
+def _observations(asu: ReciprocalAsu, scaled: ScaledObservations, rows: slice) -> Observations:
+    """Observations of one dataset with the Friedel mates joined."""
     row = scaled.row.numpy()
-    inside = (row >= rows.start) & (row < rows.stop)
-    observations = Observations.of(
+    inside = (row >= rows.start) & (row < rows.stop) & scaled.is_spot.numpy()
+    return Observations.of(
         asu,
         row[inside] - rows.start,
         scaled.intensity.numpy()[inside],
         scaled.variance.numpy()[inside],
     )
+
+
+def _write_statistics(
+    asu: ReciprocalAsu,
+    observations: Observations | ReflectionSums,
+    table: MergedTable,
+    path: Path,
+    name: str,
+    intensity_halves: tuple[HalfSet, HalfSet] | None = None,
+) -> None:
     unique = unique_reflections(asu)
-    halves = tuple(_spread(asu, table, table.half_sets[n], len(unique)) for n in ("F1", "F2"))
-    statistics = shell_statistics(
-        observations,
-        unique,
-        resolution_shells(unique.inv_d2, N_SHELLS),
-        possible=possible_reflections(asu.cell, asu.space_group, asu.d_min),
-        halves=halves,
+    shells = resolution_shells(unique.inv_d2, N_SHELLS)
+    possible = possible_reflections(asu.cell, asu.space_group, asu.d_min)
+    halves = [_spread(asu, table, half, len(unique)) for half in table.half_sets.values()]
+    statistics = average_over_repeats(
+        [
+            shell_statistics(
+                observations,
+                unique,
+                shells,
+                possible=possible,
+                halves=pair,
+                intensity_halves=intensity_halves,
+            )
+            for pair in zip(halves[::2], halves[1::2], strict=True)
+        ]
     )
     write_statistics_csv(path, statistics)
     overall = statistics[-1]
-    shown = ("completeness", "redundancy", "r_pim", "cc_half", "cc_anom", "z_spread")
+    shown = ("completeness", "redundancy", "r_pim", "r_split", "cc_half", "cc_anom", "z_spread")
     logger.info(
         "%s: %s",
         name,

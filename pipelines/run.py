@@ -18,6 +18,7 @@ from pipelines.anomalous import AnomalousModel, peak_heights_from_mtz
 from pipelines.build import Problem, build_problem
 from pipelines.checks import check_input, why_no_peaks
 from pipelines.config import RunConfig
+from pipelines.device import choose_device
 from pipelines.epoch_outputs import EpochWriter
 from pipelines.extraction import extract
 from pipelines.final_outputs import write_examples, write_integrated, write_unmerged
@@ -69,27 +70,9 @@ def _prepare(
         if anomalous.why_no_sites:
             directory.note("peaks", anomalous.why_no_sites)
     _write_reference(directory, config)
-    trainer = Trainer(problem, config, device, _exchange(directory, config))
+    trainer = Trainer(problem, config, device, _exchange(directory, config, store))
     _log_problem(problem, device)
     return trainer, EpochWriter(directory, trainer, anomalous)
-
-
-def choose_device(name: str) -> torch.device:
-    """Device of a name; ``auto`` is cuda where present.
-
-    Raises
-    ------
-    UserError
-        cuda was asked for and is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"--device {name}: torch sees no CUDA device; use --device cpu or auto, or install a "
-            "CUDA build of torch"
-        )
-    return torch.device(name)
 
 
 def _shoeboxes(directory: RunDirectory, config: RunConfig) -> ShoeboxStore:
@@ -113,14 +96,14 @@ def _write_reference(directory: RunDirectory, config: RunConfig) -> None:
     directory.write_peaks(REFERENCE, peaks)
 
 
-def _exchange(directory: RunDirectory, config: RunConfig):
+def _exchange(directory: RunDirectory, config: RunConfig, store: ShoeboxStore):
     """Staged coupling: the table goes through a file, as between separate programs."""
     if config.training.coupling == "joint":
         return None
     path = directory.path / "intensities.h5"
 
     def through_file(table: IntensityTable) -> IntensityTable:
-        write_intensities(path, table)
+        write_intensities(path, table, store.experiments)
         return read_intensities(path)
 
     return through_file

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import gemmi
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -9,6 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 from integrator.crystal import symmetry
 from integrator.crystal.cell import d_spacing
 from integrator.errors import UserError
+
+#: Queries of at least so many indices are answered from a table of the whole sphere,
+MANY_INDICES = 10_000
+#: if it has at most so many entries (64 MB).
+LARGEST_SPHERE = 1 << 24
 
 
 class ReciprocalAsu:
@@ -110,6 +117,14 @@ class ReciprocalAsu:
         ndarray, (N,) int64
             -1 for systematically absent reflections and those outside ``d_min``.
         """
+        if len(hkl) >= MANY_INDICES and np.prod(2 * self._box + 1) <= LARGEST_SPHERE:
+            index = np.asarray(hkl, dtype=np.int64) + self._box
+            inside = ((index >= 0) & (index <= 2 * self._box)).all(axis=1)
+            index = np.where(inside[:, None], index, 0)
+            return np.where(inside, self._sphere[tuple(index.T)], -1).astype(np.int64)
+        return self._search(hkl)
+
+    def _search(self, hkl: ArrayLike) -> NDArray[np.int64]:
         mapping = symmetry.to_asu(hkl, self.space_group)
         inside = (np.abs(mapping.miller_index) <= self._limit).all(axis=1)
         key = self._key(np.where(inside[:, None], mapping.miller_index, 0))
@@ -117,6 +132,24 @@ class ReciprocalAsu:
         found = inside & (self._sorted_key[position] == key)
         row = np.where(mapping.friedel_sign > 0, position, self._minus_row[position])
         return np.where(found, row, -1).astype(np.int64)
+
+    @cached_property
+    def _box(self) -> NDArray[np.int64]:
+        """Largest |h|, |k|, |l| of the whole sphere."""
+        turned = np.abs(self.miller_index @ symmetry.rotations(self.space_group))
+        return turned.max(axis=(0, 1)).astype(np.int64)
+
+    @cached_property
+    def _sphere(self) -> NDArray[np.int32]:
+        """Row of every index within the box."""
+        table = np.full(2 * self._box + 1, -1, dtype=np.int32)
+        n = len(self._sorted_key)
+        for rotation in symmetry.rotations(self.space_group):
+            turned = self.miller_index[:n] @ rotation
+            # the mates of centrics are their own: both assignments agree
+            table[tuple((self._box - turned).T)] = self._minus_row
+            table[tuple((self._box + turned).T)] = np.arange(n)
+        return table
 
     def _key(self, asu_index: NDArray[np.integer]) -> NDArray[np.int64]:
         """One integer per index, ordered as h, k, l; unique while ``|index| <= _limit``."""

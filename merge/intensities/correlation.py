@@ -20,7 +20,7 @@ from merge.intensities.training import fit, pool_trees
 
 logger = logging.getLogger(__name__)
 
-GRID = (0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 0.9995)
+GRID = (0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9998)
 EPOCHS = 40
 #: Say of the neighbouring shells in the choice of a shell: r varies smoothly.
 NEIGHBOUR = 0.5
@@ -46,7 +46,7 @@ def choose_correlation(
     state = {k: v.clone() for k, v in merger.state_dict().items()}
     shell = _shell_of_cluster(merger, table)
     n_shells = len(merger.prior.one_minus_r2)
-    scores = torch.zeros(len(GRID), n_shells, dtype=torch.float64)
+    scores = torch.zeros(len(GRID), n_shells, dtype=torch.float64, device=merger.device)
     for i, r in enumerate(GRID):
         merger.load_state_dict(state)
         merger.prior.one_minus_r2.fill_(1 - r**2)
@@ -60,7 +60,7 @@ def choose_correlation(
     smooth[:, :-1] += NEIGHBOUR * scores[:, 1:]
     best = smooth.argmax(0)
     merger.load_state_dict(state)
-    chosen = torch.tensor(GRID, dtype=torch.float64)[best]
+    chosen = torch.tensor(GRID, dtype=torch.float64)[best.cpu()]
     merger.prior.one_minus_r2.copy_(1 - chosen**2)
     logger.info(
         "r by shell, low to high resolution: %s", " ".join(f"{r:.4f}" for r in chosen.tolist())
@@ -74,11 +74,11 @@ def choose_correlation(
 
 def _shell_of_cluster(merger: IntensityMerger, table: ObservationTable) -> Tensor:
     terms, n = table.terms, len(table.observations)
-    shell = torch.zeros(n, dtype=torch.int64)
+    shell = torch.zeros(n, dtype=torch.int64, device=merger.device)
     shell[terms.observation] = merger.prior.shell[terms.row]
     if not table.has_clusters:
         return shell
     cluster = table.observations.cluster
-    by_cluster = torch.zeros(int(cluster[-1]) + 1, dtype=torch.int64)
+    by_cluster = shell.new_zeros(int(cluster[-1]) + 1)
     by_cluster[cluster] = shell
     return by_cluster

@@ -8,12 +8,13 @@ a few contiguous pieces and no loop runs over reflections or images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from integrator.types import TensorRecord
+from merge.intensities.standard import Standard
 
 MIN_BATCHES = 8
 
@@ -36,6 +37,8 @@ class Observations(TensorRecord):
         The image encoder may look at it.
     signal : Tensor, (N, 2) float32
         What the encoder sees of the intensity.
+    photon_variance : Tensor or None
+        Of photon counts: see :mod:`merge.intensities.photon_counts`.
     """
 
     intensity: Tensor
@@ -47,6 +50,7 @@ class Observations(TensorRecord):
     is_used: Tensor
     is_seen: Tensor
     signal: Tensor
+    photon_variance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,15 @@ class Batch:
     observation_of_term: Tensor | None
     share: float
 
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy to a device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor | TensorRecord)
+        }
+        return replace(self, **moved)
+
     @property
     def first_rows(self) -> Tensor:
         """Unique reflection of the index that the file gives, (N,)."""
@@ -125,6 +138,7 @@ class ObservationTable:
     unit_intensity : float
         Intensities of the files are divided by it.
     feature_names : tuple of str
+    standard : Standard
     """
 
     observations: Observations
@@ -134,6 +148,7 @@ class ObservationTable:
     images_of_dataset: tuple[int, ...]
     unit_intensity: float
     feature_names: tuple[str, ...]
+    standard: Standard
 
     @property
     def n_units(self) -> int:
@@ -157,7 +172,7 @@ class ObservationTable:
 
     def batch(self, units: Tensor) -> Batch:
         """Batch of the given units, (U',), each once."""
-        units = units.sort().values
+        units = units.to(self.first_observation.device).sort().values
         rows = _ranges(self.first_observation, units)
         term_rows = _ranges(self.first_term, units)
         terms = self.terms[term_rows]
@@ -175,6 +190,11 @@ class ObservationTable:
         n_obs = len(self.observations)
         n_batches = 1 if batch_size is None else max(MIN_BATCHES, round(n_obs / batch_size))
         return list(torch.tensor_split(order, min(n_batches, self.n_units)))
+
+    def to(self, device: torch.device | str) -> ObservationTable:
+        """Copy to a device."""
+        names = ("observations", "terms", "first_observation", "first_term")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def with_masks(self, is_used: Tensor, is_seen: Tensor) -> ObservationTable:
         """Copy with other held-out observations."""
@@ -205,4 +225,5 @@ def _ranges(first: Tensor, chosen: Tensor) -> Tensor:
     """Rows ``first[c] .. first[c + 1] - 1`` of every chosen c, one after the other."""
     start, count = first[chosen], first[chosen + 1] - first[chosen]
     before = count.cumsum(0) - count
-    return torch.arange(int(count.sum())) + torch.repeat_interleave(start - before, count)
+    position = torch.arange(int(count.sum()), device=first.device)
+    return position + torch.repeat_interleave(start - before, count)

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
 N_START_ROUNDS = 3
+START_ERROR, START_DOF = 0.2, 4.0  # relative error and tail of the first means
 DAMPING = 0.5  # of the amplitudes' Newton steps
 ERROR_RATE = 3.0  # of the error model, in steps of the scale: a handful of well-known numbers
 
@@ -35,8 +36,7 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
     """
     everything = table.everything()
     o, terms = everything.observations, everything.terms
-    first = torch.ones_like(terms.observation, dtype=torch.bool)
-    first[1:] = terms.observation.diff() > 0
+    first = _first(everything)
     row, inv_d2, wavelength = terms.row[first], terms.inv_d2[first], terms.wavelength[first]
     used = o.is_used.double()
     scale = merger.scale
@@ -55,23 +55,48 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             knots = scale.spectrum_knots
             nearest = (wavelength[:, None] - knots).abs().argmin(1)
             scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
-        expected = _merge_once(merger, table, row, first)[row]
+        expected = _merge_once(merger, table, row, first, expected)[row]
+
+
+@torch.no_grad()
+def start_amplitudes(merger: IntensityMerger, table: ObservationTable) -> None:
+    """Start amplitudes and Wilson's Sigma alone: scales come from an earlier fit."""
+    everything = table.everything()
+    o, first = everything.observations, _first(everything)
+    shell = _shells(everything.terms.inv_d2[first])
+    value = o.intensity / merger.scale(everything)[0][first].exp()
+    by_shell = _mean(value, o.is_used.double(), shell, int(shell.max()) + 1)
+    expected = by_shell.clamp_min(1e-6 * by_shell.max())[shell]
+    row = everything.first_rows
+    for _ in range(N_START_ROUNDS):
+        expected = _merge_once(merger, table, row, first, expected)[row]
+
+
+def _first(batch: Batch) -> Tensor:
+    """Say which terms are the first of their observation, (T,) bool."""
+    first = torch.ones_like(batch.terms.observation, dtype=torch.bool)
+    first[1:] = batch.terms.observation.diff() > 0
+    return first
 
 
 @torch.no_grad()
 def _merge_once(
-    merger: IntensityMerger, table: ObservationTable, row: Tensor, first: Tensor
+    merger: IntensityMerger, table: ObservationTable, row: Tensor, first: Tensor, expected: Tensor
 ) -> Tensor:
-    """Set q(F) from inverse-variance means with the present scales; return <F^2>, (R,)."""
+    """Set q(F) from robust means with the present scales; return <F^2>, (R,).
+
+    The relative error is one of what is ``expected``, (N,): in units of its own value a spot that
+    is missing would be the most precise of all.
+    """
     o = table.observations
     k = merger.scale(table.everything())[0][first].exp()
     value = o.intensity / k
-    # a robust relative error: strong observations must not have all the say
-    variance = (o.sigma / k) ** 2 + (0.2 * value) ** 2 + (0.02 * value.abs().median()) ** 2
-    weight = o.is_used / variance
+    variance = (o.sigma / k) ** 2 + (START_ERROR * expected) ** 2
+    variance = variance + (0.1 * START_ERROR * value.abs().median()) ** 2
+    weight = o.is_used / (variance + (value - expected) ** 2 / START_DOF)
     n_rows = len(merger.group)
-    total = torch.zeros(n_rows, dtype=k.dtype).index_add_(0, row, weight)
-    mean = torch.zeros(n_rows, dtype=k.dtype).index_add_(0, row, weight * value)
+    total = k.new_zeros(n_rows).index_add_(0, row, weight)
+    mean = k.new_zeros(n_rows).index_add_(0, row, weight * value)
     mean = mean / total.clamp_min(1e-30)
     seen = total > 0
     wilson = merger.prior.wilson
@@ -94,11 +119,56 @@ def pool_trees(merger: IntensityMerger) -> None:
     """
     log_spread = merger.log_spread
     weight = (merger.n_obs > 0) * merger.log_concentration.exp()
-    total = torch.zeros(merger.n_groups, dtype=log_spread.dtype)
+    total = log_spread.new_zeros(merger.n_groups)
     mean = total.index_add(0, merger.group, weight * log_spread)
     total = total.index_add(0, merger.group, weight)
     mean = (mean / total.clamp_min(1e-30))[merger.group]
     merger.set_log_spread(torch.where(total[merger.group] > 0, mean, log_spread))
+
+
+@torch.no_grad()
+def adopt(
+    merger: IntensityMerger,
+    table: ObservationTable,
+    training: ObservationTable,
+    with_scales: bool = True,
+) -> None:
+    """Start what only the held-out observations determine: image scales and amplitudes.
+
+    The last fit, to all observations, is short. It would leave a held-out image with a scale from
+    its neighbours, and a reflection seen there alone near the mean of its prior.
+    """
+    batch = table.everything()
+    o, row = batch.observations, batch.first_rows
+    e = merger.generative(batch, merger.inference())
+    known = (merger.n_obs > 0)[row]
+    used = training.observations.is_used
+    scale = merger.scale.log_image_scale
+    if len(scale) and with_scales:
+        n = len(scale)
+        new = o.image.new_zeros(n).index_add_(0, o.image, used.long()) == 0
+        precision = known / (e.variance + e.spread)
+        change = _log_ratio(precision * e.mean * o.intensity, precision * e.mean**2, o.image, n)
+        scale[new] += change[new]
+        e = merger.generative(batch, merger.inference())
+    value = o.intensity / e.scale
+    variance = (o.sigma / e.scale) ** 2 + (START_ERROR * value) ** 2
+    n_rows = len(merger.group)
+    total = value.new_zeros(n_rows).index_add_(0, row, 1 / variance)
+    mean = torch.zeros_like(total).index_add_(0, row, value / variance) / total.clamp_min(1e-30)
+    new = (merger.n_obs == 0) & (total > 0) & ~_is_coupled(merger)
+    noise = total.clamp_min(1e-30) ** -0.5
+    spread = torch.maximum(mean, 0.5 * torch.minimum(noise, merger.prior.spread()))
+    merger.set_log_spread(torch.where(new, spread.log(), merger.log_spread))
+
+
+def _is_coupled(merger: IntensityMerger) -> Tensor:
+    """Rows whose relatives say where to start, (R,) bool."""
+    found = torch.zeros_like(merger.group, dtype=torch.bool)
+    if merger.prior.is_coupled:
+        found[merger.prior.child] = True
+        found[merger.prior.parent] = True
+    return found
 
 
 def fit(
@@ -127,10 +197,12 @@ def fit(
     """
     epochs = epochs or config.epochs
     merger.count(table)
+    if not with_scales:
+        return _fit_amplitudes(merger, table, epochs, observer)
     amplitudes = RowNewton(merger)
-    optimizer = _optimizer(merger, config) if with_scales else None
+    optimizer = make_optimizer(merger, config)
     generator = torch.Generator().manual_seed(config.seed)
-    batches = table.unit_batches(config.batch_size if with_scales else None, generator)
+    batches = table.unit_batches(config.batch_size, generator)
     everything = table.everything() if len(batches) == 1 else None
     began, elbo = time.monotonic(), math.nan
     for epoch in range(1, epochs + 1):
@@ -150,6 +222,20 @@ def fit(
     return elbo
 
 
+def _fit_amplitudes(
+    merger: IntensityMerger, table: ObservationTable, epochs: int, observer: Observer | None
+) -> float:
+    """Newton steps of q(F) on all observations at once; the scales are computed once."""
+    everything, amplitudes, elbo = table.everything(), RowNewton(merger), math.nan
+    with merger.with_fixed_scale(everything):
+        for epoch in range(1, epochs + 1):
+            elbo = _step(merger, everything, None, amplitudes, 0.0)
+            amplitudes.end_pass(DAMPING)
+            if observer is not None:
+                observer(epoch, elbo)
+    return elbo
+
+
 def _step(
     merger: IntensityMerger,
     batch: Batch,
@@ -163,7 +249,7 @@ def _step(
     if optimizer is None:
         (-terms.elbo).backward(inputs=parameters)
     else:
-        _set_rate(optimizer, share)
+        set_rate(optimizer, share)
         optimizer.zero_grad(set_to_none=True)
         (-terms.elbo).backward()
         optimizer.step()
@@ -171,7 +257,8 @@ def _step(
     return float(terms.elbo.detach())
 
 
-def _optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.optim.Optimizer:
+def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.optim.Optimizer:
+    """Adam for all but the amplitudes, with a rate of its own for each kind of parameter."""
     scale = merger.scale
     networks = [
         p
@@ -193,7 +280,7 @@ def _optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.o
     return torch.optim.Adam(groups, betas=BETAS, lr=config.learning_rate)
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Rise over the first 5 %, then cosine to a hundredth."""
     rise = min(1.0, (share + 1e-3) / 0.05)
     decay = 0.505 + 0.495 * math.cos(math.pi * share)
@@ -202,20 +289,19 @@ def _set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def _shells(inv_d2: Tensor, n: int = 20) -> Tensor:
-    edges = torch.quantile(
-        inv_d2[:: max(1, len(inv_d2) // 100_000)], torch.linspace(0, 1, n + 1, dtype=inv_d2.dtype)
-    )
+    share = torch.linspace(0, 1, n + 1, dtype=inv_d2.dtype, device=inv_d2.device)
+    edges = torch.quantile(inv_d2[:: max(1, len(inv_d2) // 100_000)], share)
     return torch.bucketize(inv_d2, edges[1:-1])
 
 
 def _mean(value: Tensor, weight: Tensor, index: Tensor, n: int) -> Tensor:
-    total = torch.zeros(n, dtype=value.dtype).index_add_(0, index, value * weight)
+    total = value.new_zeros(n).index_add_(0, index, value * weight)
     return total / torch.zeros_like(total).index_add_(0, index, weight).clamp_min(1e-30)
 
 
 def _log_ratio(above: Tensor, below: Tensor, index: Tensor, n: int) -> Tensor:
     """Log of the ratio of the sums of each group; 0 where a group has nothing."""
-    a = torch.zeros(n, dtype=above.dtype).index_add_(0, index, above)
-    b = torch.zeros(n, dtype=above.dtype).index_add_(0, index, below)
+    a = above.new_zeros(n).index_add_(0, index, above)
+    b = above.new_zeros(n).index_add_(0, index, below)
     known = (a > 0) & (b > 0)
     return torch.where(known, a / b.clamp_min(1e-30), torch.ones_like(a)).log().clamp(-5.0, 5.0)

@@ -79,7 +79,8 @@ def write_merged_mtz(
     history: Sequence[str] = (),
     names: DatasetNames = DatasetNames(),  # noqa: B008 - immutable
     title: str = "",
-    normalised: Array | None = None,
+    mean_intensity: str = "IMEAN",
+    extra: Sequence[tuple[str, str, Array]] = (),
 ) -> None:
     """Write ``F(+) SIGF(+) F(-) SIGF(-) I(+) ... F SIGF IMEAN SIGIMEAN N(+) N(-)`` and half sets.
 
@@ -98,8 +99,10 @@ def write_merged_mtz(
         Lines of at most 80 characters; longer ones are cut.
     names : DatasetNames
     title : str
-    normalised : (R,), optional
-        Normalised amplitudes, column ``E``.
+    mean_intensity : str
+        Label of the intensity of both mates together, ``I`` instead of ``IMEAN``.
+    extra : sequence of (label, type, values)
+        More columns, (R,) each.
 
     Raises
     ------
@@ -108,9 +111,7 @@ def write_merged_mtz(
     """
     if not is_in_asu(table.miller_index, space_group).all():
         raise ValueError("miller_index must lie in the CCP4 asymmetric unit")
-    columns = list(_columns(table))
-    if normalised is not None:
-        columns.append(("E", "E", normalised))
+    columns = [*_columns(table, mean_intensity), *extra]
     mtz = gemmi.Mtz()  # no HKL_base: readers would take its wavelength 0 for the data's
     dataset = mtz.add_dataset(names.dataset)
     dataset.project_name, dataset.crystal_name = names.project, names.crystal
@@ -127,7 +128,7 @@ def write_merged_mtz(
         temporary.write_bytes(mtz.write_to_bytes())
 
 
-def _columns(table: MergedTable) -> Iterable[tuple[str, str, Array]]:
+def _columns(table: MergedTable, mean_intensity: str) -> Iterable[tuple[str, str, Array]]:
     """(label, type, values) of every column, in the order of the contract."""
     t = table
     yield from ((axis, "H", t.miller_index[:, i]) for i, axis in enumerate("HKL"))
@@ -135,7 +136,7 @@ def _columns(table: MergedTable) -> Iterable[tuple[str, str, Array]]:
         yield from _mates("F", t.f_plus, t.sigma_f_plus, t.f_minus, t.sigma_f_minus)
         yield from _mates("I", t.i_plus, t.sigma_i_plus, t.i_minus, t.sigma_i_minus)
     yield from (("F", "F", t.f), ("SIGF", "Q", t.sigma_f))
-    yield from (("IMEAN", "J", t.i_mean), ("SIGIMEAN", "Q", t.sigma_i_mean))
+    yield from ((mean_intensity, "J", t.i_mean), (f"SIG{mean_intensity}", "Q", t.sigma_i_mean))
     if t.is_anomalous:
         yield from (("N(+)", "I", t.n_plus), ("N(-)", "I", t.n_minus))
     else:
@@ -176,21 +177,22 @@ def read_merged_mtz(path: str | Path) -> MergedMtz:
     mtz.ensure_asu()
     found = _Columns(mtz)
     has_f, has_i = found.has_mates("F"), found.has_mates("I")
-    if not (has_f or has_i or "F" in found.data or "IMEAN" in found.data):
+    mean_intensity = "IMEAN" if "IMEAN" in found.data else "I"
+    if not (has_f or has_i or "F" in found.data or mean_intensity in found.data):
         raise UserError(
-            f"{path} has none of the columns F(+)/F(-), I(+)/I(-), F/SIGF, IMEAN/SIGIMEAN; "
-            f"found {' '.join(mtz.column_labels())}; give a file with merged amplitudes or "
-            "intensities under these labels"
+            f"{path} has none of the columns F(+)/F(-), I(+)/I(-), F/SIGF, IMEAN/SIGIMEAN, "
+            f"I/SIGI; found {' '.join(mtz.column_labels())}; give a file with merged amplitudes "
+            "or intensities under these labels"
         )
     f, i = found.mates("F"), found.mates("I")
-    f_mean, i_mean = found.mean("F", f), found.mean("IMEAN", i)
+    f_mean, i_mean = found.mean("F", f), found.mean(mean_intensity, i)
     table = MergedTable(
         mtz.make_miller_array().astype(np.int32),
         *f,
         *i,
         *f_mean,
         *i_mean,
-        found.get("N(+)"),
+        found.get("N(+)" if "N(+)" in found.data else "N"),
         found.get("N(-)"),
         {n: HalfSet(*found.mean(n, found.mates(n)), *found.mates(n)) for n in found.half_sets()},
         has_f or has_i,

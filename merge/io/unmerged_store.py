@@ -205,6 +205,10 @@ class UnmergedStore:
             has_lp_applied=self.has_lp_applied,
         )
 
+    def column(self, name: str, rows: slice) -> NDArray:
+        """Read some rows of ``miller_index``, ``intensity`` or ``sigma`` as they are stored."""
+        return self._file[name][rows]
+
     def blocks(self, n_images: int) -> Iterator[tuple[int, UnmergedData]]:
         """Go through the store ``n_images`` at a time: (number of the first image, its block)."""
         for first in range(0, self.n_images, n_images):

@@ -18,6 +18,7 @@ from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.distributions.nakagami import Nakagami
 from integrator.types import Flag, IntensityTable
 from merge.config import MergeConfig
+from merge.model.anisotropy import anisotropic_design, invariant_tensors
 from merge.model.friedel import estimate_one_minus_r2, mean_half_set_covariance
 from merge.model.likelihood import observation_likelihood
 from merge.model.prior import DoubleWilsonPrior, WilsonPrior
@@ -61,11 +62,13 @@ class Merger(nn.Module):
         self.config = config
         inv_d2 = torch.as_tensor(asu.d, dtype=torch.float64) ** -2
         self.register_buffer("inv_d2", inv_d2)
+        tensors = invariant_tensors(asu.cell, asu.space_group)
         wilson = WilsonPrior(
             inv_d2,
             torch.as_tensor(asu.epsilon),
             torch.as_tensor(asu.is_centric),
             config.n_wilson_knots,
+            torch.as_tensor(anisotropic_design(asu, tensors)) if config.anisotropic else None,
         )
         plus = np.flatnonzero(asu.friedel_sign > 0)
         mate = asu.friedel_mate[plus]
@@ -110,7 +113,8 @@ class Merger(nn.Module):
         """Terms of the ELBO."""
         expected, weights = self.generative(batch, q)
         log_density = self.likelihood(batch.likelihood, expected)  # (Q, B)
-        return MergeLoss(weights @ log_density, self.prior.kl(q), self.scale.penalty())
+        penalty = self.scale.penalty() + self.prior.wilson.penalty()
+        return MergeLoss(weights @ log_density, self.prior.kl(q), penalty)
 
     def count_observations(self, refl_id: Tensor) -> None:
         """Count the observations anew, (N,): the integrator rejects some that the frames hold.

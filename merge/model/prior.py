@@ -2,6 +2,7 @@ r"""Wilson's prior with a learned mean intensity, and double-Wilson coupling of 
 
 Wilson (1949): F ~ Nakagami(1, epsilon Sigma(d)), acentric, or Nakagami(1/2, epsilon Sigma(d)),
 centric. Sigma(d) is a spline in 1/d^2, learned in the logarithm: over a data set it spans decades.
+Where asked for, a tensor makes it Sigma(h), see :mod:`merge.model.anisotropy`.
 
 Double-Wilson (Read 1990, Acta Cryst. A46, 900, for the conditional; Hekstra et al. 2025 for its
 use in merging): given F(+), an acentric F(-) follows Rice's law,
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from integrator.distributions.nakagami import Nakagami
+from merge.model.anisotropy import B_SD
+
+#: Variance of the logarithm of an exponentially distributed intensity, pi^2 / 6.
+LOG_VARIANCE = 1.645
 
 
 class WilsonPrior(nn.Module):
@@ -33,9 +38,19 @@ class WilsonPrior(nn.Module):
         Statistical weight, without centring.
     is_centric : Tensor, (R,) bool
     n_knots : int
+    anisotropic_design : Tensor, (R, m), optional
+        Of :func:`merge.model.anisotropy.anisotropic_design` [1/A^2]; Sigma depends on d alone
+        without it, or with m = 0.
     """
 
-    def __init__(self, inv_d2: Tensor, epsilon: Tensor, is_centric: Tensor, n_knots: int) -> None:
+    def __init__(
+        self,
+        inv_d2: Tensor,
+        epsilon: Tensor,
+        is_centric: Tensor,
+        n_knots: int,
+        anisotropic_design: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.register_buffer("epsilon", epsilon.double())
         self.register_buffer("is_centric", is_centric)
@@ -43,10 +58,39 @@ class WilsonPrior(nn.Module):
         knots = torch.quantile(inv_d2.double(), torch.linspace(0, 1, n_knots, dtype=torch.float64))
         self.register_buffer("design", hat_design(inv_d2.double(), knots))
         self.log_sigma = nn.Parameter(torch.zeros(n_knots, dtype=torch.float64))
+        self.anisotropy, self.b_unit = None, 1.0
+        if anisotropic_design is not None and anisotropic_design.shape[1]:
+            # in units of the log at the resolution limit: steps like those of the knots
+            self.b_unit = 2.0 / float(inv_d2.max())
+            self.register_buffer("tensor_design", self.b_unit * anisotropic_design.double())
+            zeros = torch.zeros(anisotropic_design.shape[1], dtype=torch.float64)
+            self.anisotropy = nn.Parameter(zeros)
+
+    @property
+    def full_design(self) -> Tensor:
+        """What log Sigma is linear in: knots, then tensors, (R, n_knots + m)."""
+        if self.anisotropy is None:
+            return self.design
+        return torch.cat([self.design, self.tensor_design], -1)
 
     def wilson_sigma(self) -> Tensor:
         """<F^2 / epsilon> of each unique reflection, (R,)."""
-        return torch.exp(self.design @ self.log_sigma)
+        log_sigma = self.design @ self.log_sigma
+        if self.anisotropy is not None:
+            log_sigma = log_sigma + self.tensor_design @ self.anisotropy
+        return torch.exp(log_sigma)
+
+    def anisotropic_b(self) -> Tensor:
+        """Coefficients of the tensors, (m,) [A^2]."""
+        if self.anisotropy is None:
+            return self.log_sigma.detach().new_zeros(0)
+        return self.b_unit * self.anisotropy.detach()
+
+    def penalty(self) -> Tensor:
+        """Minus the log-prior of the tensor, up to a constant, () [nats]."""
+        if self.anisotropy is None:
+            return self.log_sigma.new_zeros(())
+        return 0.5 * ((self.b_unit / B_SD * self.anisotropy) ** 2).sum()
 
     def p_structure_factor(self) -> Nakagami:
         """Wilson's distribution of each unique reflection, (R,)."""
@@ -60,11 +104,16 @@ class WilsonPrior(nn.Module):
         ``+ 0.577``: <log I> of an exponential law lies Euler's constant below log <I>.
         """
         known = is_observed & (intensity > 0)
-        design = self.design[known]
+        design = self.full_design[known]
         target = (intensity[known] / self.epsilon[known]).log() + 0.577
-        ridge = 1e-6 * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
-        normal = design.T @ design + ridge
-        self.log_sigma.copy_(torch.linalg.solve(normal, design.T @ target))
+        n_knots = len(self.log_sigma)
+        ridge = design.new_full((design.shape[1],), 1e-6)
+        ridge[n_knots:] = LOG_VARIANCE * self.b_unit**2 / B_SD**2
+        normal = design.T @ design + ridge.diag()
+        solution = torch.linalg.solve(normal, design.T @ target)
+        self.log_sigma.copy_(solution[:n_knots])
+        if self.anisotropy is not None:
+            self.anisotropy.copy_(solution[n_knots:])
 
 
 class DoubleWilsonPrior(nn.Module):

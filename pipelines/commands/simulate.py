@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, metavar="PDB", help="of the preset stills [lysozyme with iodides]"
     )
+    parser.add_argument(
+        "--reindexed", metavar="SHARE", help="of the stills: images under other indices [0]"
+    )
     parser.add_argument("--seed", default="0", help="same seed, same frames [0]")
 
 
@@ -54,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
     if args.preset == "stills":
         _run_stills(args, seed)
         return
-    if args.images is not None or args.model is not None:
-        raise UserError("--images and --model belong to --preset stills; leave them out")
+    if any(x is not None for x in (args.images, args.model, args.reindexed)):
+        raise UserError(
+            "--images, --model and --reindexed belong to --preset stills; leave them out"
+        )
     effects = effect_overrides(name.strip() for name in args.effects.split(",") if name.strip())
     with log.progress("frames") as advance:
         files = simulate(args.out, args.preset, seed, advance, overrides=effects)
@@ -70,6 +75,7 @@ def _run_stills(args: argparse.Namespace, seed: int) -> None:
 
     given = {"n_images": args.images and schema.coerce(args.images, int, "--images")}
     given |= {"model": args.model, "seed": seed}
+    given["reindexed"] = args.reindexed and schema.coerce(args.reindexed, float, "--reindexed")
     settings = StillsSettings(**{key: v for key, v in given.items() if v is not None})
     with log.progress("stills") as advance:
         files = write_stills(args.out, StillsExperiment(settings), advance)

@@ -6,7 +6,7 @@ import pytest
 
 from integrator.crystal import symmetry
 from integrator.crystal.cell import d_spacing, inv_d2, inv_d2_from_setting
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from integrator.crystal.reciprocal_asu import MANY_INDICES, ReciprocalAsu
 from integrator.errors import UserError
 
 SETTINGS = [sg.xhm() for sg in gemmi.spacegroup_table()]  # 230 groups, 564 settings
@@ -113,6 +113,9 @@ def test_reciprocal_asu_in_every_setting(anomalous):
         table = ReciprocalAsu(cell, space_group, d_min, anomalous)
         operations = space_group.operations()
         row = table.refl_id(cube)
+        # many are looked up in another way
+        many = np.tile(cube, (MANY_INDICES // len(cube) + 1, 1))
+        np.testing.assert_array_equal(table.refl_id(many)[-len(cube) :], row, name)
 
         d = d_spacing(cube, cell)
         observable = (d >= d_min) & ~operations.systematic_absences(cube) & np.isfinite(d)

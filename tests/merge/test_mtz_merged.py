@@ -176,6 +176,21 @@ def test_without_anomalous_there_are_only_means(tmp_path):
     np.testing.assert_allclose(np.sort(read.table.f), np.sort(table.f), rtol=1e-6)
 
 
+@pytest.mark.parametrize("anomalous", [True, False])
+def test_intensity_under_the_label_i_and_more_columns(tmp_path, anomalous):
+    _, _, table = made(anomalous=anomalous)
+    e = np.linspace(0, 3, len(table))
+    arguments = tmp_path / "m.mtz", table, CELL, SPACE_GROUP, WAVELENGTH
+    mtz_io.write_merged_mtz(*arguments, mean_intensity="I", extra=[("E", "E", e)])
+    types = {c.label: c.type for c in gemmi.read_mtz_file(str(arguments[0])).columns}
+    assert (types["I"], types["SIGI"], types["E"]) == ("J", "Q", "E")
+    assert "IMEAN" not in types
+    read = mtz_io.read_merged_mtz(arguments[0]).table
+    order = np.lexsort(table.miller_index.T[::-1])
+    for name in ("i_mean", "sigma_i_mean", "n_plus"):
+        np.testing.assert_allclose(getattr(read, name), getattr(table, name)[order], rtol=1e-6)
+
+
 @pytest.mark.realdata
 def test_reads_what_dials_merge_writes(shared):
     read = mtz_io.read_merged_mtz(shared / "data/hewl_nai/dials_merged.mtz")

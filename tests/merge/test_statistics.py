@@ -198,6 +198,43 @@ def test_calibration_of_correct_and_of_understated_sigmas(simulated):
     assert understated["z_spread_anom"] == pytest.approx(2 * honest["z_spread_anom"])
 
 
+def test_r_split_of_known_noise():
+    """Reflections of equal intensity 100 with 8 observations of sigma 10 each."""
+    rng = np.random.default_rng(0)
+    n_refl, n = 20_000, 8
+    refl_id = np.repeat(np.arange(n_refl), n)
+    intensity = 100 + 10 * rng.standard_normal(len(refl_id))
+    unique = statistics.UniqueReflections(np.linspace(0.01, 0.1, n_refl), np.zeros(n_refl, bool))
+    observations = Observations(
+        refl_id, np.ones_like(refl_id), intensity, np.full(len(refl_id), 100.0)
+    )
+    shells = statistics.resolution_shells(unique.inv_d2, 2)
+    rows = statistics.shell_statistics(observations, unique, shells)
+    # halves of 4: |I1 - I2| of sigma 10 / sqrt(2) has the mean sigma sqrt(2 / pi)
+    expected = 10 / 2 * np.sqrt(2) * np.sqrt(2 / np.pi) / 100 / np.sqrt(2)
+    for row in rows:
+        assert row["r_split"] == pytest.approx(expected, rel=0.02)
+        assert row["z_spread"] == pytest.approx(1.0, abs=0.05)
+    # the definition, term by term; what one half lacks does not count
+    first, second = np.array([4.0, 10.0, np.nan]), np.array([6.0, 9.0, 5.0])
+    assert statistics.r_split(first, second) == pytest.approx((2 + 1) / (5 + 9.5) / np.sqrt(2))
+    assert statistics.r_split(first[2:], second[2:]) is None
+    assert statistics.r_split(-first, second * 0) is None
+
+
+def test_amplitude_halves_leave_r_split_to_the_intensities(simulated):
+    rows = rows_of(simulated)
+    asu = simulated["asu"]
+    observations = Observations.of(
+        asu, simulated["refl_id"], simulated["i"], simulated["sigma"] ** 2
+    )
+    halves = half_sets(observations, len(statistics.unique_reflections(asu)), seed=5)
+    roots = tuple(HalfSet(*(np.sqrt(np.abs(v)) for v in vars(h).values())) for h in halves)
+    given = rows_of(simulated, halves=roots)
+    assert given[-1]["r_split"] == rows[-1]["r_split"]
+    assert given[-1]["cc_half"] != rows[-1]["cc_half"]
+
+
 def test_unusable_observations_change_nothing(simulated):
     bad = {
         "hkl": np.vstack([simulated["hkl"], [[1, 2, 3]] * 4]),
@@ -280,3 +317,20 @@ def test_unwritable_csv_is_a_user_error_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         statistics.write_statistics_csv(tmp_path / "missing" / "statistics.csv", [])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_average_over_repeats_changes_what_the_split_changes(simulated):
+    repeats = [rows_of(simulated, seed=seed) for seed in (0, 1, 2)]
+    repeats[1][0] |= {"cc_anom": None, "z_spread_anom": None}
+    mean = statistics.average_over_repeats(repeats)
+    for k, row in enumerate(mean):
+        for name in statistics.COLUMNS:
+            if name not in statistics.OF_HALF_SETS:
+                assert row[name] == repeats[0][k][name], name
+        assert row["cc_half"] == pytest.approx(np.mean([r[k]["cc_half"] for r in repeats]))
+    assert len({r[-1]["cc_half"] for r in repeats}) == 3
+    others = [repeats[0][0]["cc_anom"], repeats[2][0]["cc_anom"]]
+    assert mean[0]["cc_anom"] == pytest.approx(np.mean(others))
+    for r in repeats:
+        r[1]["cc_half"] = None
+    assert statistics.average_over_repeats(repeats)[1]["cc_half"] is None

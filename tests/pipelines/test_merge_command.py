@@ -8,6 +8,7 @@ import json
 import gemmi
 import numpy as np
 import pytest
+import reciprocalspaceship as rs
 
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from merge.io.mtz import read_merged_mtz
@@ -66,7 +67,7 @@ def run(*argv):
 def test_rotation_data_to_merged_files(tmp_path, truth):
     path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0))
     out = tmp_path / "out"
-    assert run(path, "--out", out, "--anomalous", *FAST, "--set", "half_set_repeats=2") == 0
+    assert run(path, "--out", out, "--anomalous", *FAST, "--half-set-repeats", "2") == 0
     asu, f = truth
     table = read_merged_mtz(out / "merged.mtz").table
     plus = f[asu.refl_id(table.miller_index)]
@@ -93,6 +94,62 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
     }
 
 
+def column(mtz, label):
+    return np.array(mtz.column_with_label(label))
+
+
+@pytest.mark.parametrize("flags", [("--anomalous",), ()])
+def test_columns_of_the_merged_file(tmp_path, truth, flags):
+    """Labels and types by gemmi and by reciprocalspaceship; N, E and I mean what they say."""
+    path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0, 10))
+    out = tmp_path / "out"
+    common = ("--epochs", "3", "--set", "held_out=0", "--half-set-repeats", "3")
+    assert run(path, "--out", out, *flags, *common) == 0
+    mtz = gemmi.read_mtz_file(str(out / "merged.mtz"))
+    types = {c.label: c.type for c in mtz.columns}
+    wanted = {"F": "F", "SIGF": "Q", "I": "J", "SIGI": "Q", "E": "E", "N": "I"}
+    wanted |= {f"{p}F{k}": t for k in range(1, 7) for p, t in (("", "F"), ("SIG", "Q"))}
+    if flags:
+        for name, value, sigma in (("F", "G", "L"), ("I", "K", "M")):
+            wanted |= {f"{name}({m})": value for m in "+-"}
+            wanted |= {f"SIG{name}({m})": sigma for m in "+-"}
+        wanted |= {f"F{k}({m})": "G" for k in range(1, 7) for m in "+-"}
+        wanted |= {f"SIGF{k}({m})": "L" for k in range(1, 7) for m in "+-"}
+        wanted |= {"N(+)": "I", "N(-)": "I"}
+    assert types == wanted | dict.fromkeys("HKL", "H")
+    n_obs = 10 * 300
+    assert column(mtz, "N").sum() == n_obs
+    if flags:
+        assert np.nansum([column(mtz, "N(+)"), column(mtz, "N(-)")]) == n_obs
+    data = rs.read_mtz(str(out / "merged.mtz"))
+    assert str(data.dtypes["I"]) == "Intensity"
+    assert str(data.dtypes["E"]) == "NormalizedSFAmplitude"
+    assert str(data.dtypes["N"]) == "MTZInt"
+    assert int(data["N"].to_numpy().sum()) == n_obs
+    strong = column(mtz, "I") > 10 * column(mtz, "SIGI")
+    ratio = column(mtz, "F")[strong] ** 2 / column(mtz, "I")[strong]
+    assert np.median(ratio) == pytest.approx(1.0, abs=0.02)
+
+
+def test_half_sets_are_of_different_splits_and_their_statistics_averaged(tmp_path, truth):
+    path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0, 10))
+    common = ("--epochs", "3", "--set", "held_out=0")
+    assert run(path, "--out", tmp_path / "three", *common, "--half-set-repeats", "3") == 0
+    mtz = gemmi.read_mtz_file(str(tmp_path / "three" / "merged.mtz"))
+    pairs = [(column(mtz, f"F{k}"), column(mtz, f"F{k + 1}")) for k in (1, 3, 5)]
+    correlations = []
+    for first, second in pairs:
+        both = np.isfinite(first) & np.isfinite(second)
+        correlations.append(np.corrcoef(first[both], second[both])[0, 1])
+    assert len(set(correlations)) == 3
+    for other in pairs[1:]:
+        # neither the same halves nor the same in the other order
+        assert all(np.mean(pairs[0][0] == half) < 0.3 for half in other)
+    with (tmp_path / "three" / "statistics.csv").open() as stream:
+        overall = list(csv.DictReader(stream))[-1]
+    assert float(overall["cc_half"]) == pytest.approx(np.mean(correlations), abs=1e-4)
+
+
 def test_same_seed_same_file(tmp_path, truth):
     path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0, 8))
     for name in ("one", "two"):
@@ -115,7 +172,8 @@ def test_datasets_with_parents(tmp_path, truth):
     assert len(dark) > 100
     assert len(light_out) > 100
     with (out / "correlation.csv").open() as stream:
-        assert {row["shell"] for row in csv.DictReader(stream)} == {"0", "1", "2", "3", "4"}
+        shells = {row["shell"] for row in csv.DictReader(stream)}
+    assert shells == {str(k) for k in range(10)}
 
 
 def test_friedel_halves_of_stills(tmp_path, truth):

@@ -1,0 +1,198 @@
+"""Stills of a store, batch after batch: data larger than memory.
+
+A batch is a contiguous range of images, one piece of the file; batches come in random order.
+What the model needs to know of all data beforehand comes from a first look through the indices
+(resolution, observations of each unique reflection) and from a sample of the batches (units of the
+metadata, starting values). In memory are the rows of unique reflections, the sample, one batch,
+and 8 bytes per image that say where it begins.
+
+Images and observations are held out in a few random batches only (*carriers*): enough to predict,
+and quick to read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from integrator.crystal.cell import inv_d2
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from integrator.errors import UserError
+from merge.intensities.build import build_problem
+from merge.intensities.columns import is_kept
+from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.held_out import Split, split
+from merge.intensities.standard import Standard
+from merge.intensities.table import MIN_BATCHES, Batch, ObservationTable
+from merge.intensities.unique import UniqueRows
+from merge.io.observations import UnmergedData
+from merge.io.unmerged_store import UnmergedStore
+
+MAX_CARRIERS = 64
+SAMPLE = 250_000  # observations
+ROWS_AT_A_TIME = 1 << 20  # of the first look
+LARGEST_BATCH = 1 << 17
+
+
+class ObservationStream:
+    """Batches of a store.
+
+    Parameters
+    ----------
+    store : UnmergedStore
+    config : IntensityMergeConfig
+    standard : Standard, optional
+        Of a scale model that is used again.
+
+    Attributes
+    ----------
+    unique : UniqueRows
+    sample : ObservationTable
+        Some of the observations, in memory.
+    standard : Standard
+    carriers : tuple of int
+        Batches with held-out observations.
+    n_obs : ndarray, (R,) int64
+        Observations of each unique reflection that train.
+    filled : ndarray, (n_batches,) bool
+        Batches with any observation inside the resolution limit.
+    """
+
+    def __init__(
+        self, store: UnmergedStore, config: IntensityMergeConfig, standard: Standard | None = None
+    ) -> None:
+        if not config.stills:
+            raise UserError(
+                "data are read batch by batch only with --stills: scans have parameters of each "
+                "image; raise stream_above to hold them in memory"
+            )
+        self.store = store
+        # a batch alone is too little to tell a level of saturation by
+        self.config = replace(config, overloads="keep")
+        self.edges = _edges(store.image_starts, config.batch_size or LARGEST_BATCH)
+        asu = ReciprocalAsu(store.cell, store.space_group, self._d_min(), config.anomalous)
+        couple = config.prior == "double-wilson" and asu.anomalous
+        self.unique = UniqueRows([asu], None, couple)
+        order = np.random.default_rng(config.seed).permutation(self.n_batches)
+        self.carriers = tuple(order[:MAX_CARRIERS].tolist()) if config.held_out else ()
+        self.sample = self._sample(order, standard)
+        self.standard = self.sample.standard
+        self.n_obs, self.filled = self._count()
+
+    @property
+    def n_batches(self) -> int:
+        """Number of batches."""
+        return len(self.edges) - 1
+
+    @property
+    def n_used(self) -> int:
+        """Number of observations that train."""
+        return int(self.n_obs.sum())
+
+    def batch(self, number: int) -> Batch:
+        """Read one batch; its share is that of the training observations it holds."""
+        return self.masked(*self.split(number))
+
+    def masked(self, table: ObservationTable, masks: Split | None) -> Batch:
+        """Mark what is held out in a batch."""
+        if masks is not None:
+            table = table.with_masks(masks.is_used, masks.is_seen)
+        n_used = int(table.observations.is_used.sum())
+        return replace(table.everything(), share=n_used / max(self.n_used, 1))
+
+    def split(self, number: int) -> tuple[ObservationTable, Split | None]:
+        """Read one batch, and what is held out in it if it is a carrier."""
+        data = self.store.read(self.edges[number], self.edges[number + 1])
+        problem = build_problem([data], self.config, standard=self.standard, unique=self.unique)
+        if number not in self.carriers:
+            return problem.table, None
+        seed = [self.config.seed, number]
+        return problem.table, split(problem.table, self.config.held_out, True, seed)
+
+    def numbers(self, generator: torch.Generator) -> Iterator[int]:
+        """Batch numbers in random order, pass after pass, without end."""
+        filled = torch.as_tensor(np.flatnonzero(self.filled))
+        while True:
+            yield from filled[torch.randperm(len(filled), generator=generator)].tolist()
+
+    def wavelength(self) -> float | None:
+        """Median over the first images [A], as far as the store has it."""
+        if not self.store.has_wavelength:
+            return None
+        first = self.store.read(0, int(self.edges[1]))
+        return float(np.median(first.wavelength))
+
+    def _d_min(self) -> float:
+        """Resolution limit: as configured, or that of the data."""
+        largest = 0.0
+        for rows in self._blocks():
+            index = self.store.column("miller_index", rows)
+            largest = max(largest, float(inv_d2(index, self.store.cell).max()))
+        # a hair beyond: the reflection that sets the limit is inside
+        return max(largest**-0.5 * (1 - 1e-6), self.config.d_min or 0.0)
+
+    def _blocks(self) -> Iterator[slice]:
+        starts = range(0, len(self.store), ROWS_AT_A_TIME)
+        return (slice(b, min(b + ROWS_AT_A_TIME, len(self.store))) for b in starts)
+
+    def _sample(self, order: NDArray[np.int64], standard: Standard | None) -> ObservationTable:
+        """Read some batches as one table, not the carriers while there are others."""
+        n = max(1, round(SAMPLE * self.n_batches / len(self.store)))
+        chosen = np.sort(order[::-1][:n])
+        parts = [self.store.read(self.edges[k], self.edges[k + 1]) for k in chosen]
+        data = joined(parts)
+        return build_problem([data], self.config, standard=standard, unique=self.unique).table
+
+    def _count(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Training observations of each unique reflection, and which batches have any."""
+        n_obs = np.zeros(len(self.unique), dtype=np.int64)
+        first = self.store.image_starts[self.edges]
+        n_kept = np.zeros(self.n_batches, dtype=np.int64)
+        for rows in self._blocks():
+            row = self.unique.asus[0].refl_id(self.store.column("miller_index", rows))
+            kept = is_kept(
+                row, self.store.column("intensity", rows), self.store.column("sigma", rows)
+            )
+            n_obs += np.bincount(row[kept], minlength=len(n_obs))
+            batch = np.searchsorted(first, np.arange(rows.start, rows.stop)[kept], "right") - 1
+            n_kept += np.bincount(batch, minlength=self.n_batches)
+        for k in self.carriers:
+            if n_kept[k]:
+                table, masks = self.split(k)
+                row = table.terms.row[~masks.is_used].numpy()
+                n_obs -= np.bincount(row, minlength=len(n_obs))
+        return n_obs, n_kept > 0
+
+
+def _edges(image_starts: NDArray[np.int64], batch_size: int) -> NDArray[np.int64]:
+    """First image of each batch and, at the end, the number of images."""
+    n_obs, n_images = int(image_starts[-1]), len(image_starts) - 1
+    n = min(max(MIN_BATCHES, round(n_obs / batch_size)), n_images)
+    inner = np.searchsorted(image_starts, np.linspace(0, n_obs, n + 1)[1:-1])
+    return np.unique(np.concatenate([[0], inner, [n_images]]))
+
+
+def joined(parts: Sequence[UnmergedData]) -> UnmergedData:
+    """Put images of one store behind each other, numbered anew."""
+    images, first = [], 0
+    for part in parts:
+        images.append(part.image + first)
+        first += part.n_images
+
+    def column(of: Callable[[UnmergedData], NDArray]) -> NDArray:
+        return np.concatenate([of(part) for part in parts])
+
+    has_wavelength = parts[0].wavelength is not None
+    return replace(
+        parts[0],
+        miller_index=column(lambda p: p.miller_index),
+        intensity=column(lambda p: p.intensity),
+        sigma=column(lambda p: p.sigma),
+        image=np.concatenate(images),
+        wavelength=column(lambda p: p.wavelength) if has_wavelength else None,
+        metadata={n: column(lambda p, n=n: p.metadata[n]) for n in parts[0].metadata},
+    )
