@@ -113,6 +113,7 @@ def _check(inputs: MergeInputs, config: IntensityMergeConfig, store: UnmergedSto
             ("--parents", inputs.parents is not None),
             ("--friedel", inputs.is_friedel),
             ("--prior double-wilson", config.prior == "double-wilson"),
+            ("--half-set-repeats", config.half_set_repeats > 1),
         )
         if is_asked
     ]

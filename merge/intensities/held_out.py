@@ -110,7 +110,7 @@ def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
         variance, shared = variance + shared**2, None
     normal = merger.as_normal(batch, e.mean, torch.zeros_like(e.spread), variance)
     residual, spread, variance = normal
-    return merger.likelihood(residual, e.common, spread, variance, batch.cluster, e.blank, shared)
+    return merger.likelihood(residual, e.common, spread, variance, batch.cluster, e.other, shared)
 
 
 @torch.no_grad()
@@ -132,8 +132,8 @@ def observed_and_expected(merger: IntensityMerger, batch: Batch) -> NDArray:
     """Measured and expected intensities and, without clusters, log-densities, (3, N)."""
     e = merger.generative(batch, merger.inference())
     expected = e.mean
-    if e.blank is not None:
-        expected = torch.sigmoid(-e.blank.log_odds) * expected
+    if e.other is not None:
+        expected = torch.sigmoid(-e.other.blank_log_odds) * expected
     density = torch.full_like(expected, torch.nan)
     if batch.cluster is None:
         density = predictive_density(merger, batch)

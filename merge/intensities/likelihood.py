@@ -17,7 +17,9 @@ a lower bound of the ELBO, exact for the Normal: no sampling and no quadrature.
 
 Where the scale model gives log-odds that a spot is *blank* (in a shadow, on a dead module:
 predicted and integrated, but without a photon of its own), the density is a mixture with
-Normal(0, sigma_i^2). The spots of a cluster are at one place and blank together.
+Normal(0, sigma_i^2), and with intensities that are usual at that resolution and scale, for *stray*
+spots: harmonics outside the range, overlaps, wrong indices. The spots of a cluster are at one
+place, and blank or stray together.
 """
 
 from __future__ import annotations
@@ -27,44 +29,56 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 MIN_VARIANCE = 0.05  # least share of sigma^2 that a negative sdB may leave
+STRAY_NORM = math.log(math.pi * math.sqrt(3.0) / 2)  # of Student's t, 3 degrees of freedom
+STRAY_LOG_ODDS = -6.0  # before anything is learned
 
 
 @dataclass(frozen=True)
-class Blank:
-    """What is measured where no spot is, (N,) each.
+class NotTheSpot:
+    """What else may have been measured, (N,) each.
 
     Parameters
     ----------
-    log_density : Tensor
-        Of the intensity, were the spot blank.
-    log_odds : Tensor
+    blank : Tensor
+        Log-density of the intensity, were there no spot.
+    blank_log_odds : Tensor
         Of being blank, before the intensity is known.
+    stray : Tensor
+        Log-density of the intensity, were it another reflection's.
     """
 
-    log_density: Tensor
-    log_odds: Tensor
+    blank: Tensor
+    blank_log_odds: Tensor
+    stray: Tensor
 
     @classmethod
-    def of(cls, intensity: Tensor, sigma: Tensor, log_odds: Tensor | None) -> Blank | None:
-        """Normal(0, sigma^2); None without odds."""
+    def of(
+        cls, intensity: Tensor, sigma: Tensor, log_odds: Tensor | None, usual: Tensor
+    ) -> NotTheSpot | None:
+        """Give densities of blanks and of spots as strong as is ``usual`` there, (N,) each.
+
+        None without odds.
+        """
         if log_odds is None:
             return None
-        log_density = -0.5 * (intensity / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
-        return cls(log_density, log_odds)
+        blank = -0.5 * (intensity / sigma) ** 2 - sigma.log() - 0.5 * math.log(2 * math.pi)
+        width = (sigma**2 + usual**2).sqrt()
+        # Student's t of 3 degrees of freedom: an intensity has a long tail
+        stray = -2 * torch.log1p((intensity / width) ** 2 / 3) - width.log() - STRAY_NORM
+        return cls(blank, log_odds, stray)
 
-    def by_cluster(self, cluster: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sum of the log-densities and mean of the log-odds of each cluster, (C,)."""
+    def by_cluster(self, cluster: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum the log-densities and average the log-odds of each cluster, (C,)."""
         if cluster is None:
-            return self.log_density, self.log_odds
+            return self.blank, self.blank_log_odds, self.stray
         n = int(cluster[-1]) + 1
-        nothing, odds, count = (
+        blank, odds, stray, count = (
             torch.zeros(n, dtype=v.dtype, device=v.device).index_add(0, cluster, v)
-            for v in (self.log_density, self.log_odds, torch.ones_like(self.log_odds))
+            for v in (self.blank, self.blank_log_odds, self.stray, torch.ones_like(self.stray))
         )
-        return nothing, odds / count
+        return blank, odds / count, stray
 
 
 class IntensityLikelihood(nn.Module):
@@ -100,6 +114,7 @@ class IntensityLikelihood(nn.Module):
         self.sdb = parameter(0.0, has_error_model)
         self.log_sdadd = parameter(math.log(0.03) if has_error_model else -20.0, has_error_model)
         self.log_common = parameter(math.log(0.03), has_common_error)
+        self.stray_log_odds = parameter(STRAY_LOG_ODDS, True)
         self.log_dof = parameter(math.log(dof or 16.0), dof is None and not is_normal)
 
     @property
@@ -144,7 +159,7 @@ class IntensityLikelihood(nn.Module):
         spread: Tensor,
         variance: Tensor,
         cluster: Tensor | None,
-        blank: Blank | None = None,
+        other: NotTheSpot | None = None,
         shared: Tensor | None = None,
     ) -> Tensor:
         """Bound of the expected log-density of each cluster, (C,); of each observation without.
@@ -155,16 +170,27 @@ class IntensityLikelihood(nn.Module):
             I - m, s m, v = Var[K F^2] under q, and D.
         cluster : Tensor, (N,) int64, or None
             0 .. C - 1, not decreasing.
-        blank : Blank, optional
+        other : NotTheSpot, optional
         shared : Tensor, (N,), optional
             Deviation of a cluster's observations because the root of their amplitudes is
             uncertain: another error in common. Without clusters it belongs to ``variance``.
         """
         density = self._of_spots(residual, common, spread, variance, cluster, shared)
-        if blank is None:
+        if other is None:
             return density
-        nothing, log_odds = blank.by_cluster(cluster)
-        return torch.logaddexp(density + logsigmoid(-log_odds), nothing + logsigmoid(log_odds))
+        return torch.logaddexp(density, self._of_other(other, cluster)) - self._log_total(
+            other, cluster
+        )
+
+    def _of_other(self, other: NotTheSpot, cluster: Tensor | None) -> Tensor:
+        """Log-density of all that is no spot, relative to odds of 1 for the spot, (C,)."""
+        blank, log_odds, stray = other.by_cluster(cluster)
+        return torch.logaddexp(blank + log_odds, stray + self.stray_log_odds)
+
+    def _log_total(self, other: NotTheSpot, cluster: Tensor | None) -> Tensor:
+        """Log of the sum of the odds, (C,)."""
+        log_odds = other.by_cluster(cluster)[1]
+        return torch.log1p(log_odds.exp() + self.stray_log_odds.exp())
 
     def _of_spots(
         self,
@@ -249,12 +275,11 @@ class IntensityLikelihood(nn.Module):
         spread: Tensor,
         variance: Tensor,
         cluster: Tensor | None,
-        blank: Blank | None,
+        other: NotTheSpot | None,
     ) -> Tensor:
-        """Probability of each observation to be a spot and not blank, (N,)."""
-        if blank is None:
+        """Probability of each observation to be its own spot, (N,)."""
+        if other is None:
             return torch.ones_like(residual)
         density = self._of_spots(residual, common, spread, variance, cluster)
-        nothing, log_odds = blank.by_cluster(cluster)
-        share = torch.sigmoid(density - nothing - log_odds)
+        share = torch.sigmoid(density - self._of_other(other, cluster))
         return share if cluster is None else share[cluster]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from integrator.distributions.nakagami import Nakagami
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.likelihood import Blank, IntensityLikelihood
+from merge.intensities.likelihood import IntensityLikelihood, NotTheSpot
 from merge.intensities.photon_counts import as_deviance, expected_sigma
 from merge.intensities.prior import TreePrior
 from merge.intensities.scale import ErrorsByPlace, ObservationScale
@@ -41,8 +41,8 @@ class Expectation:
         K; with harmonics, ``mean`` over <F^2> of the first.
     common : Tensor
         Error that the observations of a cluster share.
-    blank : Blank or None
-        What there would be without a spot.
+    other : NotTheSpot or None
+        What else may have been measured.
     """
 
     mean: Tensor
@@ -50,7 +50,7 @@ class Expectation:
     variance: Tensor
     scale: Tensor
     common: Tensor
-    blank: Blank | None
+    other: NotTheSpot | None
 
 
 @dataclass(frozen=True)
@@ -195,8 +195,10 @@ class IntensityMerger(nn.Module):
             sigma = expected_sigma(mean, o.sigma, o.photon_variance)
         variance = self.likelihood.variance(sigma, mean, errors.relative)
         common = self.likelihood.common(mean, errors.log_common)
-        blank = Blank.of(o.intensity, o.sigma, errors.blank_log_odds)
-        return Expectation(mean, spread, variance, mean / q.spread[row], common, blank)
+        scale = mean / q.spread[row]
+        usual = scale.detach() * self.prior.spread().detach()[row]
+        other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
+        return Expectation(mean, spread, variance, scale, common, other)
 
     def loss(self, batch: Batch, q: Nakagami, with_prior: bool = True) -> MergeTerms:
         """Terms of the ELBO that this batch contributes.
@@ -227,7 +229,7 @@ class IntensityMerger(nn.Module):
         residual = o.intensity - e.mean
         robust = self.likelihood.weight(residual, e.variance)
         robust = robust * self.likelihood.share_of_spots(
-            residual, e.common, e.spread, e.variance, batch.cluster, e.blank
+            residual, e.common, e.spread, e.variance, batch.cluster, e.other
         )
         term = o.is_used * robust * e.mean**2 / e.variance
         rows = batch.first_rows
@@ -236,7 +238,7 @@ class IntensityMerger(nn.Module):
     def log_density(self, batch: Batch, e: Expectation) -> Tensor:
         """Bound the log-density of each cluster (or observation), (C,)."""
         residual, spread, variance = self.as_normal(batch, e.mean, e.spread, e.variance)
-        return self.likelihood(residual, e.common, spread, variance, batch.cluster, e.blank)
+        return self.likelihood(residual, e.common, spread, variance, batch.cluster, e.other)
 
     def as_normal(
         self, batch: Batch, mean: Tensor, spread: Tensor, variance: Tensor

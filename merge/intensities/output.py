@@ -19,7 +19,7 @@ ROWS_AT_A_TIME = 8192
 class ScaledObservations:
     """Observations on the common scale, (N,); units of the files.
 
-    ``is_spot``: more likely a spot than blank.
+    ``is_spot``: more likely the spot than anything else.
     """
 
     row: Tensor
@@ -53,7 +53,7 @@ def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> Sca
     variance = variance + e.common**2
     weight = merger.likelihood.weight(residual, variance)
     share = merger.likelihood.share_of_spots(
-        residual, e.common, e.spread, e.variance, batch.cluster, e.blank
+        residual, e.common, e.spread, e.variance, batch.cluster, e.other
     )
     weight = weight * share.clamp_min(1e-9)
     unit = table.unit_intensity

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from merge.intensities.likelihood import Blank
+from merge.intensities.likelihood import NotTheSpot
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import Batch
 
@@ -33,9 +33,9 @@ class RowSums:
     Attributes
     ----------
     by_half : Tensor, (2, R, 7)
-        Columns :data:`COLUMNS`. Of spots that are not blank: ``n``, and of the scaled intensities,
-        in units of the table, sums of ``1 / variance``, of ``I / variance``, of ``I`` and of
-        ``|I - <F^2>|``. Of all: slope of the
+        Columns :data:`COLUMNS`. Of spots, neither blank nor stray: ``n``, and of the scaled
+        intensities, in units of the table, sums of ``1 / variance``, of ``I / variance``, of ``I``
+        and of ``|I - <F^2>|``. Of all: slope of the
         log-likelihood against log <F^2>, and its expected curvature.
     """
 
@@ -43,6 +43,7 @@ class RowSums:
         self.merger, self.seed = merger, seed
         q = merger.inference()
         self.spread, self.concentration = q.spread.detach(), q.concentration.detach()
+        self.usual = merger.prior.spread().detach()
         self.by_half = self.spread.new_zeros(2, len(self.spread), len(COLUMNS))
 
     def add(self, batches: Iterable[tuple[int, Batch]]) -> RowSums:
@@ -79,16 +80,17 @@ class RowSums:
             scale = log_scale.exp()
             mean = scale * self.spread[row]
             spread, alone = mean**2 / self.concentration[row], torch.zeros_like(mean)
-            blank = Blank.of(o.intensity, o.sigma, errors.blank_log_odds)
+            usual = scale * self.usual[row]
+            other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
         mean.requires_grad_()
         with torch.enable_grad():
             variance = likelihood.variance(o.sigma, mean, errors.relative)
-            density = likelihood(o.intensity - mean, alone, spread, variance, None, blank)
+            density = likelihood(o.intensity - mean, alone, spread, variance, None, other)
             (slope,) = torch.autograd.grad(density.sum(), mean)
         with torch.no_grad():
             mean, variance = mean.detach(), variance.detach()
             residual = o.intensity - mean
-            share = likelihood.share_of_spots(residual, alone, spread, variance, None, blank)
+            share = likelihood.share_of_spots(residual, alone, spread, variance, None, other)
             robust = likelihood.weight(residual, variance) * share
             is_spot = (share > 0.5).double()
             value, weight = o.intensity / scale, is_spot * robust / variance * scale**2

@@ -8,6 +8,7 @@ Examples
 --------
 braggflux simulate --out demo/frames
 braggflux simulate --out small --preset tiny --seed 3
+braggflux simulate --out spoilt --preset tiny --effects ice,hot-pixel,shadow,zinger
 braggflux simulate --out serial --preset stills --images 1646
 """
 
@@ -32,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="hewl-iodide",
         help="hewl-iodide (the demo), tiny or multipanel (seconds), or stills [hewl-iodide]",
     )
+    text = "what spoils the frames: some of ice,hot-pixel,shadow,zinger [none]"
+    parser.add_argument("--effects", default="", metavar="NAMES", help=text)
     parser.add_argument(
         "--images", metavar="N", help="of the preset stills [164639, as many as CXIDB 81]"
     )
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Simulate."""
+    from fixtures.presets import effect_overrides
     from fixtures.simulate import simulate
     from pipelines import log, schema
 
@@ -57,8 +61,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             "--images, --model and --reindexed belong to --preset stills; leave them out"
         )
+    effects = effect_overrides(name.strip() for name in args.effects.split(",") if name.strip())
     with log.progress("frames") as advance:
-        files = simulate(args.out, preset=args.preset, seed=seed, progress=advance)
+        files = simulate(args.out, args.preset, seed, advance, overrides=effects)
     logger.info("frames: %s", files.master)
     logger.info("model: %s", files.model)
 

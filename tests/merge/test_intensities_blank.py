@@ -11,7 +11,7 @@ from scipy import stats
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from merge.intensities.build import build_problem
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.likelihood import Blank, IntensityLikelihood
+from merge.intensities.likelihood import IntensityLikelihood, NotTheSpot
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.output import merged_rows, scaled_observations
 from merge.intensities.training import fit, start
@@ -29,7 +29,9 @@ def test_density_is_a_mixture_and_the_spots_of_a_cluster_are_blank_together():
     model = IntensityLikelihood(False, 5.0, True, True, 1.0)
     s2 = model.error_parameters["common_error"] ** 2
     tensor = torch.as_tensor
-    blank = Blank.of(tensor(intensity), tensor(sigma), tensor(log_odds))
+    usual = rng.uniform(2, 9, 3)
+    blank = NotTheSpot.of(*(tensor(x) for x in (intensity, sigma, log_odds, usual)))
+    odds_stray = float(model.stray_log_odds.detach().exp())
     cluster = torch.tensor([0, 0, 1])
     s = s2**0.5 * expected
     given = [tensor(x) for x in (intensity - expected, s, np.zeros(3), variance)]
@@ -39,11 +41,13 @@ def test_density_is_a_mixture_and_the_spots_of_a_cluster_are_blank_together():
         shape = np.diag(variance[rows]) + s2 * np.outer(expected[rows], expected[rows])
         spot = stats.multivariate_t(shape=shape, df=5.0).pdf(intensity[rows] - expected[rows])
         nothing = stats.norm(0, sigma[rows]).pdf(intensity[rows]).prod()
-        p = 1 / (1 + np.exp(-log_odds[rows].mean()))
-        assert density[c] == pytest.approx(np.log((1 - p) * spot + p * nothing), rel=1e-10)
-        wanted = (1 - p) * spot / ((1 - p) * spot + p * nothing)
-        np.testing.assert_allclose(share[rows], wanted, rtol=1e-10)
-    assert Blank.of(tensor(intensity), tensor(sigma), None) is None
+        stray = stats.t(3, 0, np.hypot(sigma, usual)[rows]).pdf(intensity[rows]).prod()
+        odds = np.exp(log_odds[rows].mean())
+        total = spot + odds * nothing + odds_stray * stray
+        wanted = np.log(total / (1 + odds + odds_stray))
+        assert density[c] == pytest.approx(wanted, rel=1e-10)
+        np.testing.assert_allclose(share[rows], spot / total, rtol=1e-10)
+    assert NotTheSpot.of(tensor(intensity), tensor(sigma), None, tensor(usual)) is None
 
 
 def test_a_shadow_takes_reflections_away_and_spoils_none():
