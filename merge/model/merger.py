@@ -177,7 +177,7 @@ class Merger(nn.Module):
     def restart_doubted(self, batch: MergeBatch) -> int:
         """Start q(F) anew where most observations of a group of mates pass for outliers.
 
-        Far from them q(F) may sit on a single wrong observation, a maximum that steps do not leave.
+        Far from them q(F) may sit on a single wrong observation, which no step leaves.
         The median of all observations of the group is on the side of the majority.
 
         Returns
