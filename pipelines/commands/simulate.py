@@ -25,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder, preset and seed."""
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write to"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
         "--preset",
         default="hewl-iodide",
@@ -58,9 +56,7 @@ def run(args: argparse.Namespace) -> None:
         _run_stills(args, seed)
         return
     if any(x is not None for x in (args.images, args.model, args.reindexed)):
-        raise UserError(
-            "--images, --model and --reindexed belong to --preset stills; leave them out"
-        )
+        raise UserError("--images, --model and --reindexed are of --preset stills; leave them out")
     effects = effect_overrides(name.strip() for name in args.effects.split(",") if name.strip())
     with log.progress("frames") as advance:
         files = simulate(args.out, args.preset, seed, advance, overrides=effects)
