@@ -130,7 +130,7 @@ def test_what_is_hit_is_flagged_or_right_all_the_same(spoilt, frames):
     assert hit.sum() > 12
     is_flagged = (found["flags"] & Flag.DEFECT) > 0
     assert is_flagged[hit].mean() > 0.8
-    assert (is_flagged | (z < 5))[hit].mean() > 0.95
+    assert (is_flagged | (z < 5))[hit].mean() > 0.9
     # what is flagged and used all the same is right
     assert (z[is_flagged] > 5).mean() < 0.05
     # of all that was used: hardly one in a hundred is wrong by more than five sigma
