@@ -23,7 +23,7 @@ from integrator.distributions.nakagami import Nakagami
 from merge.model.prior import WilsonPrior, hat_design
 
 #: Nodes for the mean of the slowly varying factor of the density.
-N_NODES = 3
+N_NODES = 2
 N_ROUNDS = 20
 
 

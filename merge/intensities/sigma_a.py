@@ -110,7 +110,9 @@ def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tens
         return SigmaA2(0.0, math.inf, n)
     chi2 = float((((z - x @ x.new_tensor([a, b])) ** 2) / variance).sum()) / (n - 2)
     slope = x.new_tensor([-b, a]) / (a + b) ** 2
-    error = float((slope @ covariance @ slope).sqrt()) * math.sqrt(max(chi2, 1.0))
+    # Bijvoet mates share E_calc and nearly E: together they tell little more than one of them
+    n_copies = n / len(torch.unique(z_calc.float()))
+    error = float((slope @ covariance @ slope).sqrt()) * math.sqrt(max(chi2, 1.0) * n_copies)
     return SigmaA2(b / (a + b), error, n)
 
 

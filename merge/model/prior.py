@@ -60,8 +60,9 @@ class WilsonPrior(nn.Module):
         self.log_sigma = nn.Parameter(torch.zeros(n_knots, dtype=torch.float64))
         self.anisotropy, self.b_unit = None, 1.0
         if anisotropic_design is not None and anisotropic_design.shape[1]:
-            # in units of the log at the resolution limit: steps like those of the knots
-            self.b_unit = 2.0 / float(inv_d2.max())
+            # a unit is a quarter in the log at the resolution limit: all reflections together
+            # determine it, so that its steps must be smaller than those of the knots
+            self.b_unit = 0.5 / float(inv_d2.max())
             self.register_buffer("tensor_design", self.b_unit * anisotropic_design.double())
             zeros = torch.zeros(anisotropic_design.shape[1], dtype=torch.float64)
             self.anisotropy = nn.Parameter(zeros)

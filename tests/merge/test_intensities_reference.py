@@ -250,6 +250,16 @@ def test_what_is_believed_of_an_estimate():
     assert SigmaA2(0.9, np.inf, 2).believed == 0.0
 
 
+def test_mates_do_not_count_twice():
+    c = crystal(d_min=4.0, sigma_a=0.7)
+    z, z_calc = normalised(c)
+    columns = [torch.as_tensor(x) for x in (z, np.full(len(z), 0.1), z_calc, c.asu.is_centric)]
+    once = estimate_sigma_a2(*columns)
+    twice = estimate_sigma_a2(*(torch.cat([x, x]) for x in columns))
+    assert twice.value == pytest.approx(once.value, rel=1e-6)
+    assert twice.error == pytest.approx(once.error, rel=0.01)
+
+
 def test_smoothing_is_least_squares_of_a_random_walk():
     values, errors = [0.9, 0.2, 0.7, 0.0], [0.01, 0.2, 0.05, np.inf]
     got = smooth([SigmaA2(v, e, 99) for v, e in zip(values, errors, strict=True)])
