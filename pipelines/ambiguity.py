@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from integrator.crystal.ambiguity import IndexingOperators, indexing_operators
@@ -16,6 +17,7 @@ from merge.intensities.ambiguity_choice import Ambiguity
 from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
 from merge.io.observations import UnmergedData
+from merge.io.unmerged_store import UnmergedStore
 from pipelines.reference_amplitudes import reference_intensities
 from pipelines.rundir import write_rows
 
@@ -26,7 +28,7 @@ SURE = 0.99
 
 
 def ambiguous_operators(
-    data: Sequence[UnmergedData], config: IntensityMergeConfig
+    data: Sequence[UnmergedData | UnmergedStore], config: IntensityMergeConfig
 ) -> IndexingOperators | None:
     """Ways in which the images can be indexed; None where there is but one, or none is wanted."""
     if not config.stills or config.resolve_ambiguity == "none":
@@ -70,21 +72,26 @@ def summary(ambiguity: Ambiguity) -> dict[str, Any]:
 
 def write_choices(problem: MergeProblem, data: Sequence[UnmergedData], path: Path) -> None:
     """Write the operator of each image and log the shares."""
-    ambiguity = problem.ambiguity
     o = problem.table.observations
-    image, first = np.unique(o.image.numpy(), return_index=True)
+    first = np.unique(o.image.numpy(), return_index=True)[1]
     numbers = np.concatenate([d.metadata.get("BATCH", d.image) for d in data])
-    number, dataset = numbers[problem.source[first]], o.dataset.numpy()[first]
-    confidence = ambiguity.confidence.numpy()
+    names = [problem.names[k] for k in o.dataset.numpy()[first]]
+    write_indexing(path, problem.ambiguity, numbers[problem.source[first]], names)
+
+
+def write_indexing(
+    path: Path, ambiguity: Ambiguity, number: NDArray, names: Sequence[str]
+) -> None:
+    """Write the operator of each image with its number and the name of its dataset, (G,) each."""
     rows = [
         {
-            "dataset": problem.names[k],
+            "dataset": name,
             "image": int(n),
             "operator": ambiguity.operators.names[a],
             "confidence": f"{c:.4f}",
         }
-        for k, n, a, c in zip(
-            dataset, number, ambiguity.choice.numpy()[image], confidence[image], strict=True
+        for name, n, a, c in zip(
+            names, number, ambiguity.choice.tolist(), ambiguity.confidence.tolist(), strict=True
         )
     ]
     write_rows(path, rows, rows[0])

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from integrator.crystal.ambiguity import indexing_operators
 from integrator.errors import UserError
 from integrator.io.intensity_file import is_intensity_file
+from merge.intensities.ambiguity_choice import Ambiguity
+from merge.intensities.ambiguity_store import resolve_store
+from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.row_problem import solve_rows
@@ -28,8 +32,10 @@ from merge.intensities.stream_training import (
     predict_held_out,
 )
 from merge.intensities.training import start, start_amplitudes
+from merge.io.reindexed_store import ReindexedStore
 from merge.io.unmerged_store import SUFFIX, UnmergedStore
 from pipelines import log
+from pipelines.ambiguity import ambiguous_operators, wanted_indexing, write_indexing
 from pipelines.merge_inputs import MergeInputs
 from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_stream
@@ -67,8 +73,8 @@ def merge_store(
     UserError
         Something was asked for that needs all observations in memory.
     """
-    with UnmergedStore(inputs.paths[0]) as store:
-        _check(inputs, config, store)
+    indexing, number = _resolved(inputs, config)
+    with _open(inputs.paths[0], indexing) as store:
         stream = ObservationStream(store, config, None if saved is None else saved.standard)
         f_calc = None
         if inputs.reference is not None:
@@ -89,7 +95,11 @@ def merge_store(
         predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
         solve_rows(merger, sums.add(held_out_batches(stream, merger)))
         merger.to("cpu")
-        write_metrics(inputs.out / "metrics.json", merger, predictions)
+        write_metrics(inputs.out / "metrics.json", merger, predictions, indexing)
+        if indexing is not None:
+            write_indexing(
+                inputs.out / "indexing.csv", indexing, number, [store.name] * len(number)
+            )
         save_scale(inputs.out / FILE_NAME, merger, stream.sample, config)
         return write_stream(merger, stream, sums, config, inputs.out)
 
@@ -111,13 +121,34 @@ def _check(inputs: MergeInputs, config: IntensityMergeConfig, store: UnmergedSto
     size = f"the {len(store)} observations of {store.path} are read batch by batch"
     if asked:
         raise UserError(f"{size}, which {asked[0]} does not allow; leave it out, or {remedy}")
-    operators = indexing_operators(store.cell, store.space_group, config.ambiguity_tolerance)
-    if config.resolve_ambiguity == "auto" and len(operators) > 1:
-        raise UserError(
-            f"{size}, and its lattice can be indexed in {len(operators)} ways "
-            f"({', '.join(operators.names)}), which is resolved in memory only; {remedy}, or take "
-            "the indices as they are with --resolve-ambiguity none"
-        )
+
+
+def _resolved(
+    inputs: MergeInputs, config: IntensityMergeConfig
+) -> tuple[Ambiguity | None, NDArray]:
+    """Indexing operator of each image, where there is a choice, and the images' numbers."""
+    with UnmergedStore(inputs.paths[0]) as store:
+        _check(inputs, config, store)
+        operators = ambiguous_operators([store], config)
+        if operators is None:
+            return None, np.empty(0)
+
+        def wanted(problem: MergeProblem) -> Tensor | None:
+            f_calc = None
+            if inputs.reference is not None:
+                f_calc = reference_amplitudes(inputs.reference, problem.unique.asus)
+            return wanted_indexing(
+                config, problem, None if f_calc is None else torch.as_tensor(f_calc)
+            )
+
+        with log.progress("indexing") as advance:
+            return resolve_store(store, config, operators, wanted, advance)
+
+
+def _open(path: Path, indexing: Ambiguity | None) -> UnmergedStore:
+    if indexing is None:
+        return UnmergedStore(path)
+    return ReindexedStore(path, indexing.operators.matrices, indexing.choice.numpy())
 
 
 def _fit_scales(

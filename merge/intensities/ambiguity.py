@@ -60,7 +60,7 @@ def seeded(
     reference : Tensor, (R0,), optional
         Known F^2 of each row of the first dataset's asymmetric unit, NaN where there is none.
     """
-    data = _standard(problem, masks)
+    data = standard_intensities(problem, masks)
     known = None if reference is None else _standard_reference(problem, reference)
     generator = torch.Generator().manual_seed(config.seed)
     mixture = seed_operators(data, generator, known)
@@ -74,7 +74,8 @@ def seeded(
     return with_choice(problem, after[choice], confidence)
 
 
-def _standard(problem: MergeProblem, masks: Split) -> StandardIntensities:
+def standard_intensities(problem: MergeProblem, masks: Split) -> StandardIntensities:
+    """Bring the observations of a problem into the form in which images are compared."""
     table = problem.table
     o, terms = table.observations, table.terms
     level = terms.base_log_scale.exp()

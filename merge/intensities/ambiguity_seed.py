@@ -27,6 +27,7 @@ N_FIRST_STEPS = 25  # of a random start, before it may end
 N_IMAGES = 4000
 SETTLED = 1e-4  # mean change of the responsibilities that ends the iteration
 N_SHELLS = 20
+N_NOISE_STEPS = 8
 LIMIT = 3.0  # of t, in its standard deviations
 
 
@@ -81,6 +82,49 @@ class Mixture:
     def evidence(self) -> float:
         """Predictive log-likelihood of all images, operators unknown [nats]."""
         return float(torch.logsumexp(self.log_likelihood + self.share.log(), 1).sum())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What images of known operators say of each reflection.
+
+    Parameters
+    ----------
+    total, weight : Tensor, (R,)
+        Sums of w t and of w.
+    noise : Tensor
+        Variance of t about M beside that of its measurement.
+    share : Tensor, (A,)
+        Of the operators.
+    """
+
+    total: Tensor
+    weight: Tensor
+    noise: Tensor
+    share: Tensor
+
+    def compare(self, data: StandardIntensities) -> Tensor:
+        """Probability of each operator for images that took no part, (G, A)."""
+        score = torch.zeros(data.n_images, len(self.share), dtype=torch.float64)
+        for a in range(len(self.share)):
+            row = data.row[:, a]
+            is_known = (row >= 0) & (row < len(self.weight))
+            row = torch.where(is_known, row, 0)
+            left = self.weight[row] + _prior_weight(self.noise)
+            variance = self.noise + data.variance + 1.0 / left
+            z2 = (data.value - self.total[row] / left) ** 2 / variance
+            density = torch.where(is_known, -0.5 * (z2 + variance.log()), 0.0)
+            score[:, a].index_add_(0, data.image, density)
+        return torch.softmax(score + self.share.log(), 1)
+
+
+def agreement(data: StandardIntensities, responsibility: Tensor) -> Agreement:
+    """Merge images with the responsibilities (G, A) that they have settled on."""
+    noise = torch.tensor(0.5, dtype=torch.float64)
+    for _ in range(N_NOISE_STEPS):
+        noise = _log_likelihood(data, responsibility, noise)[1]
+    share = (responsibility.sum(0) + 1.0) / (len(responsibility) + responsibility.shape[1])
+    return Agreement(*means(data, responsibility, noise), noise, share)
 
 
 def standardise(
@@ -209,6 +253,11 @@ def means(
     return total, weight
 
 
+def _prior_weight(noise: Tensor) -> Tensor:
+    """1 / tau^2: t has variance 1, which noise and M share."""
+    return 1.0 / (1.0 - noise).clamp_min(0.05)
+
+
 def _own_weight(
     data: StandardIntensities, responsibility: Tensor, noise: Tensor, a: int
 ) -> Tensor:
@@ -221,7 +270,7 @@ def _log_likelihood(
 ) -> tuple[Tensor, Tensor]:
     """Log-likelihood of each image under each operator given the others, (G, A), and new noise."""
     total, weight = means(data, responsibility, noise)
-    prior = 1.0 / (1.0 - noise).clamp_min(0.05)  # t has variance 1: noise and M share it
+    prior = _prior_weight(noise)
     score = torch.zeros_like(responsibility)
     own = [_own_weight(data, responsibility, noise, a) for a in range(data.row.shape[1])]
     square, count = 0.0, 0.0

@@ -40,7 +40,6 @@ def test_a_store_merges_like_the_file_it_was_made_from(source, tmp_path):
         (("--reindex", "k,h,-l"), "--reindex does not allow"),
         (("--friedel",), "--friedel does not allow"),
         (("--prior", "double-wilson", "--anomalous"), "double-wilson does not allow"),
-        ((), "can be indexed in 2 ways (h,k,l, k,h,-l)"),
     ],
 )
 def test_what_needs_all_in_memory_is_one_line(more, said, tmp_path, capsys):

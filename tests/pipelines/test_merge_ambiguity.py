@@ -12,7 +12,10 @@ from simulated_unmerged import FAST, toy_model, write_mtz
 
 from fixtures.stills import StillsSettings, stills
 from integrator.crystal.symmetry import to_asu
+from merge.intensities import ambiguity_store
 from merge.io.mtz import read_merged_mtz
+from merge.io.reindexed_store import ReindexedStore
+from merge.io.unmerged_store import UnmergedStore
 from pipelines import cli
 from pipelines.stills_store import write_stills
 
@@ -108,6 +111,51 @@ def test_new_images_with_scales_of_others(merged, data, tmp_path):
     assert run("merge", data.observations, "--stills", "--out", out, *more, *FAST) == 0
     before, after = (choices(path, data)[0] for path in (merged, out))
     assert after == pytest.approx(before, abs=0.02)
+
+
+STREAMED = ("--set", "stream_above=0", "--set", "stream_training=200000")
+
+
+@pytest.mark.parametrize("is_flipped", [False, True])
+def test_a_store_read_batch_by_batch(is_flipped, data, tmp_path, monkeypatch):
+    """A third of the images agree; the others are compared with them."""
+    for name, value in (("SAMPLE", 50), ("PIECE", 10), ("BLOCK", 40)):
+        monkeypatch.setattr(ambiguity_store, name, value)
+    hkl, f, group = true_amplitudes(data)
+    turn = FLIP if is_flipped else np.eye(3, dtype=int)
+    reference = write_mtz(
+        tmp_path / "ref.mtz",
+        to_asu(hkl @ turn, group).miller_index,
+        {"IMEAN": ("J", f**2)},
+        cell=HEXAGONAL,
+        space_group="P 63",
+    )
+    out = tmp_path / "out"
+    more = ("--reference-intensities", reference, "--batch-size", "2000", *STREAMED, *FAST)
+    assert run("merge", data.observations, "--stills", "--out", out, *more) == 0
+    agreeing, rows = choices(out, data)
+    assert len(rows) == 150
+    assert (agreeing < 0.02) if is_flipped else (agreeing > 0.98)
+    assert correlation(out / "merged.mtz", data, turn) > 0.95
+    said = json.loads((out / "metrics.json").read_text())["indexing"]
+    assert said["mean_confidence"] > 0.98
+
+
+def test_a_store_under_other_indices(data):
+    with UnmergedStore(data.observations) as store:
+        choice = np.random.default_rng(0).integers(0, 2, store.n_images)
+        plain = store.read(20, 60)
+    matrices = np.stack([np.eye(3, dtype=int), FLIP])
+    with ReindexedStore(data.observations, matrices, choice) as store:
+        turned = store.read(20, 60)
+        rows = slice(store.image_starts[20], store.image_starts[60])
+        index = store.column("miller_index", rows)
+        np.testing.assert_array_equal(store.column("intensity", rows), plain.intensity)
+    is_turned = choice[20 + plain.image] == 1
+    wanted = np.where(is_turned[:, None], plain.miller_index @ FLIP, plain.miller_index)
+    np.testing.assert_array_equal(turned.miller_index, wanted)
+    np.testing.assert_array_equal(index, wanted)
+    np.testing.assert_array_equal(turned.intensity, plain.intensity)
 
 
 def test_switched_off(data, tmp_path):
