@@ -31,6 +31,7 @@ B_SD, B_STEP = 10.0, 1.0  # [A^2]
 SPECTRUM_BEND = 0.5  # second difference of the log-spectrum
 WEIGHT_SD = 1.0
 DEVIATION_SD = 0.5  # of an image from the others of its unit
+BLOCK = 8192  # observations that pass the networks together where nothing is learned
 
 
 class ResidualNetwork(nn.Module):
@@ -61,6 +62,8 @@ class ResidualNetwork(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Activations before the last layer, (..., width)."""
+        if len(x) > BLOCK and not torch.is_grad_enabled():  # fits the cache, and little memory
+            return torch.cat([self.hidden(part) for part in x.split(BLOCK)])
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
