@@ -36,6 +36,7 @@ SPECTRUM_BEND = 0.5  # second difference of the log-spectrum
 WEIGHT_SD = 1.0
 DEVIATION_SD = 0.5  # of an image from the others of its unit
 BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
+BLOCK = 8192  # observations that pass the networks together where nothing is learned
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class ResidualNetwork(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Activations before the last layer, (..., width)."""
+        if len(x) > BLOCK and not torch.is_grad_enabled():  # fits the cache, and little memory
+            return torch.cat([self.hidden(part) for part in x.split(BLOCK)])
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
