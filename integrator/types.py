@@ -165,3 +165,4 @@ class Flag:
     MASKED_CORE = 2  # some pixels that should hold signal are not valid
     OVERLAPPED = 4  # a neighbour's spot reaches into the box
     REJECTED = 8  # too little of the profile was recorded to be used
+    DEFECT = 16  # a zinger, an unmasked hot pixel or a shadow took voxels of the spot

@@ -40,7 +40,7 @@ class MergeConfig:
     # Start of the share of outliers.
     outlier_fraction: float = 0.01
     # Full-batch steps for the merge in each epoch.
-    steps_per_epoch: int = 40
+    steps_per_epoch: int = 60
     # Step of the merge's parameters at the first and the last epoch.
     learning_rate: float = 0.03
     final_learning_rate: float = 0.003

@@ -148,6 +148,7 @@ class Trainer:
         epochs = self.config.training.epochs
         batch = self.merge_input()
         self.model.merger.count_observations(batch.refl_id)
+        self.model.merger.restart_doubted(batch)
         weights = self.model.merger.group_weights(batch.refl_id)
         ratio = config.final_learning_rate / config.learning_rate
         for step in range(config.steps_per_epoch):

@@ -94,6 +94,10 @@ class ShoeboxWriter:
         self._counts[first : first + len(counts)] = counts
         self._mask[first : first + len(mask)] = mask
 
+    def read_boxes(self, first: int, n: int) -> tuple[NDArray, NDArray[np.uint8]]:
+        """Read counts and mask of rows that were written."""
+        return self._counts[first : first + n], self._mask[first : first + n]
+
     def write_columns(self, columns: Mapping[str, NDArray]) -> None:
         """Write the columns of all reflections."""
         group = self._handle.create_group("reflections")

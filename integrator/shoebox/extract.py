@@ -20,16 +20,25 @@ from numpy.typing import NDArray
 from integrator.crystal.geometry import Experiment
 from integrator.errors import UserError
 from integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
-from integrator.shoebox.background import BackgroundAccumulator, pixel_inv_d
+from integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
 from integrator.shoebox.canvas import FrameCanvas
+from integrator.shoebox.defects import BoxGeometry, remove_from_boxes
 from integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer
-from integrator.shoebox.mask import MaskBit, MaskSettings, SpotMap, Spots, window_half
+from integrator.shoebox.mask import (
+    MaskBit,
+    MaskSettings,
+    SpotMap,
+    Spots,
+    edge_flags,
+    window_half,
+)
 from integrator.shoebox.predict import Prediction
-from integrator.shoebox.sweep import Sweep
+from integrator.shoebox.spikes import SpikeFilter
+from integrator.shoebox.sweep import Sweep, describe_experiment
 from integrator.types import Flag, ReflectionMetadata
 
 if TYPE_CHECKING:
-    from integrator.io.images import FrameSource
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +46,10 @@ Progress = Callable[[int, int], None]
 
 MIN_RECORDED = 0.1
 """Share of a Gaussian spot that must be recorded for a reflection to be usable."""
-MIN_ZETA = 0.1
-"""Closer to the rotation axis the spot moves on the detector while the rocking curve lasts: on
-simulated frames the errors of strong spots are 1.3 times their sigma there (0.05 to 0.1)."""
+MIN_ZETA = 0.05
+"""Closer to the rotation axis the spot moves on the detector while the rocking curve lasts (DIALS
+draws the same line). From there to 0.1 errors of strong spots are 1.3 times their sigma on
+simulated frames: one in four hundred observations."""
 
 
 def extract_shoeboxes(
@@ -49,6 +59,7 @@ def extract_shoeboxes(
     *,
     settings: MaskSettings | None = None,
     attributes: dict[str, object] | None = None,
+    find_defects: bool = True,
     progress: Progress | None = None,
 ) -> ShoeboxStore:
     """Write the shoeboxes of all sweeps to a store; every frame is read once.
@@ -62,6 +73,8 @@ def extract_shoeboxes(
     settings : MaskSettings, optional
     attributes : dict, optional
         Further attributes of the file (software version, d_min ...).
+    find_defects : bool
+        Leave out zingers, hot pixels and shadows that the masks of the frames do not know.
     progress : callable, optional
         Called with (frames done, frames in all).
 
@@ -94,7 +107,7 @@ def extract_shoeboxes(
     with writing_store(store_path, n_rows, extent.box, _count_type(sweeps)) as writer:
         columns, first, max_count = [], 0, 0
         for number, sweep in enumerate(sweeps):
-            cutter = _SweepCutter(sweep, extent, settings, writer, first)
+            cutter = _SweepCutter(sweep, extent, settings, writer, first, find_defects)
             for frame in range(sweep.frames.n_images):
                 cutter.add_frame(frame)
                 tick()
@@ -120,24 +133,6 @@ def extract_shoeboxes(
             [describe_experiment(sweep.experiment) for sweep in sweeps],
         )
     return ShoeboxStore.open(store_path)
-
-
-def describe_experiment(experiment: Experiment) -> dict[str, object]:
-    """Summarise a sweep for the header of the store, as JSON values."""
-    crystal, scan = experiment.crystal, experiment.scan
-    images = experiment.images
-    return {
-        "identifier": experiment.identifier,
-        "wavelength": experiment.beam.wavelength,
-        "n_images": scan.n_images,
-        "image_range": list(scan.image_range),
-        "oscillation_deg": list(scan.oscillation),
-        "unit_cell": list(crystal.unit_cell.parameters),
-        "space_group": crystal.space_group.xhm(),
-        "panel_shapes": [list(panel.shape) for panel in experiment.panels],
-        "pixel_size_mm": [list(panel.pixel_size) for panel in experiment.panels],
-        "images": list(images.paths) if images else [],
-    }
 
 
 def _count_type(sweeps: Sequence[Sweep]) -> np.dtype:
@@ -225,7 +220,7 @@ class _SweepCutter:
 
     def __init__(
         self, sweep: Sweep, extent: SpotExtent, settings: MaskSettings,
-        writer: ShoeboxWriter, first_row: int,
+        writer: ShoeboxWriter, first_row: int, find_defects: bool,
     ) -> None:  # fmt: skip
         self._experiment, self._frames = sweep.experiment, sweep.frames
         self._settings, self._writer, self._first_row = settings, writer, first_row
@@ -252,9 +247,16 @@ class _SweepCutter:
         if sweep.neighbours is not None:
             known = known.join(_spots(sweep.neighbours, extent, sweep.experiment))
         self._map = SpotMap(self._canvas, known, settings.foreground, self._n_images)
-        self._usable = sweep.frames.static_mask()
+        rocking = extent.sigma_m_deg / abs(sweep.experiment.scan.oscillation[1])
+        self._find_defects = find_defects
+        self._source = SpikeFilter(
+            sweep.frames,
+            self._canvas,
+            (extent.sigma_x_px, extent.sigma_y_px, rocking),
+            is_active=find_defects,
+        )
         self._background = BackgroundAccumulator(
-            self._canvas, self._n_images, _where_spots_are_known(sweep)
+            self._canvas, self._n_images, where_spots_are_known(sweep)
         )
         self._open = _OpenBoxes(
             writer, first_row, self._corner[:, 0], self._per_layer, box, self._n_images
@@ -268,7 +270,7 @@ class _SweepCutter:
         ]
         self._terms[2][np.arange(lengths[2]) >= self._n_frames[:, None]] = np.inf
         self._recorded = np.zeros(len(corner))
-        self._flags = _edge_flags(
+        self._flags = edge_flags(
             self._corner, self._n_frames, self._prediction.panel.numpy(), sweep.frames, box
         )
 
@@ -279,10 +281,11 @@ class _SweepCutter:
 
     def add_frame(self, frame: int) -> None:
         """Read a frame and put its voxels into the open boxes."""
-        canvas, boxes = self._canvas, self._open
-        canvas.load(self._frames.read(frame), self._usable)
+        boxes = self._open
+        self._source.load(frame)
         self._map.update(frame)
-        self._background.add(frame, self._map.nearest > self._settings.foreground**2)
+        is_dark = self._map.nearest > self._settings.foreground**2
+        self._background.add(frame, is_dark & ~self._source.is_odd)
         rows = np.arange(boxes.begin[frame], boxes.end[frame])
         rows = rows[frame - self._corner[rows, 0] < self._n_frames[rows]]
         if len(rows):
@@ -316,6 +319,8 @@ class _SweepCutter:
         boxes.add(rows, step, np.where(valid, counts, 0), mask)
         axes = (1, 2)
         self._recorded[rows] += (np.exp(-0.5 * own) * valid).sum(axis=axes)
+        is_spike = self._source.is_spike(index) & (own <= settings.foreground**2)
+        self._flags[rows[is_spike.any(axis=axes)]] |= Flag.DEFECT
         lost_core = ((own <= settings.core**2) & ~valid).any(axis=axes)
         self._flags[rows[lost_core]] |= Flag.MASKED_CORE
         self._flags[rows[is_overlapped.any(axis=axes)]] |= Flag.OVERLAPPED
@@ -323,6 +328,8 @@ class _SweepCutter:
     def finish(self, experiment: int) -> dict[str, NDArray]:
         """Write what is left and return the columns of the sweep."""
         self._open.flush(len(self._corner))
+        if self._find_defects:
+            self._remove_defects()
         self._writer.write_background(experiment, self._background.result())
         whole = np.ones(len(self._corner))
         for terms in self._terms:
@@ -341,6 +348,31 @@ class _SweepCutter:
             "entering": self._prediction.entering.numpy(),
             "recorded_fraction": recorded,
         }
+
+    def _remove_defects(self) -> None:
+        """Take what the whole scan has shown to be bad out of the background and the boxes."""
+        defects = self._background.find_defects(self._source.hot_pixels())
+        logger.info(
+            "%d zingers, %d hot pixels, %d of %d tiles and frames in a shadow",
+            self._source.n_spikes,
+            defects.is_hot.sum(),
+            defects.is_shaded.sum(),
+            defects.is_shaded.size,
+        )
+        if not defects:
+            return
+        boxes = BoxGeometry(
+            self._open.counts.shape[1:],
+            self._spots.panel,
+            self._per_layer,
+            self._corner,
+            self._terms,
+        )
+        lost, flags = remove_from_boxes(
+            self._writer, self._first_row, boxes, defects, self._canvas, self._settings
+        )
+        self._recorded -= lost
+        self._flags |= flags
 
     def _metadata_columns(self, experiment: int) -> dict[str, NDArray]:
         n = len(self._corner)
@@ -366,26 +398,3 @@ def _spots(prediction: Prediction, extent: SpotExtent, experiment: Experiment) -
     sigma = np.column_stack([np.broadcast_to(across, (len(zeta), 2)), along])
     centre = prediction.xyz_px.numpy().astype(np.float64)
     return Spots(prediction.panel.numpy(), centre, sigma)
-
-
-def _where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
-    """Pixels inside of the resolution limit of all known spots, per panel."""
-    known = sweep.prediction if sweep.neighbours is None else sweep.neighbours
-    d_min = float(torch.cat([known.d, sweep.prediction.d]).min())
-    panels = range(len(sweep.experiment.panels))
-    return [pixel_inv_d(sweep.experiment, panel) < 0.97 / d_min for panel in panels]
-
-
-def _edge_flags(
-    corner: NDArray[np.int64],
-    n_frames: NDArray[np.int64],
-    panel: NDArray[np.int64],
-    frames: FrameSource,
-    box: tuple[int, int, int],
-) -> NDArray[np.int64]:
-    """Flag boxes that reach over the edge of the panel or of the scan, (N,) int64."""
-    shapes = np.array(frames.panel_shapes, dtype=np.int64)[panel]
-    limit = np.column_stack([np.full(len(corner), frames.n_images), shapes])
-    size = np.column_stack([n_frames, np.broadcast_to(box[1:], (len(corner), 2))])
-    is_cut = ((corner < 0) | (corner + size > limit)).any(axis=1)
-    return np.where(is_cut, Flag.PARTIAL_EDGE, 0).astype(np.int64)

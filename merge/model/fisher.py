@@ -5,7 +5,11 @@ hides in the amplitudes of all its reflections: with one learning rate for all, 
 end below what thirty of these reach. The expected information is known in closed form. With the
 weight of an observation in the logarithm
 
-    w_i = P(no outlier) / (s^2 + Var[J_i] / mu_i^2),      mu_i = K_i <F_h^2>,
+    w_i = mu_i^2 / V_i [P(good) + P(outlier) (nu + 1) / (nu + z_i^2) / 6^2],   mu_i = K_i <F_h^2>,
+
+    w_i = mu_i^2 / V_i [P(good) + P(outlier) (nu + 1) / (nu + z_i^2) / 36],   mu_i = K_i <F_h^2>,
+the weight of iterated least squares, without which an amplitude far from all its observations
+jumps to and fro over them),
 
 a row has the information ``sum_i w_i`` plus that of its prior, ``k0 <F^2> / (epsilon Sigma)``, and
 Bijvoet mates are bound by ``c (log <F+^2> - log <F-^2>)^2 / 2`` with ``c = <F^2> / (2 S)``: two by
@@ -54,8 +58,7 @@ def fisher_step(merger: Merger, batch: MergeBatch) -> None:
     scale = merger.scale(batch.scale_index).exp()
     expected = scale * merger.log_spread.exp()[batch.refl_id]
     likelihood = batch.likelihood
-    good = merger.likelihood.responsibility(likelihood, expected)
-    weight = good * expected**2 / merger.likelihood.variance(likelihood, expected)
+    weight = expected**2 * merger.likelihood.precision(likelihood, expected)
     _step_rows(merger, torch.zeros_like(merger.log_spread).index_add_(0, batch.refl_id, weight))
     if _has_frames(merger):
         _step_frames(merger, batch, weight)

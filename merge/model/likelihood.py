@@ -62,6 +62,17 @@ class ObservationLikelihood(nn.Module, ABC):
         good, outlier = self.components(likelihood, expected)
         return torch.sigmoid(good - outlier - self.logit_outlier.clamp(-12.0, 0.0))
 
+    def precision(self, likelihood: ShiftedPoisson, expected: Tensor) -> Tensor:
+        """Weight of the residual in least squares with the same slope, (..., B) [1/photons^2].
+
+        That of the good part by its probability, and of the Student-t part by the rest.
+        """
+        good = self.responsibility(likelihood, expected)
+        variance = self.variance(likelihood, expected)
+        z2 = (likelihood.mode - expected) ** 2 / variance / self.outlier_scale**2
+        tail = (self.outlier_dof + 1) / (self.outlier_dof + z2) / self.outlier_scale**2
+        return (good + (1 - good) * tail) / variance
+
     @abstractmethod
     def variance(self, likelihood: ShiftedPoisson, expected: Tensor) -> Tensor:
         """Variance of the observed intensity when ``expected`` is right, (..., B)."""

@@ -243,12 +243,12 @@ def test_recorded_fraction_of_masked_spots(tmp_path):
     assert flags[whole] == 0
 
 
-@pytest.mark.parametrize(("zeta", "is_rejected"), [(0.05, True), (0.15, False)])
+@pytest.mark.parametrize(("zeta", "is_rejected"), [(0.03, True), (0.15, False)])
 def test_spots_that_graze_the_ewald_sphere_are_rejected(zeta, is_rejected, tmp_path):
-    frames = ArrayFrames([np.ones((9, 40, 40), np.int32)], [np.ones((40, 40), bool)])
-    spots = make_prediction(1, np.random.default_rng(0), ((40, 40),), 9, zeta=zeta)
-    spots.xyz_px[:] = torch.tensor([[20.5, 20.5, 4.5]])
-    sweep = Sweep(make_experiment(((40, 40),), 9), frames, spots)
+    frames = ArrayFrames([np.ones((120, 40, 40), np.int32)], [np.ones((40, 40), bool)])
+    spots = make_prediction(1, np.random.default_rng(0), ((40, 40),), 120, zeta=zeta)
+    spots.xyz_px[:] = torch.tensor([[20.5, 20.5, 60.5]])
+    sweep = Sweep(make_experiment(((40, 40),), 120), frames, spots)
     store = extract_shoeboxes([sweep], EXTENT, tmp_path / "s.h5")
     assert bool(store.flags[0] & Flag.REJECTED) == is_rejected
 

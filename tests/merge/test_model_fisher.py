@@ -6,6 +6,7 @@ import torch
 from simulated_merge import fit, simulate
 
 from merge.model.fisher import fisher_parameters, fisher_step
+from merge.model.merger import grouped_median
 
 
 def negative_elbo(merger, batch):
@@ -90,3 +91,44 @@ def test_adam_alone_does_not_get_further(scored):
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) > values[-1] - 0.05
+
+
+@pytest.fixture
+def astray():
+    """A fitted merge with one group of mates moved far from its consistent observations."""
+    experiment = simulate(photons=4000.0, d_min=6.0, seed=4)
+    merger, batch = experiment.merger(), experiment.batch
+    fit(merger, batch, n_steps=60)
+    assert merger.restart_doubted(batch) == 0
+    right = merger.log_spread.detach().clone()
+    strong = (merger.n_obs > 3) & (merger.log_concentration > 6.0)
+    rows = torch.nonzero(merger.group == merger.group[torch.nonzero(strong)[0, 0]])[:, 0]
+    with torch.no_grad():
+        merger.log_spread[rows] -= 0.6
+    return merger, batch, rows, right[rows]
+
+
+def test_steps_lead_back_to_observations_that_pass_for_outliers(astray):
+    """With the weights of the good part alone, steps jump to and fro over them."""
+    merger, batch, rows, right = astray
+    scoring(merger, batch, 30)
+    torch.testing.assert_close(merger.log_spread[rows], right, rtol=0, atol=0.01)
+
+
+def test_amplitudes_that_doubt_all_their_observations_are_started_anew(astray):
+    merger, batch, rows, right = astray
+    assert merger.restart_doubted(batch) == 1
+    torch.testing.assert_close(merger.log_spread[rows], right, rtol=0, atol=0.1)
+    assert merger.restart_doubted(batch) == 0
+
+
+def test_grouped_median_equals_a_loop():
+    rng = np.random.default_rng(0)
+    group = rng.choice([3, 7, 8, 20], 60)
+    value, weight = rng.normal(size=60), rng.uniform(0.1, 2, 60)
+    median, largest = grouped_median(*map(torch.as_tensor, (value, weight, group)))
+    for k, number in enumerate((3, 7, 8, 20)):
+        order = np.argsort(value[group == number])
+        v, w = value[group == number][order], weight[group == number][order]
+        assert median[k] == v[np.searchsorted(np.cumsum(w), 0.5 * w.sum())]
+        assert largest[k] == w.max()
