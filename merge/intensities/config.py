@@ -27,6 +27,9 @@ class IntensityMergeConfig:
     likelihood: Literal["studentt", "normal"] = "studentt"
     # Degrees of freedom of Student's t; learned when null.
     dof: float | None = None
+    # Blank spots (in a shadow) and stray ones (another reflection's): auto for Laue, where they
+    # were tried; needs the scale network.
+    alternatives: Literal["auto", "on", "off"] = "auto"
     # Learn sdfac, sdB and sdadd; false keeps them at 1, 0 and 0.
     error_model: bool = True
     # Error that observations of one reflection on one image have in common across datasets.
