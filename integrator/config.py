@@ -31,7 +31,7 @@ class IntegratorConfig:
     learning_rate: float = 2e-3
     profile_learning_rate: float = 3e-4
     # An observation with less than this share of its profile on valid pixels is rejected.
-    min_exposure: float = 0.5
+    min_exposure: float = 0.2
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -75,6 +75,9 @@ class ReflectionMetadata(TensorRecord):
         Standard deviation of the rocking curve in frames.
     corner : Tensor, (N, 3) int64
         (frame, slow, fast) array index of the first voxel of the box; may be negative.
+    frames_per_layer : Tensor, (N,) int64
+        Consecutive frames that each layer of the box sums: 1, and more where the rocking curve
+        is wider than the box.
     """
 
     refl_row: Tensor
@@ -91,6 +94,7 @@ class ReflectionMetadata(TensorRecord):
     zeta: Tensor
     frame_sigma: Tensor
     corner: Tensor
+    frames_per_layer: Tensor
 
 
 @dataclass(frozen=True)
@@ -161,3 +165,4 @@ class Flag:
     MASKED_CORE = 2  # some pixels that should hold signal are not valid
     OVERLAPPED = 4  # a neighbour's spot reaches into the box
     REJECTED = 8  # too little of the profile was recorded to be used
+    DEFECT = 16  # a zinger, an unmasked hot pixel or a shadow took voxels of the spot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -11,6 +12,9 @@ class MergeConfig:
 
     # Bijvoet mates: false merges them into one amplitude.
     anomalous: bool = True
+    # What the merge sees of an observation: photon-counts, its whole likelihood; or gaussian, an
+    # intensity and a sigma from its own counts, as conventional programs hand on (an ablation).
+    handover: Literal["photon-counts", "gaussian"] = "photon-counts"
     # Couple Bijvoet mates by the double-Wilson prior; false gives each its own Wilson prior.
     double_wilson: bool = True
     # Scale, B factor and absorption as physics knows them; false leaves the network alone.
@@ -19,6 +23,8 @@ class MergeConfig:
     absorption_order: int = 4
     # Rotation between knots of the B factor along the scan [deg].
     b_factor_spacing_deg: float = 10.0
+    # Rotation between knots of the slow drift of the scale [deg]; frames flicker about it.
+    drift_spacing_deg: float = 2.0
     # Width of the hidden layer of the scale network; 0 for none.
     scale_network_width: int = 8
     # Knots of the learned mean intensity against resolution.
@@ -41,7 +47,12 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("b_factor_spacing_deg", "relative_error", "learning_rate"):
+        for name in (
+            "b_factor_spacing_deg",
+            "drift_spacing_deg",
+            "relative_error",
+            "learning_rate",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
         if not 0.0 < self.outlier_fraction < 0.5:

@@ -90,18 +90,33 @@ def check_same_crystal(
     UserError
         Cell or space group differ.
     """
-    model_group = structure.find_spacegroup()
+    check_same_form(structure.cell, structure.find_spacegroup(), cell, space_group, path)
+
+
+def check_same_form(
+    model_cell: gemmi.UnitCell,
+    model_group: gemmi.SpaceGroup,
+    cell: gemmi.UnitCell,
+    space_group: gemmi.SpaceGroup,
+    path: str | Path,
+) -> None:
+    """Refuse cells or space groups that differ.
+
+    Raises
+    ------
+    UserError
+    """
     if model_group.operations() != space_group.operations():
         raise UserError(
             f"model {path} is in space group {model_group.xhm()} but the data are in "
             f"{space_group.xhm()}; process the data in the model's space group and setting "
             "(--space-group) or give a model of this crystal form"
         )
-    ours, theirs = np.array(cell.parameters), np.array(structure.cell.parameters)
+    ours, theirs = np.array(cell.parameters), np.array(model_cell.parameters)
     too_long = np.abs(ours[:3] / theirs[:3] - 1) > LENGTH_TOLERANCE
     if too_long.any() or (np.abs(ours[3:] - theirs[3:]) > ANGLE_TOLERANCE).any():
         raise UserError(
-            f"model {path} has the cell {_cell_text(structure.cell)} but the data have "
+            f"model {path} has the cell {_cell_text(model_cell)} but the data have "
             f"{_cell_text(cell)}; allowed are differences of {100 * LENGTH_TOLERANCE:g} % and "
             f"{ANGLE_TOLERANCE:g} degrees; give a model of this crystal form, refined against it"
         )

@@ -29,7 +29,17 @@ from pipelines.provenance import package_version
 from pipelines.runtime import tune_process
 
 #: Explicit, so that `--help` needs no search of the file system; in the order of a user's day.
-COMMANDS = ("process", "run", "merge", "extract", "peaks", "compare", "report", "simulate")
+COMMANDS = (
+    "process",
+    "run",
+    "merge",
+    "convert",
+    "extract",
+    "peaks",
+    "compare",
+    "report",
+    "simulate",
+)
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 

@@ -69,6 +69,8 @@ class ExtractionConfig:
     box: tuple[int, int, int] | None = None
     # Half-width of a measured box in standard deviations of the spot.
     n_sigma: float = 4.0
+    # Leave out zingers, hot pixels and shadows that the frames' own mask does not know.
+    find_defects: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -84,7 +86,7 @@ class TrainingConfig:
     # joint: the merge's gradients reach the shoebox encoder; staged: integrate, then merge.
     coupling: Literal["joint", "staged"] = "joint"
     # Passes over all observations.
-    epochs: int = 12
+    epochs: int = 6
     # Observations in a step.
     batch_size: int = 2048
     # Same seed, same result on the CPU.
@@ -120,7 +122,6 @@ class RunConfig:
     dials: DialsConfig = field(default_factory=DialsConfig)
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
-    merge: MergeConfig = field(default_factory=MergeConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 

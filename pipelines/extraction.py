@@ -34,5 +34,6 @@ def extract(config: RunConfig, out: Path) -> ShoeboxStore:
             reflections=read_reflections(config.refl),
             box=config.extraction.box,
             n_sigma=config.extraction.n_sigma,
+            find_defects=config.extraction.find_defects,
             progress=advance,
         )

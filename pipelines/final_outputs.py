@@ -78,6 +78,7 @@ def _bounding_boxes(store: ShoeboxStore) -> np.ndarray:
     """(N, 6) int32: fast, slow and frame ranges, half-open."""
     depth, height, width = store.box
     frame, slow, fast = store.metadata().corner.numpy().T
+    depth = depth * store.metadata().frames_per_layer.numpy()
     box = [fast, fast + width, slow, slow + height, frame, frame + depth]
     return np.stack(box, 1).astype(np.int32)
 

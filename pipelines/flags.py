@@ -37,6 +37,8 @@ MERGE_FLAGS = {
     "--metadata": "metadata",
     "--likelihood": "likelihood",
     "--dof": "dof",
+    "--resolve-ambiguity": "resolve_ambiguity",
+    "--reference-intensities": "reference_intensities",
     "--prior": "prior",
     "--correlation": "correlation",
     "--epochs": "epochs",
@@ -48,7 +50,10 @@ MERGE_FLAGS = {
 
 
 def add_config_arguments(
-    parser: argparse.ArgumentParser, flags: Mapping[str, str], cls: type = RunConfig
+    parser: argparse.ArgumentParser,
+    flags: Mapping[str, str],
+    cls: type = RunConfig,
+    example: str = "training.checkpoint_every=2",
 ) -> None:
     """Add ``flags`` (name -> dotted key of ``cls``), ``--config``, ``--set`` and nothing else."""
     defaults = schema.flatten(schema.to_mapping(cls()))
@@ -75,7 +80,8 @@ def add_config_arguments(
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any option by its key in the file, e.g. training.checkpoint_every=2; repeatable",
+        help=f"any option by its key in the file, e.g. {example}; repeatable; the config.yaml "
+        "that is written explains all",
     )
 
 

@@ -26,16 +26,19 @@ def configure(*, verbose: bool = False) -> None:
     root = logging.getLogger()
     for handler in [h for h in root.handlers if getattr(h, "is_terminal_of_braggflux", False)]:
         root.removeHandler(handler)
-    handler = _terminal_handler()
-    handler.is_terminal_of_braggflux = True
-    root.addHandler(handler)
+    for handler in (_terminal_handler(), _Early()):
+        handler.is_terminal_of_braggflux = True
+        root.addHandler(handler)
     logging.captureWarnings(True)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def attach_file(path: Path) -> None:
-    """Append messages to ``path`` too; attaching the same file again changes nothing."""
+    """Append messages to ``path`` too; attaching the same file again changes nothing.
+
+    The first file gets what was said before it, while inputs were read and checked.
+    """
     root = logging.getLogger()
     target = str(path.absolute())
     for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
@@ -43,6 +46,10 @@ def attach_file(path: Path) -> None:
             return
     handler = logging.FileHandler(target, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FILE_FORMAT))
+    for early in [h for h in root.handlers if isinstance(h, _Early)]:
+        for record in early.records:
+            handler.handle(record)
+        root.removeHandler(early)
     root.addHandler(handler)
 
 
@@ -76,6 +83,18 @@ def _rich_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Early(logging.Handler):
+    """What is said before there is a file to write it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.records.append(record)
 
 
 class _PlainProgress:

@@ -198,7 +198,7 @@ def _normalised(asu: ReciprocalAsu, table: MergedTable, values: np.ndarray) -> n
 def _observations(asu: ReciprocalAsu, scaled: ScaledObservations, rows: slice) -> Observations:
     """Observations of one dataset with the Friedel mates joined."""
     row = scaled.row.numpy()
-    inside = (row >= rows.start) & (row < rows.stop)
+    inside = (row >= rows.start) & (row < rows.stop) & scaled.is_spot.numpy()
     return Observations.of(
         asu,
         row[inside] - rows.start,

@@ -70,7 +70,7 @@ def _prepare(
         if anomalous.why_no_sites:
             directory.note("peaks", anomalous.why_no_sites)
     _write_reference(directory, config)
-    trainer = Trainer(problem, config, device, _exchange(directory, config))
+    trainer = Trainer(problem, config, device, _exchange(directory, config, store))
     _log_problem(problem, device)
     return trainer, EpochWriter(directory, trainer, anomalous)
 
@@ -96,14 +96,14 @@ def _write_reference(directory: RunDirectory, config: RunConfig) -> None:
     directory.write_peaks(REFERENCE, peaks)
 
 
-def _exchange(directory: RunDirectory, config: RunConfig):
+def _exchange(directory: RunDirectory, config: RunConfig, store: ShoeboxStore):
     """Staged coupling: the table goes through a file, as between separate programs."""
     if config.training.coupling == "joint":
         return None
     path = directory.path / "intensities.h5"
 
     def through_file(table: IntensityTable) -> IntensityTable:
-        write_intensities(path, table)
+        write_intensities(path, table, store.experiments)
         return read_intensities(path)
 
     return through_file

@@ -17,7 +17,8 @@ class StillsFiles(NamedTuple):
     """Paths of one simulation.
 
     ``observations`` is a :class:`merge.io.unmerged_store.UnmergedStore`, ``truth_mtz`` has the
-    true F(+) and F(-), ``truth_images`` the arrays ``orientation scale falloff width`` by image.
+    true F(+) and F(-), ``truth_images`` the arrays ``orientation scale falloff width operator`` by
+    image, the last a number in ``operators`` (A, 3, 3): ``h' = h M``.
     """
 
     observations: Path
@@ -48,7 +49,7 @@ def write_stills(
 
     def recorded() -> Iterator[Any]:
         for chunk in experiment.chunks():
-            for name in ("orientation", "scale", "falloff", "width"):
+            for name in ("orientation", "scale", "falloff", "width", "operator"):
                 truth.setdefault(name, []).append(getattr(chunk, name).astype(np.float32))
             yield chunk
             if progress is not None:
@@ -58,7 +59,8 @@ def write_stills(
     with replacing(files.truth_mtz) as temporary:
         experiment.truth.write_mtz(temporary)
     with replacing(files.truth_images) as temporary, temporary.open("wb") as file:
-        np.savez(file, **{name: np.concatenate(parts) for name, parts in truth.items()})
+        arrays = {name: np.concatenate(parts) for name, parts in truth.items()}
+        np.savez(file, operators=experiment.operators, **arrays)
     return files
 
 

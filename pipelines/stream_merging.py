@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from integrator.crystal.ambiguity import indexing_operators
 from integrator.errors import UserError
+from integrator.io.intensity_file import is_intensity_file
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.row_problem import solve_rows
 from merge.intensities.row_sums import RowSums
-from merge.intensities.saved_scale import SavedScale
+from merge.intensities.saved_scale import FILE_NAME, SavedScale, save_scale
+from merge.intensities.sigma_a import use_reference
 from merge.intensities.stream import ObservationStream
 from merge.intensities.stream_correlation import choose_from_sums
 from merge.intensities.stream_training import (
@@ -23,64 +28,123 @@ from merge.intensities.stream_training import (
     n_training_batches,
     predict_held_out,
 )
-from merge.intensities.table import ObservationTable
 from merge.intensities.training import start, start_amplitudes
-from merge.io.unmerged_store import UnmergedStore
+from merge.io.unmerged_store import SUFFIX, UnmergedStore
 from pipelines import log
+from pipelines.merge_inputs import MergeInputs
+from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_stream
+from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StreamedMerge:
-    """Result: merger on the CPU, predictions of what was held out by kind, and the merged MTZ.
-
-    ``sample`` is the part of the observations that the merger was started with.
-    """
-
-    merger: IntensityMerger
-    predictions: dict[str, dict]
-    sample: ObservationTable
-    path: Path
+def is_streamed(paths: Sequence[Path], config: IntensityMergeConfig) -> bool:
+    """Stills in one store too large for memory."""
+    if not config.stills or len(paths) != 1 or paths[0].suffix != SUFFIX:
+        return False
+    if not paths[0].is_file() or is_intensity_file(paths[0]):
+        return False
+    with UnmergedStore(paths[0]) as store:
+        return len(store) > config.stream_above
 
 
 def merge_store(
-    store: UnmergedStore,
+    inputs: MergeInputs,
     config: IntensityMergeConfig,
-    out: Path,
     device: torch.device,
     saved: SavedScale | None = None,
-) -> StreamedMerge:
-    """Fit scales to a part of the data (or take ``saved`` ones), then amplitudes to all."""
-    stream = ObservationStream(store, config, None if saved is None else saved.standard)
-    logger.info(
-        "%d observations on %d images in %d batches, %d unique reflections; metadata %s",
-        *(len(store), store.n_images, stream.n_batches, len(stream.unique)),
-        " ".join(stream.standard.names),
-    )
+) -> Path:
+    """Fit scales to a part of the data (or take ``saved`` ones), then amplitudes to all.
+
+    Returns
+    -------
+    Path
+        Merged MTZ file.
+
+    Raises
+    ------
+    UserError
+        Something was asked for that needs all observations in memory.
+    """
+    with UnmergedStore(inputs.paths[0]) as store:
+        _check(inputs, config, store)
+        stream = ObservationStream(store, config, None if saved is None else saved.standard)
+        f_calc = None
+        if inputs.reference is not None:
+            f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, stream.unique.asus))
+        inputs.open_folder(config)
+        logger.info(
+            "%d observations on %d images in %d batches, %d unique reflections; metadata %s",
+            *(len(store), store.n_images, stream.n_batches, len(stream.unique)),
+            " ".join(stream.standard.names),
+        )
+        merger = _fit_scales(stream, config, device, saved)
+        # From an untrained start the parabola of one look is not good enough.
+        for _ in range(1 if saved is None else 2):
+            sums = look_at_all(merger, stream, config)
+            solve_rows(merger, sums)
+        if f_calc is not None:
+            _choose_sigma_a(merger, sums, f_calc.to(device), inputs.out)
+        if config.prior == "double-wilson":
+            _couple(merger, stream, sums, config, inputs.out)
+        predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
+        solve_rows(merger, sums.add(held_out_batches(stream, merger)))
+        merger.to("cpu")
+        write_metrics(inputs.out / "metrics.json", merger, predictions)
+        save_scale(inputs.out / FILE_NAME, merger, stream.sample, config)
+        return write_stream(merger, stream, sums, config, inputs.out)
+
+
+def _check(inputs: MergeInputs, config: IntensityMergeConfig, store: UnmergedStore) -> None:
+    """Refuse what is done in memory only."""
+    asked = [
+        name
+        for name, is_asked in (
+            ("--reindex", bool(inputs.reindex)),
+            ("--parents", inputs.parents is not None),
+            ("--friedel", inputs.is_friedel),
+            ("--half-set-repeats", config.half_set_repeats > 1),
+        )
+        if is_asked
+    ]
+    remedy = f"hold all in memory with --set stream_above={len(store)}"
+    size = f"the {len(store)} observations of {store.path} are read batch by batch"
+    if asked:
+        raise UserError(f"{size}, which {asked[0]} does not allow; leave it out, or {remedy}")
+    operators = indexing_operators(store.cell, store.space_group, config.ambiguity_tolerance)
+    if config.resolve_ambiguity == "auto" and len(operators) > 1:
+        raise UserError(
+            f"{size}, and its lattice can be indexed in {len(operators)} ways "
+            f"({', '.join(operators.names)}), which is resolved in memory only; {remedy}, or take "
+            "the indices as they are with --resolve-ambiguity none"
+        )
+
+
+def _fit_scales(
+    stream: ObservationStream,
+    config: IntensityMergeConfig,
+    device: torch.device,
+    saved: SavedScale | None,
+) -> IntensityMerger:
     merger = IntensityMerger(stream.unique, stream.sample, config).to(device)
     sample = stream.sample.to(device)
-    if saved is None:
-        start(merger, sample)
-        n_steps = n_training_batches(stream, config)
-        with log.progress("merging") as advance:
-            fit_stream(merger, stream, config, lambda step, _: advance(step, n_steps))
-    else:
+    if saved is not None:
         saved.load_into(merger)
         start_amplitudes(merger, sample)
-    # From an untrained start the parabola of one look is not good enough.
-    for _ in range(1 if saved is None else 2):
-        sums = look_at_all(merger, stream, config)
-        solve_rows(merger, sums)
-    if config.prior == "double-wilson":
-        _couple(merger, stream, sums, config, out)
-    predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
-    solve_rows(merger, sums.add(held_out_batches(stream, merger)))
-    merger.to("cpu")
-    path = write_stream(merger, stream, sums, config, out)
-    return StreamedMerge(merger, predictions, stream.sample, path)
+        return merger
+    start(merger, sample)
+    n_steps = n_training_batches(stream, config)
+    with log.progress("merging") as advance:
+        fit_stream(merger, stream, config, lambda step, _: advance(step, n_steps))
+    return merger
+
+
+def _choose_sigma_a(merger: IntensityMerger, sums: RowSums, f_calc: Tensor, out: Path) -> None:
+    rows = use_reference(merger, f_calc, *sums.mean())
+    write_rows(out / "sigma_a.csv", rows, rows[0])
+    solve_rows(merger, sums)
 
 
 def _couple(

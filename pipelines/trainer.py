@@ -17,14 +17,15 @@ seen by a handful of observations only: stochastic steps for them would be noise
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from integrator.shoebox.dataset import ShoeboxDataset
-from integrator.types import Flag, IntensityTable
+from integrator.types import Flag, IntensityTable, ShoeboxBatch
+from merge.model.fisher import fisher_parameters, fisher_step
 from merge.model.merger import merge_batch, usable
 from merge.types import MergeBatch
 from pipelines.build import Problem
@@ -34,6 +35,8 @@ from pipelines.joint import ElboTerms, assemble_elbo
 #: Columns of the table that the integrator estimates; the others are known beforehand.
 ESTIMATED = ("effective_counts", "effective_background", "exposure", "background", "flags")
 GRADIENT_CLIP = 10.0
+#: Boxes that a CPU works on at once: their arrays stay in its cache, which is twice as fast.
+CPU_ROWS = 512
 Progress = Callable[[int, int], None]
 
 
@@ -87,7 +90,10 @@ class Trainer:
                 },
             ]
         )
-        self.merge_optimizer = torch.optim.Adam(self.model.merger.parameters())
+        fisher = {id(p) for p in fisher_parameters(self.model.merger)}
+        self.merge_optimizer = torch.optim.Adam(
+            [p for p in self.model.merger.parameters() if id(p) not in fisher]
+        )
 
     @property
     def coupled(self) -> bool:
@@ -115,22 +121,25 @@ class Trainer:
 
     def _integrator_pass(self, progress: Progress | None) -> float:
         self._set_rates(self.integrator_optimizer)
+        self.model.merger.requires_grad_(False)
         batch_size = self.config.training.batch_size
         n_batches = self.dataset.n_batches(batch_size)
         norms = []
         totals = dict.fromkeys(("nll", "kl_profile", "kl_background"), 0.0)
         for k, batch in enumerate(self.dataset.batches(batch_size, self.generator)):
-            batch = batch.to(self.device)
             self.model.zero_grad(set_to_none=True)
-            terms, _ = self.model.joint_terms(batch, coupled=self.coupled)
-            (-terms.elbo / len(batch)).backward()
+            # the ELBO is a sum: parts of a batch add up to its gradient
+            for part in self._parts(batch):
+                terms, _ = self.model.joint_terms(part, coupled=self.coupled)
+                (-terms.elbo / len(batch)).backward()
+                for name in totals:
+                    totals[name] += float(getattr(terms, name).detach())
             parameters = [p for g in self.integrator_optimizer.param_groups for p in g["params"]]
             norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)))
             self.integrator_optimizer.step()
-            for name in totals:
-                totals[name] += float(getattr(terms, name).detach())
             if progress is not None:
                 progress(k + 1, n_batches)
+        self.model.merger.requires_grad_(True)
         self._integration = totals
         return sum(norms) / max(len(norms), 1)
 
@@ -139,15 +148,16 @@ class Trainer:
         epochs = self.config.training.epochs
         batch = self.merge_input()
         self.model.merger.count_observations(batch.refl_id)
+        self.model.merger.restart_doubted(batch)
         weights = self.model.merger.group_weights(batch.refl_id)
         ratio = config.final_learning_rate / config.learning_rate
         for step in range(config.steps_per_epoch):
             share = (self.epoch - 1 + step / config.steps_per_epoch) / epochs
             for group in self.merge_optimizer.param_groups:
                 group["lr"] = config.learning_rate * ratio ** min(share, 1.0)
-            self.merge_optimizer.zero_grad(set_to_none=True)
-            terms = self._merge_terms(batch, weights)
-            (-terms.elbo / len(batch)).backward()
+            self.model.merger.zero_grad(set_to_none=True)
+            (-self._merge_terms(batch, weights).elbo).backward()
+            fisher_step(self.model.merger, batch)
             self.merge_optimizer.step()
         self.model.merger.update_friedel_correlation(batch, self.config.training.seed)
 
@@ -175,13 +185,20 @@ class Trainer:
         batch_size = self.config.training.batch_size
         n_batches = self.dataset.n_batches(batch_size)
         for k, batch in enumerate(self.dataset.batches(batch_size)):
-            _, table = self.model.integrate(
-                batch.to(self.device), sample=False, use_expected=self.coupled and self.epoch > 0
-            )
-            self._collect(columns, table)
+            for part in self._parts(batch):
+                _, table = self.model.integrate(
+                    part, sample=False, use_expected=self.coupled and self.epoch > 0
+                )
+                self._collect(columns, table)
             if progress is not None:
                 progress(k + 1, n_batches)
         return self._assemble(columns)
+
+    def _parts(self, batch: ShoeboxBatch) -> Iterator[ShoeboxBatch]:
+        """Parts of a batch that the device works on at once, on the device."""
+        n = CPU_ROWS if self.device.type == "cpu" else len(batch)
+        for first in range(0, len(batch), n):
+            yield batch[slice(first, first + n)].to(self.device)
 
     def _empty_columns(self) -> dict[str, Tensor]:
         n = len(self.problem.store)

@@ -20,9 +20,11 @@ from integrator.io.dials import (
     read_experiments,
     read_reflections,
 )
+from integrator.io.intensity_file import is_intensity_file
 from merge.io.mtz import batch_offsets
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from merge.io.unmerged_data import read_unmerged
+from pipelines.unmerged_photons import read_photon_table
 
 Array = NDArray[np.float64]
 
@@ -40,7 +42,7 @@ def read_inputs(
     """Read one dataset from each file, or from each pair of DIALS files.
 
     A .refl goes with the .expt of the same stem, else with the one at the same place among the
-    .expt files.
+    .expt files. So does a table of photon counts, which needs none where it holds its own cell.
 
     Parameters
     ----------
@@ -56,7 +58,10 @@ def read_inputs(
     """
     given = [Path(path) for path in paths]
     tables = [path for path in given if path.suffix == ".refl"]
+    counts = [path for path in given if path.suffix == ".h5" and is_intensity_file(path)]
     lists = [path for path in given if path.suffix == ".expt"]
+    if counts and len(lists) == len(tables) + len(counts):
+        tables = [path for path in given if path in (*tables, *counts)]
     if len(tables) != len(lists):
         raise UserError(
             f"{len(tables)} .refl and {len(lists)} .expt files were given; each .refl needs the "
@@ -66,10 +71,14 @@ def read_inputs(
     has_namesake = all(path.with_suffix("") in by_stem for path in tables)
     datasets = []
     for path in given:
-        if path.suffix == ".refl":
+        experiments = None
+        if path in tables:
             experiments = lists[tables.index(path)]
             if has_namesake:
                 experiments = by_stem[path.with_suffix("")]
+        if path in counts:
+            datasets.append(read_photon_table(path, experiments))
+        elif path.suffix == ".refl":
             datasets.append(read_dials(path, experiments))
         elif path.suffix != ".expt":
             datasets += read_unmerged([path], space_group=space_group)

@@ -79,6 +79,7 @@ def spot_metadata(n: int, rng: np.random.Generator, spot: Spot = Spot()) -> Refl
         zeta=f32(zeta),
         frame_sigma=f32(np.sqrt(rocking**2 + 1 / 12)),
         corner=torch.as_tensor(corner),
+        frames_per_layer=torch.ones(n, dtype=torch.int64),
     )
 
 

@@ -28,7 +28,9 @@ class JointProblem:
     batch: ShoeboxBatch
 
 
-def joint_problem(n: int = 96, seed: int = 0, *, n_absent: int = 0) -> JointProblem:
+def joint_problem(
+    n: int = 96, seed: int = 0, *, n_absent: int = 0, handover: str = "photon-counts"
+) -> JointProblem:
     """``n`` boxes of a dozen pairs of Bijvoet mates; the first ``n_absent`` belong to none.
 
     The model is started from the data and then shaken, so that no gradient vanishes by symmetry.
@@ -44,10 +46,11 @@ def joint_problem(n: int = 96, seed: int = 0, *, n_absent: int = 0) -> JointProb
     batch = poisson_boxes(rate, data, rng)
     refl_id[:n_absent] = -1
     refl_id = torch.as_tensor(refl_id)
-    features = scale_features(data, [120], [SPOT.frame_width_deg], MergeConfig())
+    config = MergeConfig(handover=handover)
+    features = scale_features(data, [120], [SPOT.frame_width_deg], config)
     n_obs = torch.bincount(refl_id[refl_id >= 0], minlength=len(asu))
     torch.manual_seed(seed)
-    merger = Merger(asu, features, n_obs, MergeConfig())
+    merger = Merger(asu, features, n_obs, config)
     integrator = make_integrator(data, SPOT, LEVEL)
     model = JointModel(integrator, merger, refl_id, torch.zeros(n, dtype=torch.int64))
     with torch.no_grad():

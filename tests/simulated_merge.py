@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.types import IntensityTable
 from merge.config import MergeConfig
+from merge.model.fisher import fisher_parameters, fisher_step
 from merge.model.merger import Merger, merge_batch
 from merge.model.scale import scale_features
 from merge.types import MergeBatch
@@ -187,18 +188,21 @@ def _table(hkl, s1, s0_crystal, s1_crystal, frame, d, lp, counts, beta) -> Inten
 
 
 def fit(merger: Merger, batch: MergeBatch, n_steps: int = 200, rate: float = 0.03) -> None:
-    """Full-batch Adam as in the epochs of the merge, the correlation of mates now and then."""
+    """Full-batch steps as in the epochs of the merge, the correlation of mates now and then."""
     merger.start(batch)
     weights = merger.group_weights(batch.refl_id)
-    optimizer = torch.optim.Adam(merger.parameters(), lr=rate)
+    fisher = {id(p) for p in fisher_parameters(merger)}
+    rest = [p for p in merger.parameters() if id(p) not in fisher]
+    optimizer = torch.optim.Adam(rest, lr=rate)
     for step in range(n_steps):
         if step and step % (n_steps // 5) == 0:
             merger.update_friedel_correlation(batch, seed=0)
         for group in optimizer.param_groups:
             group["lr"] = rate * 0.05 ** (step / n_steps)
-        optimizer.zero_grad()
+        merger.zero_grad()
         terms = merger.loss(batch, merger.inference())
         loss = -terms.log_likelihood.sum() + terms.scale_penalty
         loss = loss + (weights * terms.kl_structure_factor).sum()
-        (loss / len(batch)).backward()
+        loss.backward()
+        fisher_step(merger, batch)
         optimizer.step()

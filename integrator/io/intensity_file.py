@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,10 +18,23 @@ FORMAT = "braggflux-intensities"
 VERSION = 1
 
 
-def write_intensities(path: str | Path, table: IntensityTable) -> None:
-    """Write every column under its own name; the file appears only when complete."""
+def write_intensities(
+    path: str | Path, table: IntensityTable, experiments: Sequence[Mapping[str, object]] = ()
+) -> None:
+    """Write every column under its own name; the file appears only when complete.
+
+    Parameters
+    ----------
+    path : str or Path
+    table : IntensityTable
+    experiments : sequence of mapping
+        Of each sweep, JSON values: ``unit_cell``, ``space_group``, ``image_range``,
+        ``oscillation_deg`` and more, as the shoebox store has them.
+    """
     with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as handle:
         handle.attrs.update({"format": FORMAT, "version": VERSION})
+        if experiments:
+            handle.attrs["experiments"] = json.dumps(list(experiments))
         for field in fields(table):
             values = getattr(table, field.name).detach().cpu().numpy()
             handle.create_dataset(field.name, data=values, compression="gzip", compression_opts=1)
@@ -46,3 +61,18 @@ def read_intensities(path: str | Path) -> IntensityTable:
             )
     except (OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read as an intensity file: {error}") from error
+
+
+def is_intensity_file(path: str | Path) -> bool:
+    """Whether an HDF5 file says that it is one of these."""
+    try:
+        with h5py.File(path) as handle:
+            return handle.attrs.get("format") == FORMAT
+    except OSError:
+        return False
+
+
+def read_experiment_records(path: str | Path) -> list[dict]:
+    """Sweeps of an intensity file as :func:`write_intensities` was given them; [] without."""
+    with h5py.File(path) as handle:
+        return json.loads(handle.attrs.get("experiments", "[]"))

@@ -3,7 +3,8 @@
 Layout (rows N are sorted by sweep and first frame)::
 
     /                      attributes: format, version, software, box, extent, units, n_rows
-    /boxes/counts          (N, D, H, W) int, photons; 0 where not recorded
+    /boxes/counts          (N, D, H, W) int, photons; 0 where not recorded. A layer D sums
+                           ``frames_per_layer`` frames
     /boxes/mask            (N, D, H, W) uint8, bits of integrator.shoebox.mask.MaskBit
     /reflections/<column>  fields of ReflectionMetadata, flags, entering, recorded_fraction
     /background/<e>/panel_<p>/{sum,count}   (slow, fast) float32, per sweep
@@ -34,7 +35,7 @@ from integrator.shoebox.mask import MaskBit
 from integrator.types import ReflectionMetadata, ShoeboxBatch
 
 FORMAT = "braggflux-shoeboxes"
-VERSION = 1
+VERSION = 2
 UNITS = {
     "counts": "photons",
     "xyz_px": "pixels, pixels, frames",
@@ -44,7 +45,9 @@ UNITS = {
     "corner": "frame, slow, fast array index",
 }
 CHUNK_BYTES = 1 << 19
-INTEGER_COLUMNS = ("refl_row", "miller_index", "experiment", "panel", "corner")
+INTEGER_COLUMNS = (
+    *("refl_row", "miller_index", "experiment", "panel", "corner", "frames_per_layer"),
+)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ class ShoeboxWriter:
             )
         self._counts[first : first + len(counts)] = counts
         self._mask[first : first + len(mask)] = mask
+
+    def read_boxes(self, first: int, n: int) -> tuple[NDArray, NDArray[np.uint8]]:
+        """Read counts and mask of rows that were written."""
+        return self._counts[first : first + n], self._mask[first : first + n]
 
     def write_columns(self, columns: Mapping[str, NDArray]) -> None:
         """Write the columns of all reflections."""

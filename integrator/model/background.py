@@ -64,6 +64,8 @@ class BackgroundModel(nn.Module):
         self.register_buffer(
             "basis", torch.stack([torch.ones_like(x), x, y, t], -1).reshape(-1, 4)
         )
+        products = self.basis[:, :, None] * self.basis[:, None, :]
+        self.register_buffer("basis_products", products.flatten(1), persistent=False)
         self.log_prior_sd = nn.Parameter(torch.tensor([level_sd, *[slope_sd] * 3]).log())
 
     def kl(self, fit: BackgroundFit) -> Tensor:
@@ -99,16 +101,13 @@ class BackgroundModel(nn.Module):
             background = self._rate(theta, mean_background)
             reference = intensity.clamp_min(0.0)
             rate = reference[:, None] * profile + background
-            design = torch.cat(
-                [profile[..., None], background[..., None] * self.basis], -1
-            )  # (B, P, 1 + M)
-            weighted = design * (valid / rate)[..., None]
-            information = torch.bmm(weighted.transpose(1, 2), design).double()
-            score = torch.bmm(weighted.transpose(1, 2), (counts - rate)[..., None]).double()
+            weight = valid / rate
+            residual = counts - rate
+            information, score = self._normal_equations(profile, background, weight, residual)
             information[:, 1:, 1:] += prior
-            score[:, 1:, 0] -= theta.double() @ prior
+            score[:, 1:] -= theta.double() @ prior
             # a box without signal pixels has no information on J; the ridge keeps it solvable
-            step = torch.linalg.solve(information + 1e-9 * eye, score)[..., 0]
+            step = torch.linalg.solve(information + 1e-9 * eye, score)
             intensity = reference + step[:, 0].to(counts.dtype)
             theta = theta + step[:, 1:].clamp(-1.0, 1.0).to(counts.dtype)
         covariance = torch.linalg.inv(information[:, 1:, 1:])
@@ -119,6 +118,26 @@ class BackgroundModel(nn.Module):
             intensity,
             _schur_fraction(information).to(counts.dtype),
         )
+
+    def _normal_equations(
+        self, profile: Tensor, background: Tensor, weight: Tensor, residual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fisher information (B, 1 + M, 1 + M) and score (B, 1 + M) of (J, theta), float64.
+
+        The derivative of the rate is rho for J and ``b phi`` for theta. The sums over voxels are
+        products with the fixed basis, which no array of (B, P, 1 + M) has to be made for.
+        """
+        m = self.n_coefficients
+        signal, level = weight * profile, weight * background
+        information = profile.new_empty(len(profile), m + 1, m + 1, dtype=torch.float64)
+        information[:, 0, 0] = (signal * profile).sum(-1)
+        information[:, 0, 1:] = (signal * background) @ self.basis
+        information[:, 1:, 0] = information[:, 0, 1:]
+        information[:, 1:, 1:] = ((level * background) @ self.basis_products).reshape(-1, m, m)
+        score = torch.cat(
+            [(signal * residual).sum(-1)[:, None], (level * residual) @ self.basis], 1
+        )
+        return information, score.double()
 
     def _rate(self, theta: Tensor, mean_background: Tensor) -> Tensor:
         return mean_background * torch.exp((theta @ self.basis.T).clamp(-8.0, 8.0))
@@ -159,19 +178,38 @@ class MeanBackground(nn.Module):
             for p, image in enumerate(panels):
                 stack[e * self.n_panels + p, : image.shape[0], : image.shape[1]] = image
         self.register_buffer("images", stack.clamp_min(self.floor), persistent=False)
-        levels = torch.ones(len(frame_levels), max(len(f) for f in frame_levels))
+        n_frames = torch.tensor([len(level) for level in frame_levels])
+        summed = torch.zeros(len(frame_levels), int(n_frames.max()) + 1, dtype=torch.float64)
         for e, level in enumerate(frame_levels):
-            levels[e, : len(level)] = level
-        self.register_buffer("levels", levels, persistent=False)
+            summed[e, 1 : len(level) + 1] = level.double().cumsum(0)
+        ends = torch.stack([torch.stack([f[0], f[-1]]) for f in frame_levels]).double()
+        self.register_buffer("n_frames", n_frames, persistent=False)
+        self.register_buffer("summed_levels", summed, persistent=False)
+        self.register_buffer("end_levels", ends, persistent=False)  # of the first and last frame
 
     def forward(self, metadata: ReflectionMetadata) -> Tensor:
         """Mean background photons of each voxel, (B, D, H, W)."""
         index = []
-        sizes = (self.levels.shape[1], *self.images.shape[1:])
-        for axis, (n, size) in enumerate(zip(self.box, sizes, strict=True)):
-            offset = torch.arange(n, device=metadata.corner.device)
+        for axis, size in ((1, self.images.shape[1]), (2, self.images.shape[2])):
+            offset = torch.arange(self.box[axis], device=metadata.corner.device)
             index.append((metadata.corner[:, axis, None] + offset).clamp(0, size - 1))
         panel = (metadata.experiment * self.n_panels + metadata.panel)[:, None, None]
-        image = self.images[panel, index[1][:, :, None], index[2][:, None, :]]  # (B, H, W)
-        level = self.levels[metadata.experiment[:, None], index[0]]  # (B, D)
-        return image[:, None] * level[:, :, None, None]
+        image = self.images[panel, index[0][:, :, None], index[1][:, None, :]]  # (B, H, W)
+        return image[:, None] * self._layer_levels(metadata)[:, :, None, None]
+
+    def _layer_levels(self, metadata: ReflectionMetadata) -> Tensor:
+        """Sum of the levels of the frames of each layer, (B, D).
+
+        Beyond the scan the level is that of the nearest frame: positive, though never compared
+        with a count.
+        """
+        per_layer = metadata.frames_per_layer[:, None]
+        layers = torch.arange(self.box[0] + 1, device=per_layer.device)
+        edge = metadata.corner[:, :1] + layers * per_layer
+        sweep = metadata.experiment[:, None]
+        inside = torch.minimum(edge.clamp_min(0), self.n_frames[sweep])
+        beyond = edge - inside
+        first, last = self.end_levels[metadata.experiment].unbind(-1)
+        total = self.summed_levels[sweep, inside]
+        total = total + beyond.clamp_max(0) * first[:, None] + beyond.clamp_min(0) * last[:, None]
+        return total.diff(dim=1).to(self.images.dtype)

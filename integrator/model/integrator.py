@@ -207,7 +207,7 @@ class Integrator(nn.Module):
         e3, y, x = (
             0.5 * (e[:, 1:] + e[:, :-1]) for e in self.profile.grid.voxel_edges(batch.metadata)
         )
-        step = self.profile.grid.frame_step(batch.metadata)[:, None]
+        step = self.profile.grid.layer_step(batch.metadata)[:, None]
         width = (shape.sigma_m_deg**2 + step**2 / 12).sqrt()
         coordinates = tuple(
             c.clamp(-4.0, 4.0) for c in (e3 / width, y / shape.sigma_y_px, x / shape.sigma_x_px)

@@ -21,6 +21,11 @@ from torch import Tensor, nn
 
 from integrator.types import ReflectionMetadata
 
+#: Standard deviations from the centre beyond which nodes lie ever wider apart, and by how much:
+#: a spot's tails are smooth, and a node costs the same everywhere.
+CORE_SIGMA = 3.0
+TAIL_GROWTH = 1.5
+
 
 @dataclass(frozen=True)
 class SpotShape:
@@ -60,16 +65,21 @@ class VoxelWeights:
         return torch.matmul(w, self.fast[:, None])
 
 
-def hat_integral(u: Tensor) -> Tensor:
-    """Integral from minus infinity to ``u`` of the unit hat function ``max(0, 1 - |u|)``."""
-    u = u.clamp(-1.0, 1.0)
-    return torch.where(u < 0, 0.5 * (1 + u) ** 2, 1 - 0.5 * (1 - u) ** 2)
+def hat_integral(u: Tensor, left: Tensor | float = 1.0, right: Tensor | float = 1.0) -> Tensor:
+    """Integral from minus infinity to ``u`` of a hat function of unit area at 0.
+
+    ``left`` and ``right`` are the distances to where it falls to zero.
+    """
+    below = (left + u.clamp_max(0.0)).clamp_min(0.0) ** 2 / left
+    above = (right - u.clamp_min(0.0)).clamp_min(0.0) ** 2 / right
+    return torch.where(u < 0, below / (left + right), 1 - above / (left + right))
 
 
 def _axis_weights(edges: Tensor, nodes: Tensor) -> Tensor:
     """Share of each node's hat function inside each interval: (B, n_edges - 1, n_nodes)."""
-    step = nodes[1] - nodes[0]
-    cumulative = hat_integral((edges[..., None] - nodes) / step)  # (B, E, G)
+    step = nodes.diff()
+    left, right = torch.cat([step[:1], step]), torch.cat([step, step[-1:]])
+    cumulative = hat_integral(edges[..., None] - nodes, left, right)  # (B, E, G)
     return cumulative[:, 1:] - cumulative[:, :-1]
 
 
@@ -89,10 +99,12 @@ class ProfileGrid(nn.Module):
         self.shape = shape
         _, height, width = shape.box
         self.register_buffer("frame_width_deg", torch.tensor(shape.frame_width_deg))
-        self.register_buffer("nodes_fast", _nodes(width / 2, shape.sigma_x_px / nodes_per_sigma))
-        self.register_buffer("nodes_slow", _nodes(height / 2, shape.sigma_y_px / nodes_per_sigma))
-        half = rotation_n_sigma * shape.sigma_m_deg
-        self.register_buffer("nodes_rotation", _nodes(half, shape.sigma_m_deg / nodes_per_sigma))
+        for name, half_width, sigma in (
+            ("nodes_fast", width / 2, shape.sigma_x_px),
+            ("nodes_slow", height / 2, shape.sigma_y_px),
+            ("nodes_rotation", rotation_n_sigma * shape.sigma_m_deg, shape.sigma_m_deg),
+        ):
+            self.register_buffer(name, _nodes(half_width, sigma, nodes_per_sigma))
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -124,22 +136,33 @@ class ProfileGrid(nn.Module):
     def voxel_edges(self, metadata: ReflectionMetadata) -> tuple[Tensor, Tensor, Tensor]:
         """Voxel edges relative to the centroid: e3 [deg] (B, D+1), slow and fast [px]."""
         edges = []
+        layer = metadata.frames_per_layer.to(self.nodes_fast.dtype)
         # xyz is (fast, slow, frame), corner and box are (frame, slow, fast)
         for axis, (n, column) in enumerate(zip(self.shape.box, (2, 1, 0), strict=True)):
             offset = (
                 metadata.corner[:, axis].to(self.nodes_fast.dtype) - metadata.xyz_px[:, column]
             )
-            edges.append(offset[:, None] + torch.arange(n + 1, device=offset.device))
-        return edges[0] * self.frame_step(metadata)[:, None], edges[1], edges[2]
+            steps = torch.arange(n + 1, device=offset.device)
+            edges.append(offset[:, None] + (steps * layer[:, None] if axis == 0 else steps))
+        return edges[0] * self._frame_step(metadata)[:, None], edges[1], edges[2]
 
-    def frame_step(self, metadata: ReflectionMetadata) -> Tensor:
-        """Width of a frame along e3, (B,) [deg]."""
+    def layer_step(self, metadata: ReflectionMetadata) -> Tensor:
+        """Width of a layer of the box along e3, (B,) [deg]."""
+        return self._frame_step(metadata) * metadata.frames_per_layer
+
+    def _frame_step(self, metadata: ReflectionMetadata) -> Tensor:
         return metadata.zeta * self.frame_width_deg[metadata.experiment]
 
 
-def _nodes(half_width: float, step: float) -> Tensor:
-    n = max(int(torch.ceil(torch.tensor(half_width / step))), 3)
-    return torch.linspace(-half_width, half_width, 2 * n + 1)
+def _nodes(half_width: float, sigma: float, per_sigma: float) -> Tensor:
+    """Node coordinates: even in the core, ever wider apart in the tails, past ``half_width``."""
+    side = [0.0]
+    step = sigma / per_sigma
+    while side[-1] < half_width or len(side) < 4:
+        if side[-1] > CORE_SIGMA * sigma:
+            step *= TAIL_GROWTH
+        side.append(side[-1] + step)
+    return torch.tensor([-c for c in side[:0:-1]] + side)
 
 
 class ProfileModel(nn.Module):

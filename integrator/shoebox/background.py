@@ -12,15 +12,20 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from integrator.crystal.geometry import Experiment
 from integrator.io.shoebox_store import BackgroundField
 from integrator.shoebox.canvas import FrameCanvas
+from integrator.shoebox.defects import Defects, hot_pixels, shaded_tiles
+from integrator.shoebox.sweep import Sweep
 
 MAX_TILES = 1024
 """Over all panels: bounds the memory of the per-frame sums."""
+STRUCTURE_PX = 11
+"""Side of the square over which structure finer than the smoothing is looked for."""
 
 
 class BackgroundAccumulator:
@@ -44,9 +49,11 @@ class BackgroundAccumulator:
         for panel, watched in enumerate(is_watched):
             canvas.panel_view(self._is_watched, panel)[...] = watched
         self._total = np.zeros(canvas.size, dtype=np.int64)
+        self._squares = np.zeros(canvas.size, dtype=np.int64)
         self._count = np.zeros(canvas.size, dtype=np.int32)
         self._side = _tile_side(canvas)
         n_tiles = len(self._tile_sums(self._total))
+        self._lit = np.ones(n_tiles)  # share of the background that shadows let through
         self._frame_total = np.zeros((n_images, n_tiles))
         self._frame_count = np.zeros((n_images, n_tiles))
 
@@ -57,6 +64,7 @@ class BackgroundAccumulator:
         is_used &= counts >= 0
         values = counts * is_used
         self._total += values
+        self._squares += values.astype(np.int64) ** 2
         self._count += is_used
         self._frame_total[frame] = self._tile_sums(values)
         self._frame_count[frame] = self._tile_sums(is_used)
@@ -71,6 +79,54 @@ class BackgroundAccumulator:
             sums.append(np.add.reduceat(partial, columns, axis=1).ravel())
         return np.concatenate(sums)
 
+    def find_defects(self, is_hot: NDArray[np.bool_]) -> Defects:
+        """Hot pixels and shadows of the frames added; :meth:`result` is free of them from now on.
+
+        ``is_hot``, (canvas.size,), are hot pixels that are known already.
+        """
+        canvas = self._canvas
+        is_hot = is_hot.copy()
+        for panel in range(len(canvas.panel_shapes)):
+            sums = (self._total, self._squares, self._count)
+            views = (canvas.panel_view(a, panel).astype(float) for a in sums)
+            canvas.panel_view(is_hot, panel)[...] |= hot_pixels(*views)
+        self._total[is_hot] = 0
+        self._count[is_hot] = 0
+        is_shaded, level, ratio = shaded_tiles(self._frame_total, self._frame_count)
+        is_shaded = self._with_margin(is_shaded)
+        # what the tile's pixels saw counts as so many frames without a shadow
+        normal = self._frame_count * ratio[:, None]
+        in_shadow = self._frame_total / np.where(level > 0, level, 1.0)
+        lit = np.where(is_shaded, in_shadow, normal).sum(0)
+        all_frames = normal.sum(0)
+        self._lit = np.divide(lit, all_frames, out=np.ones_like(lit), where=all_frames > 0)
+        self._lit[(level <= 0) | ~is_shaded.any(0)] = 1.0
+        self._frame_total[is_shaded] = 0.0
+        self._frame_count[is_shaded] = 0.0
+        return Defects(is_hot, self._tile_map(), is_shaded)
+
+    def _tile_map(self) -> NDArray[np.int32]:
+        """Tile of every pixel of the panels, (canvas.size,); 0 in the padding."""
+        tile, first = np.zeros(self._canvas.size, dtype=np.int32), 0
+        for panel, (slow, fast) in enumerate(self._canvas.panel_shapes):
+            rows, columns = np.arange(slow) // self._side, np.arange(fast) // self._side
+            grid = first + rows[:, None] * (columns[-1] + 1) + columns
+            self._canvas.panel_view(tile, panel)[...] = grid
+            first = int(grid.max()) + 1
+        return tile
+
+    def _with_margin(self, is_shaded: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Add the tiles and frames beside: the shadow's edge lies in one of them."""
+        result, first = is_shaded.copy(), 0
+        for slow, fast in self._canvas.panel_shapes:
+            shape = (-(-slow // self._side), -(-fast // self._side))
+            part = slice(first, first + shape[0] * shape[1])
+            grid = is_shaded[:, part].reshape(len(is_shaded), *shape)
+            wide = ndimage.binary_dilation(grid, np.ones((3, 3, 3), dtype=bool))
+            result[:, part] = wide.reshape(len(is_shaded), -1)
+            first = part.stop
+        return result
+
     def result(self) -> BackgroundField:
         """Return the statistic of all frames added."""
         with np.errstate(invalid="ignore"):
@@ -79,9 +135,10 @@ class BackgroundAccumulator:
         observed = self._frame_total.sum(1)
         ratio = np.divide(observed, expected, out=np.ones_like(observed), where=expected > 0)
         panels = range(len(self._canvas.panel_shapes))
+        frames = self._count * self._lit[self._tile_map()]
         return BackgroundField(
             [self._canvas.panel_view(self._total, p).astype(np.float32) for p in panels],
-            [self._canvas.panel_view(self._count, p).astype(np.float32) for p in panels],
+            [self._canvas.panel_view(frames, p).astype(np.float32) for p in panels],
             ratio,
         )
 
@@ -101,19 +158,38 @@ def pixel_inv_d(experiment: Experiment, panel: int) -> NDArray[np.float64]:
     return np.sqrt(2 * (s0 @ s0) * (1 - cos).clip(0))
 
 
+def where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
+    """Pixels inside of the resolution limit of all known spots, per panel."""
+    known = sweep.prediction if sweep.neighbours is None else sweep.neighbours
+    d_min = float(torch.cat([known.d, sweep.prediction.d]).min())
+    panels = range(len(sweep.experiment.panels))
+    return [pixel_inv_d(sweep.experiment, panel) < 0.97 / d_min for panel in panels]
+
+
 def mean_image(
     total: NDArray[np.float32], count: NDArray[np.float32], smoothing_px: float = 2.0
 ) -> NDArray[np.float32]:
     """Background of a panel [counts/pixel], (slow, fast).
 
     A Gaussian average of counts over one of frames: pixels weigh by how often they were seen, and
-    gaps are filled from their surroundings; 0 where nothing is near.
+    gaps are filled from their surroundings; 0 where nothing is near. Where pixels differ from it
+    by more than counting noise (ice rings, the shadow of a wire), they keep that part of the
+    difference which is not noise: ``1 - 1/chi^2``, the mean being taken over the pixels around
+    (James & Stein's shrinkage, 1961, with a local variance).
     """
     counts = ndimage.gaussian_filter(total.astype(np.float64), smoothing_px, mode="constant")
     frames = ndimage.gaussian_filter(count.astype(np.float64), smoothing_px, mode="constant")
-    return np.divide(counts, frames, out=np.zeros_like(counts), where=frames > 1e-9).astype(
-        np.float32
+    smooth = np.divide(counts, frames, out=np.zeros_like(counts), where=frames > 1e-9)
+    expected = smooth * count
+    is_seen = expected > 0
+    chi2 = np.divide((total - expected) ** 2, expected, out=np.zeros_like(smooth), where=is_seen)
+    # one odd pixel is no structure
+    chi2, seen = (
+        ndimage.uniform_filter(a, STRUCTURE_PX) for a in (chi2.clip(0, 50.0), 1.0 * is_seen)
     )
+    kept = 1 - 1 / np.maximum(chi2 / np.maximum(seen, 1e-9), 1.0)
+    own = np.divide(total, count, out=smooth.copy(), where=is_seen)
+    return np.where(is_seen, smooth + kept * (own - smooth), smooth).astype(np.float32)
 
 
 def _tile_side(canvas: FrameCanvas) -> int:

@@ -87,3 +87,12 @@ class FrameCanvas:
         first = self._base[panel] + (slow + self.margin) * stride + fast + self.margin
         rows = first[:, None] + np.arange(shape[0]) * stride[:, None]
         return rows[:, :, None] + np.arange(shape[1])
+
+    def around(self, index: IntArray) -> IntArray:
+        """Flat indices of the 3 x 3 pixels around pixels of the panels, (K, 9).
+
+        By slow, then fast: the pixel itself is in the middle.
+        """
+        stride = self._stride[np.searchsorted(self._base, index, side="right") - 1]
+        rows = index[:, None] + np.array([-1, 0, 1]) * stride[:, None]
+        return (rows[:, :, None] + np.array([-1, 0, 1])).reshape(len(index), 9)

@@ -49,7 +49,9 @@ MAX_CANDIDATES = 1500
 BORDER = 1.5
 """Pixels around the spot from which the background is seen."""
 MAX_HALF_FRAMES = 7
-"""Cap of the box along rotation: spots near the axis are cut, and known to be."""
+"""Cap of the box along rotation in layers; spots near the axis get layers of several frames."""
+MIN_COVERAGE = 3.5
+"""Standard deviations of the rocking curve, on both sides, that a box must hold."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,24 @@ class SpotExtent:
         )
         box = tuple(2 * n + 1 for n in half)
         return cls(sigma_x_px, sigma_y_px, sigma_m_deg, box)
+
+
+def frames_per_layer(spread: Array, n_layers: int) -> NDArray[np.int64]:
+    """Consecutive frames that each layer of a box of ``n_layers`` sums, (N,).
+
+    Near the rotation axis the rocking curve lasts for many frames. Sums of Poisson counts are
+    Poisson counts, and a curve so wide has no detail as fine as a frame: wider layers hold all of
+    it in a box of the same size.
+
+    Parameters
+    ----------
+    spread : ndarray, (N,)
+        Recorded standard deviation of the rocking curve [frames].
+    n_layers : int
+        Layers of the box, odd.
+    """
+    # the centroid lies anywhere in the middle frame: half a frame less on one side
+    return np.ceil((2 * MIN_COVERAGE * spread + 1) / n_layers).clip(1).astype(np.int64)
 
 
 def frame_sigma(sigma_m_deg: float, zeta: Array, width_deg: float) -> Array:

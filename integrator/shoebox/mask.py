@@ -9,12 +9,17 @@ where it truly reaches, in rotation angle too.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from integrator.shoebox.canvas import FrameCanvas
+from integrator.types import Flag
+
+if TYPE_CHECKING:
+    from integrator.io.images import FrameSource
 
 FloatArray = NDArray[np.float32]
 
@@ -162,3 +167,18 @@ def _rows_per_frame(
     order = np.argsort(frame, kind="stable")
     starts = np.searchsorted(frame[order], np.arange(n_images + 1))
     return rows[order], starts
+
+
+def edge_flags(
+    corner: NDArray[np.int64],
+    n_frames: NDArray[np.int64],
+    panel: NDArray[np.int64],
+    frames: FrameSource,
+    box: tuple[int, int, int],
+) -> NDArray[np.int64]:
+    """Flag boxes that reach over the edge of the panel or of the scan, (N,) int64."""
+    shapes = np.array(frames.panel_shapes, dtype=np.int64)[panel]
+    limit = np.column_stack([np.full(len(corner), frames.n_images), shapes])
+    size = np.column_stack([n_frames, np.broadcast_to(box[1:], (len(corner), 2))])
+    is_cut = ((corner < 0) | (corner + size > limit)).any(axis=1)
+    return np.where(is_cut, Flag.PARTIAL_EDGE, 0).astype(np.int64)

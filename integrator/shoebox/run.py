@@ -27,6 +27,7 @@ from integrator.shoebox.predict import (
     predict_reflections,
     prediction_from_columns,
 )
+from integrator.shoebox.spikes import QuietFrames
 from integrator.shoebox.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def run_extraction(
     n_sigma: float = 4.0,
     box: tuple[int, int, int] | None = None,
     settings: MaskSettings | None = None,
+    find_defects: bool = True,
     frame_source: Callable[[Experiment], FrameSource] = open_frames,
     progress: Progress | None = None,
 ) -> ShoeboxStore:
@@ -71,6 +73,8 @@ def run_extraction(
     box : (int, int, int), optional
         (frames, slow, fast), odd, instead of what ``n_sigma`` gives.
     settings : MaskSettings, optional
+    find_defects : bool
+        Leave out zingers, hot pixels and shadows that the masks of the frames do not know.
     frame_source : callable
         Opens the frames of an experiment.
     progress : callable, optional
@@ -94,7 +98,10 @@ def run_extraction(
             frames = stack.enter_context(frame_source(experiment))
             _check_frames(experiment, frames)
             sweeps.append(Sweep(experiment, frames, prediction))
-        extent = extent_override or measure_extent(sweeps, n_sigma=n_sigma)
+        quiet = (
+            [replace(s, frames=QuietFrames(s.frames)) for s in sweeps] if find_defects else sweeps
+        )
+        extent = extent_override or measure_extent(quiet, n_sigma=n_sigma)
         if box is not None:
             extent = replace(extent, box=box)
         logger.info(
@@ -107,6 +114,7 @@ def run_extraction(
             extent,
             out,
             settings=settings,
+            find_defects=find_defects,
             attributes={
                 "software": f"braggflux {_version()}",
                 "d_min": d_min if d_min is not None else min(map(detector_limit, experiments)),

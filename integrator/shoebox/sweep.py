@@ -31,3 +31,21 @@ class Sweep:
     frames: FrameSource
     prediction: Prediction
     neighbours: Prediction | None = None
+
+
+def describe_experiment(experiment: Experiment) -> dict[str, object]:
+    """Summarise a sweep for the header of the store, as JSON values."""
+    crystal, scan = experiment.crystal, experiment.scan
+    images = experiment.images
+    return {
+        "identifier": experiment.identifier,
+        "wavelength": experiment.beam.wavelength,
+        "n_images": scan.n_images,
+        "image_range": list(scan.image_range),
+        "oscillation_deg": list(scan.oscillation),
+        "unit_cell": list(crystal.unit_cell.parameters),
+        "space_group": crystal.space_group.xhm(),
+        "panel_shapes": [list(panel.shape) for panel in experiment.panels],
+        "pixel_size_mm": [list(panel.pixel_size) for panel in experiment.panels],
+        "images": list(images.paths) if images else [],
+    }

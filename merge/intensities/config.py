@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -10,7 +11,7 @@ from typing import Literal
 class IntensityMergeConfig:
     """Scale, error model, priors and their optimisation (`braggflux merge`)."""
 
-    # Bijvoet mates: false merges them into one amplitude.
+    # Bijvoet mates have amplitudes of their own; false merges them into one.
     anomalous: bool = False
     # Still images, related to each other by nothing: their scales come from the image encoder.
     stills: bool = False
@@ -20,14 +21,27 @@ class IntensityMergeConfig:
     d_min: float | None = None
     # Columns that the scale network sees beside resolution; all known ones when null.
     metadata: tuple[str, ...] | None = None
+    # Spots above the level where sigma / I rises again, which only saturation explains: auto
+    # leaves them out.
+    overloads: Literal["auto", "keep"] = "auto"
     # Distribution of the errors: studentt forgives outliers.
     likelihood: Literal["studentt", "normal"] = "studentt"
     # Degrees of freedom of Student's t; learned when null.
     dof: float | None = None
+    # Photon counts where the input carries them: variance and skew of the expected count; false
+    # takes them as Gaussian with the variance of the observed one.
+    photon_counts: bool = True
     # Learn sdfac, sdB and sdadd; false keeps them at 1, 0 and 0.
     error_model: bool = True
     # Error that observations of one reflection on one image have in common across datasets.
     pairing: Literal["auto", "none"] = "auto"
+    # Indexing ambiguity of stills: auto resolves it image by image where the lattice has one.
+    resolve_ambiguity: Literal["auto", "none"] = "auto"
+    # Obliquity [deg] up to which a two-fold axis of the lattice may be mistaken for symmetry.
+    ambiguity_tolerance: float = 0.5
+    # Model or merged MTZ of the same crystal form: of ambiguous indexings, its own is taken; that
+    # of --reference when null.
+    reference_intensities: Path | None = None
     # wilson: every amplitude for itself; double-wilson: given its parent (or Bijvoet mate).
     prior: Literal["wilson", "double-wilson"] = "wilson"
     # Correlation r of an amplitude with its parent; by shell from held-out data when null.
@@ -36,7 +50,9 @@ class IntensityMergeConfig:
     # relatives have in common, for programs that weigh differences as if F were independent.
     sigma: Literal["amplitude", "difference"] = "amplitude"
     # Resolution shells of r.
-    n_correlation_shells: int = 5
+    n_correlation_shells: int = 10
+    # Resolution shells of sigma_A, the correlation of amplitudes with those of --reference.
+    n_reference_shells: int = 10
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12
     # Mean intensity depends on the direction too, as far as the point group allows.
@@ -79,7 +95,7 @@ class IntensityMergeConfig:
                 raise ValueError(f"`{name}` must be positive, got {value}")
         least = {"n_correlation_shells": 1, "n_wilson_knots": 2, "n_spectrum_knots": 2}
         least |= {"network_width": 0, "network_depth": 1, "embedding_size": 1, "epochs": 1}
-        least |= {"stream_above": 0, "stream_training": 1}
+        least |= {"n_reference_shells": 1, "stream_above": 0, "stream_training": 1}
         least |= {"batch_size": 1, "half_set_repeats": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
@@ -87,6 +103,10 @@ class IntensityMergeConfig:
                 raise ValueError(f"`{name}` must be at least {bound}, got {value}")
         if self.correlation is not None and not 0.0 < self.correlation < 1.0:
             raise ValueError(f"`correlation` must lie in (0, 1), got {self.correlation}")
+        if not 0.0 <= self.ambiguity_tolerance <= 10.0:
+            raise ValueError(
+                f"`ambiguity_tolerance` must lie in [0, 10], got {self.ambiguity_tolerance}"
+            )
         if not 0.0 <= self.held_out <= 0.5:
             raise ValueError(f"`held_out` must lie in [0, 0.5], got {self.held_out}")
         kind, _, index = self.device.partition(":")
@@ -94,5 +114,10 @@ class IntensityMergeConfig:
             raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.stills and self.laue:
             raise ValueError("`stills` and `laue` exclude each other; give one of them")
+        if self.reference_intensities is not None and not self.stills:
+            raise ValueError(
+                "`reference_intensities` is for `stills`, whose images choose their indices one "
+                "by one; reindex whole scans with --reindex"
+            )
         if self.stills and not self.network_width:
             raise ValueError("`stills` needs a `network_width` above 0")

@@ -20,7 +20,7 @@ from merge.intensities.training import fit, pool_trees
 
 logger = logging.getLogger(__name__)
 
-GRID = (0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 0.9995)
+GRID = (0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9998)
 EPOCHS = 40
 #: Say of the neighbouring shells in the choice of a shell: r varies smoothly.
 NEIGHBOUR = 0.5

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import Batch, ObservationTable
+from merge.intensities.tree_width import tree_width
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def split(
 def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Tensor:
     """Predictive log-density of each cluster that is wholly chosen, (C,); NaN for the others."""
     batch = table.everything()
-    density = merger.log_density(batch, merger.generative(batch, merger.inference()), predict=True)
+    density = predictive_density(merger, batch)
     if batch.cluster is not None:
         left = torch.zeros(len(density), dtype=torch.int64, device=density.device)
         left.index_add_(0, batch.cluster, (~chosen).long())
@@ -88,24 +89,52 @@ def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Te
 
 
 @torch.no_grad()
+def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
+    """Log-density of each cluster given what q(F) has learned from other observations, (C,).
+
+    With the whole width of the amplitudes: from the width given the relatives, which is too small
+    where they are alike, held-out data would choose too small an r.
+    """
+    q = merger.inference()
+    e = merger.generative(batch, q)
+    width = tree_width(merger, q)
+    row = batch.first_rows
+    slope = 2 * e.scale * q.spread[row] / q.mean[row]  # of K F^2 against F
+    # the spread of all harmonics, less what q(F) of the first one says
+    others = (e.spread - e.mean**2 / q.concentration[row]).clamp_min(0.0)
+    if batch.observation_of_term is None:
+        others = torch.zeros_like(e.spread)
+    variance = e.variance + others + slope**2 * width.own_variance[row]
+    shared = slope * width.shared[row]
+    if batch.cluster is None:  # nobody shares it
+        variance, shared = variance + shared**2, None
+    normal = merger.as_normal(batch, e.mean, torch.zeros_like(e.spread), variance)
+    residual, spread, variance = normal
+    return merger.likelihood(residual, e.common, spread, variance, batch.cluster, e.other, shared)
+
+
+@torch.no_grad()
 def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Prediction:
     """Predict the chosen observations, (N,) bool.
 
     ``cc_pred`` is the correlation of measured and expected intensities.
     """
-    chosen = chosen.to(merger.device)
-    measured, expected, _ = observed_and_expected(merger, table.everything())[
-        :, chosen.cpu().numpy()
-    ]
-    density = log_likelihoods(merger, table, chosen)
-    return Prediction.of(measured, expected, density[~density.isnan()].cpu().numpy())
+    values = observed_and_expected(merger, table.everything())
+    measured, expected, density = values[:, chosen.cpu().numpy()]
+    if table.has_clusters:
+        by_cluster = log_likelihoods(merger, table, chosen.to(merger.device)).cpu().numpy()
+        density = by_cluster[~np.isnan(by_cluster)]
+    return Prediction.of(measured, expected, density)
 
 
 @torch.no_grad()
 def observed_and_expected(merger: IntensityMerger, batch: Batch) -> NDArray:
     """Measured and expected intensities and, without clusters, log-densities, (3, N)."""
     e = merger.generative(batch, merger.inference())
-    density = torch.full_like(e.mean, torch.nan)
+    expected = e.mean
+    if e.other is not None:
+        expected = torch.sigmoid(-e.other.blank_log_odds) * expected
+    density = torch.full_like(expected, torch.nan)
     if batch.cluster is None:
-        density = merger.log_density(batch, e, predict=True)
-    return torch.stack([batch.observations.intensity, e.mean, density]).cpu().numpy()
+        density = predictive_density(merger, batch)
+    return torch.stack([batch.observations.intensity, expected, density]).cpu().numpy()

@@ -10,6 +10,8 @@ to the full batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +19,10 @@ from torch import Tensor, nn
 
 from integrator.distributions.nakagami import Nakagami
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.likelihood import IntensityLikelihood
+from merge.intensities.likelihood import IntensityLikelihood, NotTheSpot
+from merge.intensities.photon_counts import as_deviance, expected_sigma
 from merge.intensities.prior import TreePrior
-from merge.intensities.scale import ObservationScale
+from merge.intensities.scale import ErrorsByPlace, ObservationScale
 from merge.intensities.table import Batch, ObservationTable
 from merge.intensities.unique import UniqueRows
 
@@ -36,12 +39,18 @@ class Expectation:
         Error model's D.
     scale : Tensor
         K; with harmonics, ``mean`` over <F^2> of the first.
+    common : Tensor
+        Error that the observations of a cluster share.
+    other : NotTheSpot or None
+        What else may have been measured.
     """
 
     mean: Tensor
     spread: Tensor
     variance: Tensor
     scale: Tensor
+    common: Tensor
+    other: NotTheSpot | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,11 @@ class IntensityMerger(nn.Module):
     ) -> None:
         super().__init__()
         self.prior = TreePrior(
-            unique, config.n_wilson_knots, config.n_correlation_shells, config.anisotropic
+            unique,
+            config.n_wilson_knots,
+            config.n_correlation_shells,
+            config.anisotropic,
+            config.n_reference_shells,
         )
         self.scale = ObservationScale(table, config)
         self.likelihood = IntensityLikelihood(
@@ -102,7 +115,19 @@ class IntensityMerger(nn.Module):
         # of a row with a parent: relative to the parent's, so that a common change is one step
         self.log_spread_step = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
         self.log_concentration = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
+        # of all observations, where q(F) alone is fitted
+        self.fixed_scale: tuple[Tensor, ErrorsByPlace] | None = None
         self.count(table)
+
+    @contextmanager
+    def with_fixed_scale(self, everything: Batch) -> Iterator[None]:
+        """Compute the scales of the whole table once; only that batch may be used within."""
+        with torch.no_grad():
+            self.fixed_scale = self.scale(everything)
+        try:
+            yield
+        finally:
+            self.fixed_scale = None
 
     def count(self, table: ObservationTable) -> None:
         """Count the used observations of each row and tree, for the weights of the KL."""
@@ -154,7 +179,7 @@ class IntensityMerger(nn.Module):
 
     def generative(self, batch: Batch, q: Nakagami) -> Expectation:
         """Mean and variance of every observation."""
-        log_scale, relative = self.scale(batch)
+        log_scale, errors = self.fixed_scale or self.scale(batch)
         row = batch.terms.row
         mean = log_scale.exp() * q.spread[row]
         spread = mean**2 / q.concentration[row]
@@ -164,8 +189,16 @@ class IntensityMerger(nn.Module):
             mean = mean.new_zeros(n).index_add(0, into, mean)
             spread = spread.new_zeros(n).index_add(0, into, spread)
             row = batch.first_rows
-        variance = self.likelihood.variance(batch.observations.sigma, mean, relative)
-        return Expectation(mean, spread, variance, mean / q.spread[row])
+        o = batch.observations
+        sigma = o.sigma
+        if o.photon_variance is not None:
+            sigma = expected_sigma(mean, o.sigma, o.photon_variance)
+        variance = self.likelihood.variance(sigma, mean, errors.relative)
+        common = self.likelihood.common(mean, errors.log_common)
+        scale = mean / q.spread[row]
+        usual = scale.detach() * self.prior.spread().detach()[row]
+        other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
+        return Expectation(mean, spread, variance, scale, common, other)
 
     def loss(self, batch: Batch, q: Nakagami, with_prior: bool = True) -> MergeTerms:
         """Terms of the ELBO that this batch contributes.
@@ -193,15 +226,28 @@ class IntensityMerger(nn.Module):
     def _information(self, batch: Batch, e: Expectation) -> Tensor:
         """Sum of w m^2 / D over the used observations of each row, (R,)."""
         o = batch.observations
-        robust = self.likelihood.weight(o.intensity - e.mean, e.variance)
+        residual = o.intensity - e.mean
+        robust = self.likelihood.weight(residual, e.variance)
+        robust = robust * self.likelihood.share_of_spots(
+            residual, e.common, e.spread, e.variance, batch.cluster, e.other
+        )
         term = o.is_used * robust * e.mean**2 / e.variance
         rows = batch.first_rows
         return term.new_zeros(len(self.group)).index_add_(0, rows, term)
 
-    def log_density(self, batch: Batch, e: Expectation, predict: bool = False) -> Tensor:
-        """Bound the log-density of each cluster (or observation), or give the predictive one."""
-        residual = batch.observations.intensity - e.mean
-        variance, spread = e.variance, e.spread
-        if predict:
-            variance, spread = variance + spread, torch.zeros_like(spread)
-        return self.likelihood(residual, e.mean, spread, variance, batch.cluster)
+    def log_density(self, batch: Batch, e: Expectation) -> Tensor:
+        """Bound the log-density of each cluster (or observation), (C,)."""
+        residual, spread, variance = self.as_normal(batch, e.mean, e.spread, e.variance)
+        return self.likelihood(residual, e.common, spread, variance, batch.cluster, e.other)
+
+    def as_normal(
+        self, batch: Batch, mean: Tensor, spread: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual, spread and variance for the likelihood, (N,) each.
+
+        Of photon counts they are those that give the shifted Poisson.
+        """
+        o = batch.observations
+        if o.photon_variance is None:
+            return o.intensity - mean, spread, variance
+        return as_deviance(o.intensity, mean, spread, variance, o.sigma, o.photon_variance)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from integrator.distributions.nakagami import Nakagami
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import ObservationTable
+from merge.intensities.tree_width import tree_width
 from merge.model.amplitudes import french_wilson
 
 ROWS_AT_A_TIME = 8192
@@ -17,11 +17,15 @@ ROWS_AT_A_TIME = 8192
 
 @dataclass(frozen=True)
 class ScaledObservations:
-    """Observations on the common scale, (N,); units of the files."""
+    """Observations on the common scale, (N,); units of the files.
+
+    ``is_spot``: more likely the spot than anything else.
+    """
 
     row: Tensor
     intensity: Tensor
     variance: Tensor
+    is_spot: Tensor
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,18 @@ def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> Sca
     e = merger.generative(batch, merger.inference())
     residual = batch.observations.intensity - e.mean
     variance = e.variance
-    if merger.likelihood.has_common_error:
-        variance = variance + (2 * merger.likelihood.log_common).exp() * e.mean**2
+    variance = variance + e.common**2
     weight = merger.likelihood.weight(residual, variance)
+    share = merger.likelihood.share_of_spots(
+        residual, e.common, e.spread, e.variance, batch.cluster, e.other
+    )
+    weight = weight * share.clamp_min(1e-9)
     unit = table.unit_intensity
     return ScaledObservations(
         batch.first_rows,
         batch.observations.intensity / e.scale * unit,
         variance / weight / e.scale**2 * unit**2,
+        share > 0.5,
     )
 
 
@@ -71,7 +79,7 @@ def merged_rows(
     """
     n_rows = len(merger.group)
     mean, sigma = weighted_mean(scaled, n_rows)
-    n_obs = torch.bincount(scaled.row, minlength=n_rows)
+    n_obs = torch.bincount(scaled.row[scaled.is_spot], minlength=n_rows)
     return with_amplitudes(merger, table.unit_intensity, mean, sigma, n_obs, is_marginal)
 
 
@@ -87,11 +95,10 @@ def with_amplitudes(
     """Set amplitudes of q beside mean intensities in units of the files, (R,) each."""
     q = merger.inference()
     unit = unit_intensity**0.5
-    wilson = merger.prior.wilson
-    normalised = q.mean / (wilson.epsilon * wilson.wilson_sigma()).sqrt()
+    normalised = q.mean / merger.prior.spread().sqrt()
     return MergedRows(
         q.mean * unit,
-        (marginal_sigma(merger, q) if is_marginal else q.variance.sqrt()) * unit,
+        (tree_width(merger, q).sigma if is_marginal else q.variance.sqrt()) * unit,
         normalised,
         mean,
         sigma,
@@ -102,8 +109,8 @@ def with_amplitudes(
 def weighted_mean(
     scaled: ScaledObservations, n_rows: int, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Inverse-variance mean of each row and its sigma, NaN where nothing is ``chosen``."""
-    weight = 1 / scaled.variance
+    """Inverse-variance mean of each row's spots and its sigma, NaN where none is ``chosen``."""
+    weight = scaled.is_spot / scaled.variance
     if chosen is not None:
         weight = weight * chosen
     total = weight.new_zeros(n_rows).index_add_(0, scaled.row, weight)
@@ -134,33 +141,3 @@ def amplitudes_of_means(
         for part in zip(*(x.split(ROWS_AT_A_TIME) for x in given), strict=True)
     ]
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
-
-
-@torch.no_grad()
-def marginal_sigma(merger: IntensityMerger, q: Nakagami) -> Tensor:
-    """Give the standard deviation of each amplitude, its relatives being uncertain too, (R,).
-
-    q is a product, whose width is that of F with its parent known exactly. The precision matrix
-    of a tree is the data's (q's precision less the prior's) plus the prior's links; its inverse
-    along a tree is one pass from the children up and one back. Here each row takes up the
-    uncertainty of its parent: Var = Var_q + (d mean / d parent)^2 Var(parent), with the slope
-    r (2 / S) / precision of the conditional.
-    """
-    variance = q.variance.clone()
-    if not merger.prior.is_coupled:
-        return variance.sqrt()
-    r, spread = merger.prior.conditional()
-    child, parent = merger.prior.child, merger.prior.parent
-    stiffness = torch.where(merger.prior.wilson.is_centric[child], 1.0, 2.0) / spread
-    slope = torch.zeros_like(variance)
-    slope[child] = (r * stiffness * variance[child]).clamp_max(1.0)
-    # a parent knows of its child only what the child's own data say
-    own = (1 / variance[child] - stiffness).clamp_min(0.0)
-    link = stiffness * own / (stiffness + own)
-    precision = 1 / variance
-    precision.index_add_(0, parent, link - r**2 * stiffness)
-    least = 1 / (merger.prior.wilson.epsilon * merger.prior.wilson.wilson_sigma())
-    total = torch.where(slope > 0, variance, 1 / torch.maximum(precision, least))
-    for rows, above in merger.levels:
-        total = total.index_copy(0, rows, variance[rows] + slope[rows] ** 2 * total[above])
-    return total.sqrt()

@@ -1,11 +1,12 @@
 r"""Wilson's prior for rows without a parent, double-Wilson for those with one.
 
-    p(F) = Wilson(epsilon Sigma(d))
+    p(F) = Wilson(epsilon Sigma(h)), or about that of a model
     p(F | F_parent) = Rice (acentric) or folded normal (centric) about r F_parent with
                       S = epsilon Sigma (1 - r^2)
 
-The formulas and the reasons are those of :mod:`merge.model.prior`; here the parents form trees
-over any number of datasets (Hekstra et al. 2025), and r is a constant per resolution shell that
+The formulas and the reasons are those of :mod:`merge.model.prior`, those of the model's prior in
+:mod:`merge.intensities.reference`; here the parents form trees over any number of datasets
+(Hekstra et al. 2025), and r is a constant per resolution shell that
 :mod:`merge.intensities.correlation` chooses by held-out data.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from integrator.distributions.nakagami import Nakagami
+from merge.intensities.reference import ReferencePrior
 from merge.intensities.unique import UniqueRows
 from merge.model.anisotropy import anisotropic_design, invariant_tensors
 from merge.model.prior import WilsonPrior
@@ -36,14 +38,21 @@ class TreePrior(nn.Module):
         Resolution shells of r, equally many rows each.
     is_anisotropic : bool
         Sigma depends on the direction too, alike for all datasets.
+    n_reference_shells : int
+        Resolution shells of sigma_A.
     """
 
     def __init__(
-        self, unique: UniqueRows, n_knots: int, n_shells: int, is_anisotropic: bool = False
+        self,
+        unique: UniqueRows,
+        n_knots: int,
+        n_shells: int,
+        is_anisotropic: bool = False,
+        n_reference_shells: int = 10,
     ) -> None:
         super().__init__()
         tensors = [invariant_tensors(a.cell, a.space_group) for a in unique.asus]
-        self.tensors = torch.as_tensor(tensors[0])
+        self.register_buffer("tensors", torch.as_tensor(tensors[0]), persistent=False)
         designs = [anisotropic_design(a, t) for a, t in zip(unique.asus, tensors, strict=True)]
         self.wilson = WilsonPrior(
             torch.as_tensor(unique.d) ** -2.0,
@@ -51,6 +60,9 @@ class TreePrior(nn.Module):
             torch.as_tensor(unique.is_centric),
             n_knots,
             torch.as_tensor(np.concatenate(designs)) if is_anisotropic else None,
+        )
+        self.reference = ReferencePrior(
+            torch.as_tensor(unique.d) ** -2.0, self.wilson.is_centric, n_reference_shells
         )
         self.register_buffer("child", torch.as_tensor(np.flatnonzero(unique.parent >= 0)))
         self.register_buffer("parent", torch.as_tensor(unique.parent[unique.parent >= 0]))
@@ -67,15 +79,29 @@ class TreePrior(nn.Module):
             return None
         return torch.einsum("m,mij->ij", coefficients, self.tensors)
 
+    def spread(self) -> Tensor:
+        """Mean of F^2 under Wilson's prior, epsilon Sigma, (R,)."""
+        return self.wilson.epsilon * self.wilson.wilson_sigma()
+
+    def stiffness(self, mean_square: Tensor) -> Tensor:
+        """Curvature in log F^2 of the prior about a parent or a model, (R,); 0 for Wilson's."""
+        stiffness = 0.25 * mean_square * self.reference.precision(self.spread())
+        if self.is_coupled:
+            stiffness[self.child] = 0.5 * mean_square[self.child] / self.conditional()[1]
+        return stiffness
+
     def conditional(self) -> tuple[Tensor, Tensor]:
         """R and S of each child, (C,)."""
         share = self.one_minus_r2[self.shell[self.child]]
-        sigma = (self.wilson.epsilon * self.wilson.wilson_sigma())[self.child]
+        sigma = self.spread()[self.child]
         return (1 - share).sqrt(), sigma * share
 
     def kl(self, q: Nakagami) -> Tensor:
         """Divergence of each row, (R,); that of a child is averaged over q of its parent."""
         alone = kl_divergence(q, self.wilson.p_structure_factor())
+        rows = self.reference.rows
+        if len(rows):
+            alone = alone.index_copy(0, rows, self.reference.kl(q, self.spread(), rows))
         if not self.is_coupled:
             return alone
         return alone.index_copy(0, self.child, self._conditional_kl(q))

@@ -65,19 +65,10 @@ class RowNewton:
         below = own.clone()
         for rows, parent in reversed(merger.levels):  # a parent's step moves its whole tree
             below.index_add_(0, parent, below[rows])
-        below = below + weight * self._stiffness()
+        below = below + weight * merger.prior.stiffness(merger.log_spread.exp())
         change = -merger.log_spread_step.grad / below.clamp_min(1e-12)
         merger.log_spread_step += damping * change.clamp(-MAX_STEP, MAX_STEP)
         k = merger.log_concentration.exp()
         curvature = 0.5 * torch.maximum(own / k, weight) + 0.5 * weight
         change = -merger.log_concentration.grad / curvature.clamp_min(1e-12)
         merger.log_concentration += damping * change.clamp(-MAX_STEP, MAX_STEP)
-
-    def _stiffness(self) -> Tensor:
-        """Curvature of the prior of a child about its parent, (R,)."""
-        prior = self.merger.prior
-        stiffness = torch.zeros_like(self.weight)
-        if prior.is_coupled:
-            mean_square = self.merger.log_spread.exp()[prior.child]
-            stiffness[prior.child] = 0.5 * mean_square / prior.conditional()[1]
-        return stiffness

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from merge.intensities.likelihood import NotTheSpot
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import Batch
 
@@ -32,8 +33,9 @@ class RowSums:
     Attributes
     ----------
     by_half : Tensor, (2, R, 7)
-        Columns :data:`COLUMNS`. ``n``; of the scaled intensities, in units of the table: sums of
-        ``1 / variance``, of ``I / variance``, of ``I`` and of ``|I - <F^2>|``; slope of the
+        Columns :data:`COLUMNS`. Of spots, neither blank nor stray: ``n``, and of the scaled
+        intensities, in units of the table, sums of ``1 / variance``, of ``I / variance``, of ``I``
+        and of ``|I - <F^2>|``. Of all: slope of the
         log-likelihood against log <F^2>, and its expected curvature.
     """
 
@@ -41,6 +43,7 @@ class RowSums:
         self.merger, self.seed = merger, seed
         q = merger.inference()
         self.spread, self.concentration = q.spread.detach(), q.concentration.detach()
+        self.usual = merger.prior.spread().detach()
         self.by_half = self.spread.new_zeros(2, len(self.spread), len(COLUMNS))
 
     def add(self, batches: Iterable[tuple[int, Batch]]) -> RowSums:
@@ -60,38 +63,46 @@ class RowSums:
         return sums[:, 2] / total, total**-0.5
 
     def _add(self, number: int, batch: Batch) -> None:
-        merger, o = self.merger, batch.observations
         if batch.observation_of_term is not None or batch.cluster is not None:
             raise ValueError("batches of a store have neither harmonics nor common errors")
-        row = batch.terms.row
+        used = batch.observations.is_used
+        half = self._half_of_image(number, batch)[batch.image]
+        into = (half * len(self.spread) + batch.terms.row)[used]
+        # one pass over the rows for all seven sums
+        columns = torch.stack(self._columns(batch), -1)[used]
+        self.by_half.view(-1, len(COLUMNS)).index_add_(0, into, columns)
+
+    def _columns(self, batch: Batch) -> list[Tensor]:
+        """Compute what each observation adds, (N,) each."""
+        likelihood, o, row = self.merger.likelihood, batch.observations, batch.terms.row
         with torch.no_grad():
-            log_scale, relative = merger.scale(batch)
+            log_scale, errors = self.merger.scale(batch)
             scale = log_scale.exp()
             mean = scale * self.spread[row]
-            spread = mean**2 / self.concentration[row]
+            spread, alone = mean**2 / self.concentration[row], torch.zeros_like(mean)
+            usual = scale * self.usual[row]
+            other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
         mean.requires_grad_()
         with torch.enable_grad():
-            variance = merger.likelihood.variance(o.sigma, mean, relative)
-            density = merger.likelihood(o.intensity - mean, mean, spread, variance, None)
+            variance = likelihood.variance(o.sigma, mean, errors.relative)
+            density = likelihood(o.intensity - mean, alone, spread, variance, None, other)
             (slope,) = torch.autograd.grad(density.sum(), mean)
         with torch.no_grad():
             mean, variance = mean.detach(), variance.detach()
-            robust = merger.likelihood.weight(o.intensity - mean, variance)
-            value, weight = o.intensity / scale, robust / variance * scale**2
-            columns = [
-                torch.ones_like(value),
+            residual = o.intensity - mean
+            share = likelihood.share_of_spots(residual, alone, spread, variance, None, other)
+            robust = likelihood.weight(residual, variance) * share
+            is_spot = (share > 0.5).double()
+            value, weight = o.intensity / scale, is_spot * robust / variance * scale**2
+            return [
+                is_spot,
                 weight,
                 weight * value,
-                value,
-                (value - self.spread[row]).abs(),
+                is_spot * value,
+                is_spot * (value - self.spread[row]).abs(),
                 slope * mean,
                 robust * mean**2 / variance,
             ]
-            used = o.is_used
-            half = self._half_of_image(number, batch)[batch.image]
-            into = (half * len(self.spread) + row)[used]
-            # one pass over the rows for all seven sums
-            self.by_half.view(-1, len(COLUMNS)).index_add_(0, into, torch.stack(columns, -1)[used])
 
     def _half_of_image(self, number: int, batch: Batch) -> Tensor:
         generator = torch.Generator().manual_seed((self.seed << 32) + number)

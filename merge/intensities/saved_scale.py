@@ -32,8 +32,10 @@ FILE_NAME = "scale_model.pt"
 PARTS = ("scale", "likelihood")
 #: Settings that do not shape scales and error model: free to differ.
 FREE = {
-    *("anomalous", "d_min", "metadata", "pairing", "prior", "correlation", "sigma"),
-    *("n_correlation_shells", "n_wilson_knots", "held_out", "epochs", "batch_size"),
+    *("anomalous", "d_min", "metadata", "overloads", "pairing", "photon_counts"),
+    *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities"),
+    *("prior", "correlation", "sigma", "n_correlation_shells", "n_reference_shells"),
+    *("n_wilson_knots", "anisotropic", "held_out", "epochs", "batch_size"),
     *("stream_above", "stream_training", "learning_rate", "network_learning_rate"),
     *("half_set_repeats", "seed", "device"),
 }
@@ -156,6 +158,11 @@ def save_scale(
         torch.save(content, temporary)
 
 
+def scale_file(path: Path) -> Path:
+    """Find the file in the folder of a merge, or take it as given."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
 def load_scale(path: Path) -> SavedScale:
     """Read a scale model: a file, or the folder of a merge.
 
@@ -163,7 +170,7 @@ def load_scale(path: Path) -> SavedScale:
     ------
     UserError
     """
-    file = path / FILE_NAME if path.is_dir() else path
+    file = scale_file(path)
     remedy = f"give the folder of an earlier merge or its {FILE_NAME}"
     if not file.is_file():
         raise UserError(f"--freeze-scales: {file} does not exist; {remedy}")

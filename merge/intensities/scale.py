@@ -9,7 +9,10 @@ r"""Scale of an observation: I = K F^2.
 * ``e``: distance from the Ewald sphere (partiality of stills), with a learned width ``w``;
 * ``network``: residual blocks that see the metadata of the observation and a description of its
   image, learned (scans) or computed from its reflections by the image encoder (stills). For stills
-  and Laue a second output is the relative error that remains, which no mean can hold.
+  and Laue a second output is the relative error that remains, which no mean can hold, and a third
+  the log-odds that there is no spot at all: shadows of the beam stop's arm, dead modules. Where
+  datasets share orientations a fourth is the log of the error that they have in common at a place,
+  relative to its mean.
 
 All have Gaussian priors; K is positive by construction.
 """
@@ -17,6 +20,7 @@ All have Gaussian priors; K is positive by construction.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,25 @@ SPECTRUM_BEND = 0.5  # second difference of the log-spectrum
 WEIGHT_SD = 1.0
 DEVIATION_SD = 0.5  # of an image from the others of its unit
 BLOCK = 8192  # observations that pass the networks together where nothing is learned
+BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
+
+
+@dataclass(frozen=True)
+class ErrorsByPlace:
+    """Errors that depend on where an observation lies, (N,) each or None.
+
+    Parameters
+    ----------
+    relative : Tensor or None
+        In units of the expected intensity.
+    blank_log_odds : Tensor or None
+    log_common : Tensor or None
+        Of the error of a cluster, relative to its mean.
+    """
+
+    relative: Tensor | None = None
+    blank_log_odds: Tensor | None = None
+    log_common: Tensor | None = None
 
 
 class ResidualNetwork(nn.Module):
@@ -137,11 +160,13 @@ class ObservationScale(nn.Module):
             self.deviation = nn.Parameter(torch.zeros(n_images, size))
         # A still's partiality, and at low angle a Laue spot's wavelength, are uncertain: the error
         # depends on where the reflection lies. A sweep has no such error.
-        n_out = 2 if config.stills or config.laue else 1
+        n_out = 3 if config.stills or config.laue else 1
+        if n_out > 1 and table.has_clusters:
+            n_out = 4
         self.network = ResidualNetwork(n_features + size, width, depth, n_out)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Log K of each term, (T,), and the relative error of each observation, (N,) or None."""
+    def forward(self, batch: Batch) -> tuple[Tensor, ErrorsByPlace]:
+        """Log K of each term, (T,), and what the network says of the errors."""
         terms, observations = batch.terms, batch.observations
         log_scale = terms.base_log_scale
         image = observations.image[terms.observation]
@@ -155,13 +180,18 @@ class ObservationScale(nn.Module):
         if self.log_width is not None:
             log_scale = log_scale - 0.5 * terms.ewald_offset**2 * (-2 * self.log_width).exp()
         if self.network is None:
-            return log_scale, None
+            return log_scale, ErrorsByPlace()
         described = self.describe(batch)[terms.observation]
         out = self.network(torch.cat([terms.features, described], -1)).double()
-        relative = None
-        if out.shape[1] > 1:
-            relative = batch.of_first_terms((out[:, 1] - 3.0).clamp_max(1.0).exp())
-        return log_scale + out[:, 0].clamp(-10.0, 10.0), relative
+        log_scale = log_scale + out[:, 0].clamp(-10.0, 10.0)
+        if out.shape[1] == 1:
+            return log_scale, ErrorsByPlace()
+        errors = batch.of_first_terms(out[:, 1:])
+        return log_scale, ErrorsByPlace(
+            (errors[:, 0] - 3.0).clamp_max(1.0).exp(),
+            (errors[:, 1] + BLANK_LOG_ODDS).clamp(-12.0, 12.0),
+            errors[:, 2].clamp(-5.0, 5.0) if errors.shape[1] > 2 else None,
+        )
 
     def describe(self, batch: Batch) -> Tensor:
         """Describe the image of each observation, (N, size)."""
@@ -174,6 +204,21 @@ class ObservationScale(nn.Module):
         signal = torch.cat([features, batch.observations.signal], -1)
         seen = batch.observations.is_seen
         return self.encoder(signal, batch.image, seen, batch.n_images)[batch.image]
+
+    @torch.no_grad()
+    def describe_unseen(self, unit: Tensor, is_used: Tensor) -> None:
+        """Describe units without any used observation by the mean of the others.
+
+        Parameters
+        ----------
+        unit, is_used : Tensor, (N,)
+        """
+        if self.embedding is None:
+            return
+        seen = torch.zeros(len(self.embedding), dtype=torch.bool, device=unit.device)
+        seen[unit[is_used]] = True
+        if seen.any():
+            self.embedding[~seen] = self.embedding[seen].mean(0)
 
     def penalty(self) -> Tensor:
         """Minus the log-prior of all parameters, up to a constant, () [nats]."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-#: What :func:`merge.intensities.build` adds to the metadata of the files.
+#: What :mod:`merge.intensities.metadata` adds to the metadata of the files.
 LOW_ANGLE = "log d"
 
 

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from integrator.crystal.cell import inv_d2
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
-from merge.intensities.build import build_problem, is_kept
+from merge.intensities.build import build_problem
+from merge.intensities.columns import is_kept
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.held_out import Split, split
 from merge.intensities.standard import Standard
@@ -69,7 +70,9 @@ class ObservationStream:
                 "data are read batch by batch only with --stills: scans have parameters of each "
                 "image; raise stream_above to hold them in memory"
             )
-        self.store, self.config = store, config
+        self.store = store
+        # a batch alone is too little to tell a level of saturation by
+        self.config = replace(config, overloads="keep")
         self.edges = _edges(store.image_starts, config.batch_size or LARGEST_BATCH)
         asu = ReciprocalAsu(store.cell, store.space_group, self._d_min(), config.anomalous)
         couple = config.prior == "double-wilson" and asu.anomalous

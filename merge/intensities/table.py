@@ -37,6 +37,8 @@ class Observations(TensorRecord):
         The image encoder may look at it.
     signal : Tensor, (N, 2) float32
         What the encoder sees of the intensity.
+    photon_variance : Tensor or None
+        Of photon counts: see :mod:`merge.intensities.photon_counts`.
     """
 
     intensity: Tensor
@@ -48,6 +50,7 @@ class Observations(TensorRecord):
     is_used: Tensor
     is_seen: Tensor
     signal: Tensor
+    photon_variance: Tensor | None = None
 
 
 @dataclass(frozen=True)

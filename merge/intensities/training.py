@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
 N_START_ROUNDS = 3
+START_ERROR, START_DOF = 0.2, 4.0  # relative error and tail of the first means
 DAMPING = 0.5  # of the amplitudes' Newton steps
 ERROR_RATE = 3.0  # of the error model, in steps of the scale: a handful of well-known numbers
 
@@ -54,14 +55,21 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             knots = scale.spectrum_knots
             nearest = (wavelength[:, None] - knots).abs().argmin(1)
             scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
-        expected = _merge_once(merger, table, row, first)[row]
+        expected = _merge_once(merger, table, row, first, expected)[row]
 
 
 @torch.no_grad()
 def start_amplitudes(merger: IntensityMerger, table: ObservationTable) -> None:
     """Start amplitudes and Wilson's Sigma alone: scales come from an earlier fit."""
     everything = table.everything()
-    _merge_once(merger, table, everything.first_rows, _first(everything))
+    o, first = everything.observations, _first(everything)
+    shell = _shells(everything.terms.inv_d2[first])
+    value = o.intensity / merger.scale(everything)[0][first].exp()
+    by_shell = _mean(value, o.is_used.double(), shell, int(shell.max()) + 1)
+    expected = by_shell.clamp_min(1e-6 * by_shell.max())[shell]
+    row = everything.first_rows
+    for _ in range(N_START_ROUNDS):
+        expected = _merge_once(merger, table, row, first, expected)[row]
 
 
 def _first(batch: Batch) -> Tensor:
@@ -73,15 +81,19 @@ def _first(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _merge_once(
-    merger: IntensityMerger, table: ObservationTable, row: Tensor, first: Tensor
+    merger: IntensityMerger, table: ObservationTable, row: Tensor, first: Tensor, expected: Tensor
 ) -> Tensor:
-    """Set q(F) from inverse-variance means with the present scales; return <F^2>, (R,)."""
+    """Set q(F) from robust means with the present scales; return <F^2>, (R,).
+
+    The relative error is one of what is ``expected``, (N,): in units of its own value a spot that
+    is missing would be the most precise of all.
+    """
     o = table.observations
     k = merger.scale(table.everything())[0][first].exp()
     value = o.intensity / k
-    # a robust relative error: strong observations must not have all the say
-    variance = (o.sigma / k) ** 2 + (0.2 * value) ** 2 + (0.02 * value.abs().median()) ** 2
-    weight = o.is_used / variance
+    variance = (o.sigma / k) ** 2 + (START_ERROR * expected) ** 2
+    variance = variance + (0.1 * START_ERROR * value.abs().median()) ** 2
+    weight = o.is_used / (variance + (value - expected) ** 2 / START_DOF)
     n_rows = len(merger.group)
     total = k.new_zeros(n_rows).index_add_(0, row, weight)
     mean = k.new_zeros(n_rows).index_add_(0, row, weight * value)
@@ -114,6 +126,51 @@ def pool_trees(merger: IntensityMerger) -> None:
     merger.set_log_spread(torch.where(total[merger.group] > 0, mean, log_spread))
 
 
+@torch.no_grad()
+def adopt(
+    merger: IntensityMerger,
+    table: ObservationTable,
+    training: ObservationTable,
+    with_scales: bool = True,
+) -> None:
+    """Start what only the held-out observations determine: image scales and amplitudes.
+
+    The last fit, to all observations, is short. It would leave a held-out image with a scale from
+    its neighbours, and a reflection seen there alone near the mean of its prior.
+    """
+    batch = table.everything()
+    o, row = batch.observations, batch.first_rows
+    e = merger.generative(batch, merger.inference())
+    known = (merger.n_obs > 0)[row]
+    used = training.observations.is_used
+    scale = merger.scale.log_image_scale
+    if len(scale) and with_scales:
+        n = len(scale)
+        new = o.image.new_zeros(n).index_add_(0, o.image, used.long()) == 0
+        precision = known / (e.variance + e.spread)
+        change = _log_ratio(precision * e.mean * o.intensity, precision * e.mean**2, o.image, n)
+        scale[new] += change[new]
+        e = merger.generative(batch, merger.inference())
+    value = o.intensity / e.scale
+    variance = (o.sigma / e.scale) ** 2 + (START_ERROR * value) ** 2
+    n_rows = len(merger.group)
+    total = value.new_zeros(n_rows).index_add_(0, row, 1 / variance)
+    mean = torch.zeros_like(total).index_add_(0, row, value / variance) / total.clamp_min(1e-30)
+    new = (merger.n_obs == 0) & (total > 0) & ~_is_coupled(merger)
+    noise = total.clamp_min(1e-30) ** -0.5
+    spread = torch.maximum(mean, 0.5 * torch.minimum(noise, merger.prior.spread()))
+    merger.set_log_spread(torch.where(new, spread.log(), merger.log_spread))
+
+
+def _is_coupled(merger: IntensityMerger) -> Tensor:
+    """Rows whose relatives say where to start, (R,) bool."""
+    found = torch.zeros_like(merger.group, dtype=torch.bool)
+    if merger.prior.is_coupled:
+        found[merger.prior.child] = True
+        found[merger.prior.parent] = True
+    return found
+
+
 def fit(
     merger: IntensityMerger,
     table: ObservationTable,
@@ -140,10 +197,12 @@ def fit(
     """
     epochs = epochs or config.epochs
     merger.count(table)
+    if not with_scales:
+        return _fit_amplitudes(merger, table, epochs, observer)
     amplitudes = RowNewton(merger)
-    optimizer = make_optimizer(merger, config) if with_scales else None
+    optimizer = make_optimizer(merger, config)
     generator = torch.Generator().manual_seed(config.seed)
-    batches = table.unit_batches(config.batch_size if with_scales else None, generator)
+    batches = table.unit_batches(config.batch_size, generator)
     everything = table.everything() if len(batches) == 1 else None
     began, elbo = time.monotonic(), math.nan
     for epoch in range(1, epochs + 1):
@@ -160,6 +219,20 @@ def fit(
     n = int(table.observations.is_used.sum())
     seconds = time.monotonic() - began
     logger.debug("elbo %.4f/obs after %d epochs, %.1f s", elbo / n, epochs, seconds)
+    return elbo
+
+
+def _fit_amplitudes(
+    merger: IntensityMerger, table: ObservationTable, epochs: int, observer: Observer | None
+) -> float:
+    """Newton steps of q(F) on all observations at once; the scales are computed once."""
+    everything, amplitudes, elbo = table.everything(), RowNewton(merger), math.nan
+    with merger.with_fixed_scale(everything):
+        for epoch in range(1, epochs + 1):
+            elbo = _step(merger, everything, None, amplitudes, 0.0)
+            amplitudes.end_pass(DAMPING)
+            if observer is not None:
+                observer(epoch, elbo)
     return elbo
 
 

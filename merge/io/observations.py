@@ -195,9 +195,9 @@ def check_one_crystal_form(
             )
         if not first.cell.is_similar(other.cell, tolerance, float(np.degrees(tolerance))):
             raise UserError(
-                f"the cells of {first.name} ({_text(first.cell)}) and {other.name} "
-                f"({_text(other.cell)}) differ by more than {tolerance:.1%}: leave one out, or "
-                "raise the tolerance"
+                f"the cells of {first.name} ({cell_text(first.cell)}) and {other.name} "
+                f"({cell_text(other.cell)}) differ by more than {tolerance:.1%}: leave one out, "
+                "or merge them in separate runs"
             )
 
 
@@ -216,70 +216,19 @@ def typical_cell(cells: ArrayLike, space_group: gemmi.SpaceGroup) -> gemmi.UnitC
     median = gemmi.UnitCell(*np.median(np.asarray(cells, dtype=float), axis=0))
     metric = np.linalg.inv(reciprocal_metric(median))
     turns = rotations(space_group)
-    return _cell_of(np.mean(turns.transpose(0, 2, 1) @ metric @ turns, axis=0))
+    return cell_of_metric(np.mean(turns.transpose(0, 2, 1) @ metric @ turns, axis=0))
 
 
-def _cell_of(metric: Array) -> gemmi.UnitCell:
+def cell_of_metric(metric: Array) -> gemmi.UnitCell:
     """Return the cell with this metric tensor."""
     a, b, c = np.sqrt(np.diag(metric))
     cosines = metric[1, 2] / (b * c), metric[0, 2] / (a * c), metric[0, 1] / (a * b)
     return gemmi.UnitCell(a, b, c, *np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0))))
 
 
-def _text(cell: gemmi.UnitCell) -> str:
+def cell_text(cell: gemmi.UnitCell) -> str:
+    """Parameters in words for a message."""
     return " ".join(f"{value:.2f}" for value in cell.parameters)
-
-
-def reindex(data: UnmergedData, operator: str) -> UnmergedData:
-    """Apply a reindexing operator to indices and cell; the space group stays.
-
-    Parameters
-    ----------
-    data : UnmergedData
-    operator : str
-        New indices in terms of the old, for example ``"k,h,-l"``.
-
-    Raises
-    ------
-    UserError
-        Not an operator in h, k, l; one that changes hand or volume; or one after which the cell
-        does not fit the space group.
-    """
-    rotation = _parse_operator(operator)
-    # r = h M = h' R^-1 M with the rows of M being a*, b*, c*
-    inverse = np.linalg.inv(rotation)
-    cell = _cell_of(np.linalg.inv(inverse @ reciprocal_metric(data.cell) @ inverse.T))
-    if not cell.is_compatible_with_spacegroup(data.space_group, eps=0.01):
-        raise UserError(
-            f"the reindexing operator {operator} turns the cell of {data.name} into "
-            f"{_text(cell)}, unfit for {data.space_group.xhm()}; give one of this lattice"
-        )
-    return replace(data, miller_index=data.miller_index @ rotation, cell=cell)
-
-
-def _parse_operator(operator: str) -> NDArray[np.int32]:
-    """Return R of ``h' = h R``, (3, 3)."""
-    try:
-        op = gemmi.Op(operator)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"reindexing operator {operator!r} cannot be read; write the new indices in terms of "
-            "the old, like k,h,-l"
-        ) from error
-    rotation = np.array(op.rot)
-    if not set(operator.lower()) & set("hkl") or np.any(op.tran) or np.any(rotation % op.DEN):
-        raise UserError(
-            f"reindexing operator {operator!r} must give whole combinations of h, k, l without "
-            "shifts, like k,h,-l"
-        )
-    rotation = (rotation // op.DEN).astype(np.int32)
-    determinant = round(np.linalg.det(rotation))
-    if determinant != 1:
-        raise UserError(
-            f"reindexing operator {operator!r} has determinant {determinant}; it must be 1, to "
-            "keep hand and volume: for k,h,l write k,h,-l"
-        )
-    return rotation
 
 
 def combine_friedel(plus: UnmergedData, minus: UnmergedData) -> UnmergedData:

@@ -19,9 +19,9 @@ from merge.io.observations import (
     check_one_crystal_form,
     combine_friedel,
     make_unmerged,
-    reindex,
     typical_cell,
 )
+from merge.io.reindexing import reindex
 from merge.io.unmerged_store import UnmergedStore
 
 __all__ = [

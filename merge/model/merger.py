@@ -20,7 +20,7 @@ from integrator.types import Flag, IntensityTable
 from merge.config import MergeConfig
 from merge.model.anisotropy import anisotropic_design, invariant_tensors
 from merge.model.friedel import estimate_one_minus_r2, mean_half_set_covariance
-from merge.model.likelihood import PhotonCountLikelihood
+from merge.model.likelihood import observation_likelihood
 from merge.model.prior import DoubleWilsonPrior, WilsonPrior
 from merge.model.scale import ScaleFeatures, ScaleModel
 from merge.types import MergeBatch, MergeLoss
@@ -89,7 +89,9 @@ class Merger(nn.Module):
         n_group = torch.zeros(len(plus), dtype=torch.int64).index_add_(0, self.group, n_obs)
         self.register_buffer("n_group", n_group)
         self.scale = ScaleModel(features, config)
-        self.likelihood = PhotonCountLikelihood(config.relative_error, config.outlier_fraction)
+        self.likelihood = observation_likelihood(
+            config.handover, config.relative_error, config.outlier_fraction
+        )
         self.log_spread = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
         self.log_concentration = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
 
@@ -171,6 +173,33 @@ class Merger(nn.Module):
         self.log_spread.copy_(spread.log())
         self.log_concentration.copy_(k.log())
 
+    @torch.no_grad()
+    def restart_doubted(self, batch: MergeBatch) -> int:
+        """Start q(F) anew where every observation of a group of mates passes for an outlier.
+
+        Observations far from a wrong amplitude have no say in it, so that no step of any length
+        would find the way back. The median of all observations of the group does.
+
+        Returns
+        -------
+        int
+            Groups started anew.
+        """
+        value, variance, good = self.scaled_observations(batch)
+        group = self.group[batch.refl_id]
+        best = good.new_zeros(len(self.n_group)).scatter_reduce_(0, group, good, "amax")
+        doubted = (best < 0.5) & (self.n_group > 0)
+        chosen = doubted[group]
+        if not chosen.any():
+            return 0
+        median, precision = grouped_median(value[chosen], variance[chosen].rsqrt(), group[chosen])
+        rows = torch.nonzero(doubted[self.group])[:, 0]
+        number = (doubted.cumsum(0) - 1)[self.group[rows]]
+        spread = torch.maximum(median[number], 1 / precision[number])
+        self.log_spread[rows] = spread.log()
+        self.log_concentration[rows] = (spread * precision[number]).square().clamp(0.6, 1e6).log()
+        return int(doubted.sum())
+
     def _mate_row(self) -> Tensor:
         mate = torch.arange(len(self.log_spread), device=self.log_spread.device)
         plus, minus = self.prior.plus_row, self.prior.minus_row
@@ -207,3 +236,28 @@ class Merger(nn.Module):
                 product[keep], prior.shell[keep], len(prior.one_minus_r2), prior.one_minus_r2
             )
         )
+
+
+def grouped_median(value: Tensor, weight: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted median of each group, and the largest weight in it, (G,) each.
+
+    Parameters
+    ----------
+    value, weight : Tensor, (N,)
+        ``weight`` > 0.
+    group : Tensor, (N,) int64
+        Numbers with gaps; the results are in their order.
+    """
+    _, group = torch.unique(group, return_inverse=True)
+    order = value.argsort()
+    order = order[group[order].argsort(stable=True)]
+    value, weight, group = value[order], weight[order], group[order]
+    n_groups = int(group[-1]) + 1
+    total = weight.new_zeros(n_groups).index_add_(0, group, weight)
+    before = total.cumsum(0) - total
+    reached = weight.cumsum(0) - before[group] >= 0.5 * total[group] * (1 - 1e-9)
+    first = torch.full((n_groups,), len(value), device=value.device)
+    index = torch.arange(len(value), device=value.device)
+    first.scatter_reduce_(0, group[reached], index[reached], "amin")
+    largest = weight.new_zeros(n_groups).scatter_reduce_(0, group, weight, "amax")
+    return value[first], largest

@@ -58,13 +58,20 @@ class WilsonPrior(nn.Module):
         knots = torch.quantile(inv_d2.double(), torch.linspace(0, 1, n_knots, dtype=torch.float64))
         self.register_buffer("design", hat_design(inv_d2.double(), knots))
         self.log_sigma = nn.Parameter(torch.zeros(n_knots, dtype=torch.float64))
-        self.anisotropy = None
+        self.anisotropy, self.b_unit = None, 1.0
         if anisotropic_design is not None and anisotropic_design.shape[1]:
             # in units of the log at the resolution limit: steps like those of the knots
             self.b_unit = 2.0 / float(inv_d2.max())
             self.register_buffer("tensor_design", self.b_unit * anisotropic_design.double())
             zeros = torch.zeros(anisotropic_design.shape[1], dtype=torch.float64)
             self.anisotropy = nn.Parameter(zeros)
+
+    @property
+    def full_design(self) -> Tensor:
+        """What log Sigma is linear in: knots, then tensors, (R, n_knots + m)."""
+        if self.anisotropy is None:
+            return self.design
+        return torch.cat([self.design, self.tensor_design], -1)
 
     def wilson_sigma(self) -> Tensor:
         """<F^2 / epsilon> of each unique reflection, (R,)."""
@@ -97,16 +104,13 @@ class WilsonPrior(nn.Module):
         ``+ 0.577``: <log I> of an exponential law lies Euler's constant below log <I>.
         """
         known = is_observed & (intensity > 0)
-        design = self.design[known]
+        design = self.full_design[known]
         target = (intensity[known] / self.epsilon[known]).log() + 0.577
-        ridge = 1e-6 * torch.eye(design.shape[1], dtype=design.dtype, device=design.device)
-        if self.anisotropy is not None:
-            design = torch.cat([design, self.tensor_design[known]], -1)
-            share = torch.full_like(self.anisotropy, LOG_VARIANCE * (self.b_unit / B_SD) ** 2)
-            ridge = torch.block_diag(ridge, torch.diag(share))
-        normal = design.T @ design + ridge
-        solution = torch.linalg.solve(normal, design.T @ target)
         n_knots = len(self.log_sigma)
+        ridge = design.new_full((design.shape[1],), 1e-6)
+        ridge[n_knots:] = LOG_VARIANCE * self.b_unit**2 / B_SD**2
+        normal = design.T @ design + ridge.diag()
+        solution = torch.linalg.solve(normal, design.T @ target)
         self.log_sigma.copy_(solution[:n_knots])
         if self.anisotropy is not None:
             self.anisotropy.copy_(solution[n_knots:])

@@ -5,6 +5,8 @@ r"""Scale of an observation: expected photons = K F^2.
 
 * ``gamma_f``: one scale per frame (beam flicker, illuminated volume), averaged over the frames
   that the reflection crosses with the weights ``w_f`` of its rocking curve;
+  ``gamma`` is a slow drift (the crystal turns through the beam), piecewise linear over the scan,
+  plus flicker that is independent from frame to frame; how much of either is learned;
 * ``B(phi)``: radiation damage, piecewise linear over the scan. Only its change over the scan can
   be known beside F: its mean is 0, and ``gamma_f`` is the scale at the mean 1/d^2;
 * ``a_lm``: transmission of the incident and the diffracted beam as one smooth surface in the frame
@@ -31,8 +33,11 @@ from integrator.types import IntensityTable, ReflectionMetadata
 from merge.config import MergeConfig
 from merge.model.prior import hat_design
 
-FRAMES_EACH_SIDE = 5
+#: Frames on each side of the centroid whose scales are averaged, at most.
+MAX_FRAMES_EACH_SIDE = 11
 N_DETECTOR_FEATURES = 3
+#: Start of the learned standard deviations of flicker and drift, in the log.
+START_SD = 0.03
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class ScaleFeatures:
         Detector position (3), scan position and resolution, scaled to about [-1, 1].
     b_mean : Tensor, (n_knots,)
         What the interpolation of B was centred by.
-    n_frames, n_knots : tuple of int
-        Frames, and knots of B, of each experiment.
+    n_frames, n_knots, n_drift_knots : tuple of int
+        Frames, knots of B and knots of the drift of each experiment.
     """
 
     log_lp: Tensor
@@ -66,6 +71,7 @@ class ScaleFeatures:
     b_mean: Tensor
     n_frames: tuple[int, ...]
     n_knots: tuple[int, ...]
+    n_drift_knots: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> ScaleFeatures:
         """Copy to a device."""
@@ -84,10 +90,11 @@ def scale_features(
     first = torch.as_tensor(np.concatenate([[0], np.cumsum(n_frames)[:-1]]))[experiment]
     count = torch.as_tensor(n_frames)[experiment]
     z = table.xyz_px[:, 2].double()
-    offsets = torch.arange(-FRAMES_EACH_SIDE, FRAMES_EACH_SIDE + 1)
-    frame = z.floor().long()[:, None] + offsets
     # frame_sigma holds the frame's own width (1/12); the rocking curve itself is narrower
     rocking = (table.frame_sigma.double() ** 2 - 1 / 12).clamp_min(1e-4).sqrt()
+    each_side = min(max(int(torch.ceil(5 * rocking.max())), 2), MAX_FRAMES_EACH_SIDE)
+    offsets = torch.arange(-each_side, each_side + 1)
+    frame = z.floor().long()[:, None] + offsets
     lower = (frame - z[:, None]) / rocking[:, None]
     upper = lower + 1 / rocking[:, None]
     weight = torch.as_tensor(erf(upper.numpy() / 2**0.5) - erf(lower.numpy() / 2**0.5))
@@ -102,6 +109,7 @@ def scale_features(
     widths = torch.as_tensor(frame_width_deg, dtype=torch.float64)[experiment]
     spans = [abs(n * width) for n, width in zip(n_frames, frame_width_deg, strict=True)]
     n_knots = tuple(max(2, round(s / config.b_factor_spacing_deg) + 1) for s in spans)
+    n_drift_knots = tuple(max(2, round(s / config.drift_spacing_deg) + 1) for s in spans)
     design = _b_design((z * widths).abs(), experiment, spans, n_knots)
     directions = [-table.s0_crystal.double(), table.s1_crystal.double()]
     harmonics = sum(real_harmonics(v, config.absorption_order) for v in directions) / 2
@@ -117,6 +125,7 @@ def scale_features(
         b_mean=design.mean(0),
         n_frames=tuple(n_frames),
         n_knots=n_knots,
+        n_drift_knots=n_drift_knots,
     )
 
 
@@ -159,6 +168,13 @@ def real_harmonics(directions: Tensor, order: int) -> Tensor:
     return torch.as_tensor(np.stack(columns, 1))
 
 
+def _interpolate(knots: Tensor, n: int) -> Tensor:
+    """Values at the middles of ``n`` frames, (n,), of a curve with knots from end to end."""
+    x = (torch.arange(n, dtype=knots.dtype, device=knots.device) + 0.5) / n * (len(knots) - 1)
+    left = x.floor().long().clamp_max(len(knots) - 2)
+    return knots[left] + (x - left) * (knots[left + 1] - knots[left])
+
+
 class ScaleModel(nn.Module):
     """Physical terms and a small network.
 
@@ -189,8 +205,12 @@ class ScaleModel(nn.Module):
         self.physical = config.physical_scale
         zeros = lambda n: nn.Parameter(torch.zeros(n, dtype=torch.float64))  # noqa: E731
         self.log_frame_scale = zeros(sum(features.n_frames))
-        # frame-to-frame change of the log-scale; learned
-        self.log_step = nn.Parameter(torch.tensor(np.log(0.03), dtype=torch.float64))
+        self.n_drift_knots = features.n_drift_knots
+        self.drift = zeros(sum(features.n_drift_knots))
+        # standard deviation of a frame's log-scale about the drift, and of the drift's change from
+        # knot to knot; learned
+        self.log_flicker = nn.Parameter(torch.tensor(np.log(START_SD), dtype=torch.float64))
+        self.log_drift_step = nn.Parameter(torch.tensor(np.log(START_SD), dtype=torch.float64))
         self.b_factor = zeros(features.b_design.shape[1])
         # bend of B from knot to knot [A^2]; learned. Damage is smooth, one knot is noisy.
         self.log_b_bend = nn.Parameter(torch.tensor(np.log(0.1), dtype=torch.float64))
@@ -210,7 +230,7 @@ class ScaleModel(nn.Module):
         """Log K of the observations in rows ``index``, (B,)."""
         log_scale = -self.log_lp[index]
         if self.physical:
-            frames = self.log_frame_scale[self.frame[index]].exp()
+            frames = self.log_frame_scale.exp()[self.frame[index]]
             log_scale = (
                 log_scale
                 + (self.frame_weight[index] * frames).sum(-1).log()
@@ -233,28 +253,39 @@ class ScaleModel(nn.Module):
         change = self.b_mean @ self.b_factor - self.b_factor[0]
         return torch.exp(0.5 * change * inv_d2)
 
+    @torch.no_grad()
+    def frame_prior_bound(self) -> Tensor:
+        """Bound of the curvature of the prior of each frame's scale, ()."""
+        return torch.exp(-2 * self.log_flicker.clamp(-7.0, 0.0)) + 1 / 0.1**2
+
     def penalty(self) -> Tensor:
         """Minus the log-prior of all scale parameters, up to a constant, () [nats]."""
         total = self.log_frame_scale.new_zeros(())
-        step = self.log_step.clamp(-7.0, 0.0)
-        first = 0
-        for n in self.n_frames:
-            gamma = self.log_frame_scale[first : first + n]
-            change = gamma.diff()
+        if self.physical:
+            total = total + self._physical_penalty()
+        if self.network is not None:
+            for p in self.network.parameters():
+                total = total + 0.5 * (p**2).sum() / self.network_sd**2
+        return total
+
+    def _physical_penalty(self) -> Tensor:
+        total = self.log_frame_scale.new_zeros(())
+        flicker, step = self.log_flicker.clamp(-7.0, 0.0), self.log_drift_step.clamp(-7.0, 0.0)
+        drifts = self.drift.split(self.n_drift_knots)
+        for gamma, drift in zip(self.log_frame_scale.split(self.n_frames), drifts, strict=True):
+            about = gamma - _interpolate(drift, len(gamma))
+            total = total + 0.5 * (about**2).sum() * torch.exp(-2 * flicker) + len(gamma) * flicker
+            change = drift.diff()
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * step) + len(change) * step
             # the mean belongs to the structure factors
             total = total + 0.5 * (gamma.mean() / 0.1) ** 2
-            first += n
-        # weak prior of the step itself: without it few frames could run it to zero
-        total = total + 0.5 * ((step - np.log(0.03)) / 1.0) ** 2
+        # weak priors of the two: without them few frames could run one to zero
+        for log_sd in (flicker, step):
+            total = total + 0.5 * ((log_sd - np.log(START_SD)) / 1.0) ** 2
         total = total + 0.5 * (self.b_factor**2).sum() / self.b_sd**2
         bend = self.log_b_bend.clamp(-7.0, 2.0)
         for knots in self.b_factor.split(self.n_knots):
             change = knots.diff(n=2)
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * bend) + len(change) * bend
         total = total + 0.5 * ((bend - np.log(0.1)) / 1.0) ** 2
-        total = total + 0.5 * (self.absorption**2).sum() / self.harmonic_sd**2
-        if self.network is not None:
-            for p in self.network.parameters():
-                total = total + 0.5 * (p**2).sum() / self.network_sd**2
-        return total
+        return total + 0.5 * (self.absorption**2).sum() / self.harmonic_sd**2

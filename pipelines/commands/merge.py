@@ -1,15 +1,17 @@
 r"""Merge unmerged reflections of any program: rotation, Laue, stills.
 
-INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, or a store of stills
-(.h5). Every file is a dataset of its own, and all are merged on one scale. Writes DIR/merged.mtz,
-for several datasets DIR/<input stem>_merged.mtz, with statistics by resolution shell, the
-held-out predictions (metrics.json) and the scale model.
+INPUT is an unmerged MTZ, a DIALS .refl with its .expt, a CrystFEL .stream, a store (.h5, see
+`braggflux convert`), or the photon counts of a staged run (RUN/intensities.h5). Every file is a
+dataset of its own, and all are merged on one scale. Writes DIR/merged.mtz, for several datasets
+DIR/<input stem>_merged.mtz, with statistics by resolution shell, the held-out predictions
+(metrics.json), the scale model and, where stills can be indexed in several ways, indexing.csv.
 
 Examples
 --------
 braggflux merge scaled.mtz --out merged --anomalous
 braggflux merge off.mtz 2ms.mtz --laue --parents none,0 --prior double-wilson --out pyp
 braggflux merge plus.mtz minus.mtz --friedel --stills --out xfel
+braggflux merge weak.mtz --reference model.pdb --out merged
 braggflux merge new.stream --stills --space-group P6122 --freeze-scales xfel --out new
 """
 
@@ -28,29 +30,27 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files, their relations and the options of the model."""
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--parents",
-        metavar="none,0",
-        help="dataset that each dataset resembles, by its number from 0, or none",
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".mtz .refl+.expt .stream .h5")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    text = "dataset that each dataset resembles, by its number from 0, or none"
+    add("--parents", metavar="none,0", help=text)
+    text = "the two inputs are the Friedel halves of one dataset; sets --anomalous"
+    add("--friedel", action="store_true", help=text)
+    text = "for files that hold none (.stream), e.g. P6122"
+    add("--space-group", metavar="SG", help=text)
+    text = (
+        "new indices of dataset N (from 0; of all without) by the old, e.g. 1:k,h,-l; repeatable"
     )
-    parser.add_argument(
-        "--friedel",
-        action="store_true",
-        help="the two inputs are the Friedel halves of one dataset; sets --anomalous",
+    add("--reindex", action="append", default=[], metavar="[N:]OP", help=text)
+    text = (
+        "structure (.pdb, .cif) or merged amplitudes (.mtz) that the data resemble: its |F_calc| "
+        "becomes the prior, as far as the data say that it fits"
     )
-    parser.add_argument(
-        "--space-group", metavar="SG", help="for files that hold none (.stream), e.g. P6122"
-    )
-    parser.add_argument(
-        "--freeze-scales",
-        type=Path,
-        metavar="DIR",
-        help="scale and error model of an earlier merge (its folder or scale_model.pt); only "
-        "amplitudes are fitted",
-    )
-    add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig)
+    add("--reference", type=Path, metavar="MODEL", help=text)
+    text = "earlier merge (its folder or scale_model.pt) whose scales and error model are used"
+    add("--freeze-scales", type=Path, metavar="DIR", help=text)
+    add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig, "network_width=64")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -60,15 +60,18 @@ def run(args: argparse.Namespace) -> None:
     if args.friedel and args.parents:
         raise UserError("--friedel makes one dataset of two files; leave --parents out")
 
-    from pipelines.merging import MergeInputs, merge, parse_parents
+    from pipelines.merge_inputs import MergeInputs, parse_parents
+    from pipelines.merging import merge
 
     inputs = MergeInputs(
         tuple(args.inputs),
         args.out,
-        parse_parents(args.parents),
-        args.friedel,
-        args.space_group,
-        args.freeze_scales,
+        parents=parse_parents(args.parents),
+        is_friedel=args.friedel,
+        space_group=args.space_group,
+        reindex=tuple(args.reindex),
+        reference=args.reference,
+        freeze_scales=args.freeze_scales,
     )
     for path in merge(inputs, config):
         logger.info("wrote %s", path)

@@ -14,6 +14,8 @@ braggflux run refined.expt refined.refl --model model.pdb --out run
 braggflux run refined.expt refined.refl --model model.pdb --out run --resume
 braggflux run refined.expt refined.refl --model model.pdb --out run2 \
     --coupling staged --epochs 6 --d-min 2.0 --reference dials/merged.mtz
+braggflux run refined.expt refined.refl --model model.pdb --out plain \
+    --set merge.handover=gaussian --set merge.double_wilson=false --set merge.physical_scale=false
 braggflux run --config run/config.yaml --out again
 """
 

@@ -8,6 +8,7 @@ Examples
 --------
 braggflux simulate --out demo/frames
 braggflux simulate --out small --preset tiny --seed 3
+braggflux simulate --out spoilt --preset tiny --effects ice,hot-pixel,shadow,zinger
 braggflux simulate --out serial --preset stills --images 1646
 """
 
@@ -24,25 +25,29 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder, preset and seed."""
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder to write to"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
         "--preset",
         default="hewl-iodide",
         help="hewl-iodide (the demo), tiny or multipanel (seconds), or stills [hewl-iodide]",
     )
+    text = "what spoils the frames: some of ice,hot-pixel,shadow,zinger [none]"
+    parser.add_argument("--effects", default="", metavar="NAMES", help=text)
     parser.add_argument(
         "--images", metavar="N", help="of the preset stills [164639, as many as CXIDB 81]"
     )
     parser.add_argument(
         "--model", type=Path, metavar="PDB", help="of the preset stills [lysozyme with iodides]"
     )
+    parser.add_argument(
+        "--reindexed", metavar="SHARE", help="of the stills: images under other indices [0]"
+    )
     parser.add_argument("--seed", default="0", help="same seed, same frames [0]")
 
 
 def run(args: argparse.Namespace) -> None:
     """Simulate."""
+    from fixtures.presets import effect_overrides
     from fixtures.simulate import simulate
     from pipelines import log, schema
 
@@ -50,10 +55,11 @@ def run(args: argparse.Namespace) -> None:
     if args.preset == "stills":
         _run_stills(args, seed)
         return
-    if args.images is not None or args.model is not None:
-        raise UserError("--images and --model belong to --preset stills; leave them out")
+    if any(x is not None for x in (args.images, args.model, args.reindexed)):
+        raise UserError("--images, --model and --reindexed are of --preset stills; leave them out")
+    effects = effect_overrides(name.strip() for name in args.effects.split(",") if name.strip())
     with log.progress("frames") as advance:
-        files = simulate(args.out, preset=args.preset, seed=seed, progress=advance)
+        files = simulate(args.out, args.preset, seed, advance, overrides=effects)
     logger.info("frames: %s", files.master)
     logger.info("model: %s", files.model)
 
@@ -65,6 +71,7 @@ def _run_stills(args: argparse.Namespace, seed: int) -> None:
 
     given = {"n_images": args.images and schema.coerce(args.images, int, "--images")}
     given |= {"model": args.model, "seed": seed}
+    given["reindexed"] = args.reindexed and schema.coerce(args.reindexed, float, "--reindexed")
     settings = StillsSettings(**{key: v for key, v in given.items() if v is not None})
     with log.progress("stills") as advance:
         files = write_stills(args.out, StillsExperiment(settings), advance)

@@ -58,6 +58,11 @@ def test_staged_hands_the_table_on_through_a_file(configure, straight, tiny, tmp
     joint = read_reflections(straight.integrated_refl)["intensity.prf.value"]
     assert not np.array_equal(joint, written["intensity.prf.value"]), "the merge takes part"
     assert np.corrcoef(joint, written["intensity.prf.value"])[0, 1] > 0.999
+    # the table is complete: it can be merged without the run
+    argv = ["merge", str(path), "--anomalous", "--out", str(tmp_path / "merged"), "--epochs", "20"]
+    assert cli.main([*argv, "--set", "network_width=0", "--set", "held_out=0"]) == 0
+    merged = amplitudes(tmp_path / "merged" / "merged.mtz")
+    assert correlation(merged, true_means(tiny.truth_mtz)) > 0.98
 
 
 def test_mates_merged_together(configure, tiny, tmp_path, capsys):

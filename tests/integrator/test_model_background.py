@@ -179,6 +179,23 @@ def test_mean_background_reads_the_right_voxels():
         torch.testing.assert_close(found[i], expected)
 
 
+def test_layers_of_several_frames_add_their_levels():
+    """Beyond the scan the level of the nearest frame goes on."""
+    image, level = torch.rand(20, 20) + 1, torch.rand(30) + 0.5
+    background = MeanBackground([[image]], [level], (3, 2, 2))
+    data = spot_metadata(3, np.random.default_rng(0))
+    changes = {
+        "corner": torch.tensor([[4, 3, 3], [-3, 3, 3], [27, 3, 3]]),
+        "frames_per_layer": torch.tensor([2, 4, 5]),
+    }
+    found = background(type(data)(**{**vars(data), **changes}))
+    for row, per_layer in enumerate((2, 4, 5)):
+        first = changes["corner"][row, 0]
+        frames = (first + torch.arange(3 * per_layer)).clamp(0, 29)
+        expected = level[frames].reshape(3, per_layer).sum(1)
+        torch.testing.assert_close(found[row], expected[:, None, None] * image[3:5, 3:5])
+
+
 def test_mean_background_has_a_floor():
     background = MeanBackground([[torch.zeros(20, 20)]], [torch.ones(5)], (3, 3, 3))
     data = spot_metadata(2, np.random.default_rng(0))

@@ -59,6 +59,32 @@ def test_hat_integral_equals_quadrature():
         assert hat_integral(torch.tensor(u)).item() == pytest.approx(exact, abs=1e-7)
 
 
+@pytest.mark.parametrize(("left", "right"), [(1.0, 1.0), (0.5, 2.0), (3.0, 0.7)])
+def test_uneven_hat_has_unit_area_and_the_integral_of_its_density(left, right):
+    def density(x):
+        inside = max(0.0, 1 + x / left) if x < 0 else max(0.0, 1 - x / right)
+        return inside / (0.5 * (left + right))
+
+    for u in (-4.0, -0.6, 0.0, 0.4, 5.0):
+        exact = integrate.quad(density, -4.0, max(u, -4.0), points=[-left, 0, right], limit=200)[0]
+        found = hat_integral(torch.tensor(u, dtype=torch.float64), left, right)
+        assert found.item() == pytest.approx(exact, abs=1e-7)
+
+
+def test_layer_of_several_frames_is_their_sum():
+    """Three frames a layer: the profile of each layer is the sum of three single frames."""
+    wide = Spot(SPOT.sigma_x_px, SPOT.sigma_y_px, 4 * SPOT.sigma_m_deg, SPOT.box)
+    fine = replace(wide, box=(3 * SPOT.box[0], *SPOT.box[1:]))
+    model, dense = profile_model(wide), profile_model(fine)
+    single = metadata(spot=fine)
+    summed = replace(single, frames_per_layer=torch.full((len(single.d),), 3))
+    latent = 0.3 * torch.randn(len(single.d), model.n_latent)
+    layers = model(model.grid.voxel_weights(summed), latent)
+    frames = dense(dense.grid.voxel_weights(single), latent)
+    expected = frames.unflatten(1, (SPOT.box[0], 3)).sum(2)
+    torch.testing.assert_close(layers, expected, rtol=0, atol=2e-6)
+
+
 def test_every_node_inside_the_box_has_integral_one():
     data = metadata()
     weights = profile_model().grid.voxel_weights(data)

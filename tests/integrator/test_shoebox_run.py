@@ -85,8 +85,12 @@ def test_all_reflections_are_there(store, experiment):
     metadata = store.metadata(torch.float64)
     torch.testing.assert_close(metadata.xyz_px.sum(0), expected.xyz_px.sum(0))
     centre = metadata.xyz_px.flip(1) - metadata.corner
+    centre[:, 0] /= metadata.frames_per_layer
     half = torch.tensor(store.box) // 2
     assert ((centre >= half) & (centre < half + 1)).all()
+    wide = metadata.frames_per_layer > 1
+    assert 0.02 < wide.double().mean() < 0.2
+    assert metadata.zeta[wide].max() < metadata.zeta[~wide].min() + 1e-9
 
 
 def test_boxes_hold_the_photons_of_their_reflections(store, shared):

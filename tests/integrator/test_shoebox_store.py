@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from integrator.errors import UserError
-from integrator.io.shoebox_store import BackgroundField, ShoeboxStore, writing_store
+from integrator.io.shoebox_store import VERSION, BackgroundField, ShoeboxStore, writing_store
 from integrator.shoebox.dataset import ShoeboxDataset, split_by_image
 from integrator.shoebox.mask import MaskBit
 from integrator.types import Flag, ReflectionMetadata
@@ -26,6 +26,8 @@ def make_columns(n: int = N) -> dict[str, np.ndarray]:
             columns[field.name] = np.arange(n) if field.name == "refl_row" else np.zeros(n, int)
         elif field.name in ("miller_index", "corner"):
             columns[field.name] = rng.integers(-50, 50, (n, 3))
+        elif field.name == "frames_per_layer":
+            columns[field.name] = rng.integers(1, 4, n)
         elif field.name in ("d", "lp", "zeta", "frame_sigma"):
             columns[field.name] = rng.uniform(0.5, 5, n)
         else:
@@ -141,7 +143,7 @@ def test_foreign_and_damaged_files(written, tmp_path):
     with pytest.raises(UserError, match="version 99, but this program reads"):
         ShoeboxStore.open(newer)
     with h5py.File(newer, "r+") as file:
-        file.attrs["version"] = 1
+        file.attrs["version"] = VERSION
         del file["reflections/d"]
     with pytest.raises(UserError, match="incomplete"):
         ShoeboxStore.open(newer)

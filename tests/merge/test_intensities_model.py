@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import gemmi
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from merge.intensities.pairing import paired_clusters
 from merge.intensities.prior import TreePrior
 from merge.intensities.scale import ImageEncoder
 from merge.intensities.training import fit, start
+from merge.intensities.tree_width import tree_width
 from merge.intensities.unique import UniqueRows, check_parents
 from merge.io.observations import make_unmerged
 
@@ -112,7 +115,8 @@ def test_common_error_is_a_correlated_normal_or_student_t():
         model = IntensityLikelihood(is_normal, 5.0, True, True, 1.0)
         s2 = model.error_parameters["common_error"] ** 2
         given = model(
-            *(torch.as_tensor(x) for x in (residual, expected, np.zeros(3), variance)), cluster
+            *(torch.as_tensor(x) for x in (residual, s2**0.5 * expected, np.zeros(3), variance)),
+            cluster,
         ).detach()
         for c, rows in ((0, [0, 1]), (1, [2])):
             m = expected[rows]
@@ -121,6 +125,52 @@ def test_common_error_is_a_correlated_normal_or_student_t():
             if not is_normal:
                 law = stats.multivariate_t(shape=shape, df=5.0)
             assert float(given[c]) == pytest.approx(law.logpdf(residual[rows]), rel=1e-10)
+
+
+def test_uncertain_root_is_a_second_error_in_common():
+    rng = np.random.default_rng(0)
+    residual, common, shared = rng.normal(size=(3, 5))
+    variance = rng.uniform(0.5, 3, 5)
+    cluster = torch.tensor([0, 0, 1, 1, 1])
+    model = IntensityLikelihood(False, 5.0, True, True, 1.0)
+    given = [torch.as_tensor(x) for x in (residual, common, np.zeros(5), variance)]
+    density = model(*given, cluster, None, torch.as_tensor(shared)).detach()
+    for c, rows in ((0, [0, 1]), (1, [2, 3, 4])):
+        shape = np.diag(variance[rows])
+        shape = shape + sum(np.outer(v[rows], v[rows]) for v in (common, shared))
+        wanted = stats.multivariate_t(shape=shape, df=5.0).logpdf(residual[rows])
+        assert float(density[c]) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_width_of_a_coupled_pair_is_that_of_the_joint_normal():
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, 12.0, False)
+    config = IntensityMergeConfig(prior="double-wilson")
+    data, _, _ = simulated(np.random.default_rng(0), asu=asu)
+    problem = build_problem([data, data], config, (None, 0))
+    merger = IntensityMerger(problem.unique, problem.table, config)
+    prior, unique = merger.prior, problem.unique
+    prior.is_coupled = True
+    prior.one_minus_r2.fill_(0.002)
+    r, spread = (x.detach() for x in prior.conditional())
+    child, parent = prior.child, prior.parent
+    stiffness = torch.where(prior.wilson.is_centric[child], 1.0, 2.0) / spread
+    torch.manual_seed(0)
+    known = torch.zeros(len(unique), dtype=torch.float64)
+    known[child], known[parent] = stiffness * torch.rand(2, len(child)).double() + 20 / spread
+    # q(F) of the product: each row given the others
+    precision = known.clone()
+    precision[child] += stiffness
+    precision[parent] += r**2 * stiffness
+    width = tree_width(merger, SimpleNamespace(variance=1 / precision))
+    for i in (0, len(child) // 2, len(child) - 1):
+        c, p, k = int(child[i]), int(parent[i]), float(stiffness[i])
+        matrix = np.array(
+            [[known[p] + r[i] ** 2 * k, -r[i] * k], [-r[i] * k, known[c] + k]], dtype=float
+        )
+        joint = np.linalg.inv(matrix)
+        assert float(width.sigma[p]) == pytest.approx(joint[0, 0] ** 0.5, rel=1e-6)
+        assert float(width.sigma[c]) == pytest.approx(joint[1, 1] ** 0.5, rel=1e-6)
+        assert float(width.shared[p] * width.shared[c]) == pytest.approx(joint[0, 1], rel=1e-6)
 
 
 def test_expected_student_t_is_a_lower_bound():
@@ -242,6 +292,33 @@ def test_harmonics_share_one_observation():
     assert first == [rows[2, 2, 2], rows[1, 1, 1]]
     np.testing.assert_allclose(wide.wavelength[wide.observation == 0], [1.0, 2.0])
     assert wide.row[wide.observation == 1].tolist() == [rows[1, 1, 1], rows[2, 2, 2]]
+
+
+def test_neighbouring_high_orders_overlap_in_a_narrow_beam():
+    """16 8 0 at 1.158 A lies on 18 9 0 at 1.029 A: orders 8 and 9 of 2 1 0."""
+    cell = gemmi.UnitCell(66.9, 66.9, 40.8, 90, 90, 120)
+    data = make_unmerged(
+        source="x",
+        miller_index=[[16, 8, 0], [18, 9, 0], [1, 2, 30]],
+        intensity=[10.0, 20.0, 30.0],
+        sigma=[1.0, 1.0, 1.0],
+        image_label=[0, 0, 0],
+        metadata={},
+        wavelength=[1.158, 1.02, 1.18],
+        cell=cell,
+        space_group=gemmi.SpaceGroup("P 63"),
+        name="x",
+        has_lp_applied=True,
+    )
+    problem = build_problem([data], IntensityMergeConfig(laue=True))
+    terms, asu = problem.table.terms, problem.unique.asus[0]
+    first = terms.row[terms.observation == 0].tolist()
+    assert first == [int(asu.refl_id([h])[0]) for h in ([16, 8, 0], [18, 9, 0])]
+    np.testing.assert_allclose(
+        terms.wavelength[terms.observation == 0], [1.158, 1.158 * 8 / 9], rtol=1e-6
+    )
+    # 16 8 0 would need 1.1475 A on the spot of 18 9 0, and has it; 1 2 30 is alone
+    assert torch.bincount(terms.observation).tolist() == [2, 2, 1]
 
 
 @pytest.mark.parametrize(

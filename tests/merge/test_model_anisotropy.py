@@ -6,12 +6,13 @@ import gemmi
 import numpy as np
 import pytest
 import torch
+from simulated_merge import simulate
 from simulated_priors import crystal, fitted, observe
 
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.crystal.symmetry import rotations
 from merge.intensities.config import IntensityMergeConfig
-from merge.model.anisotropy import anisotropic_design, invariant_tensors
+from merge.model.anisotropy import B_SD, anisotropic_design, invariant_tensors
 from merge.model.prior import WilsonPrior
 
 CRYSTALS = [
@@ -126,3 +127,20 @@ def test_without_anisotropy_none_is_found():
         [observe(c, 10.0)], IntensityMergeConfig(network_width=0, epochs=1, anisotropic=False)
     )
     assert merger.prior.anisotropic_b() is None
+
+
+def test_joint_program_has_the_tensor_only_where_asked():
+    experiment = simulate(d_min=5.0)
+    plain = experiment.merger()
+    assert not [name for name in plain.state_dict() if "anisotrop" in name or "tensor" in name]
+    merger = experiment.merger(anisotropic=True)
+    merger.start(experiment.batch)
+    terms = merger.loss(experiment.batch, merger.inference())
+    own = terms.scale_penalty - merger.scale.penalty()
+    torch.testing.assert_close(
+        own, 0.5 * ((merger.prior.wilson.anisotropic_b() / B_SD) ** 2).sum()
+    )
+    (terms.kl_structure_factor.sum() + terms.scale_penalty).backward()
+    gradient = merger.prior.wilson.anisotropy.grad
+    assert gradient.shape == (2,)
+    assert (gradient != 0).all()

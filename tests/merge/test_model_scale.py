@@ -159,10 +159,14 @@ def test_penalty_is_the_log_prior(experiment):
     with torch.no_grad():
         model.b_factor[3] = 2.0
         model.absorption[1] = 0.1
-        model.log_frame_scale[:] = torch.arange(experiment.n_frames) * 0.001
-    n = experiment.n_frames
-    walk = 0.5 * (n - 1) * (0.001 / 0.03) ** 2
-    mean = 0.5 * (0.001 * (n - 1) / 2 / 0.1) ** 2
+        # a straight drift with flicker of alternating sign about it
+        n, knots = experiment.n_frames, len(model.drift)
+        flicker = 0.002 * (-1.0) ** torch.arange(n)
+        middle = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        model.drift[:] = 0.004 * torch.arange(knots)
+        model.log_frame_scale[:] = 0.004 * (knots - 1) * middle + flicker
+    mean = 0.5 * (float(model.log_frame_scale.detach().mean()) / 0.1) ** 2
+    walk = 0.5 * (n * 0.002**2 + (knots - 1) * 0.004**2) / 0.03**2
     bends = 0.5 * (2.0**2 + 4.0**2 + 2.0**2) / 0.1**2  # second differences of one knot at 2
     expected = (
         bends + 0.5 * (2 / model.b_sd) ** 2 + 0.5 * (0.1 / model.harmonic_sd) ** 2 + walk + mean

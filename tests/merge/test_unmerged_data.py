@@ -333,6 +333,28 @@ class TestReindex:
         with pytest.raises(UserError, match=r"unfit for P 43 21 2"):
             reindex(make([[1, 2, 3]]), "l,h,k")
 
+    @pytest.mark.parametrize(
+        ("group", "cell", "operator", "is_kept"),
+        [
+            ("P 63", (60, 60, 80, 90, 90, 120), "k,h,-l", True),
+            ("P 21 21 21", (40, 50, 60, 90, 90, 90), "k,l,h", True),
+            ("P 21 21 2", (40, 50, 60, 90, 90, 90), "k,h,-l", True),
+            # the axis without screw, the unique axis, the three-fold axis go elsewhere
+            ("P 21 21 2", (40, 50, 60, 90, 90, 90), "k,l,h", False),
+            ("P 1 21 1", (40, 50, 60, 90, 90, 90), "k,l,h", False),
+            ("C 2 2 21", (40, 40, 40, 90, 90, 90), "k,l,h", False),
+        ],
+    )
+    def test_the_space_group_must_stay(self, group, cell, operator, is_kept):
+        data = make(
+            [[1, 2, 3]], cell=gemmi.UnitCell(*cell), space_group=gemmi.SpaceGroup(group), name="x"
+        )
+        if is_kept:
+            assert reindex(data, operator).space_group.xhm() == group
+            return
+        with pytest.raises(UserError, match=f"away from where {group} has them"):
+            reindex(data, operator)
+
 
 class TestCells:
     def test_one_crystal_form(self):

@@ -95,6 +95,8 @@ def test_help_needs_nothing_heavy():
         (["simulate", "--out", "x", "--preset", "none"], "none"),
         (["simulate", "--out", "x", "--seed", "abc"], "--seed must be a whole number, got 'abc'"),
         (["simulate"], "required: --out"),
+        (["convert", "none.stream", "--out", "x.h5"], "none.stream does not exist"),
+        (["convert", "none.mtz", "--out", "x.mtz"], "must end in .h5"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(argv, message, capsys, tmp_path, monkeypatch):

@@ -13,10 +13,12 @@ from integrator.types import Flag
 from merge.types import MergeLoss
 from pipelines.joint import assemble_elbo
 
+HANDOVERS = ("photon-counts", "gaussian")
 
-@pytest.fixture(scope="module")
-def problem():
-    return joint_problem()
+
+@pytest.fixture(scope="module", params=HANDOVERS)
+def problem(request):
+    return joint_problem(handover=request.param)
 
 
 def parameters(module) -> dict[str, torch.Tensor]:
@@ -63,8 +65,9 @@ def test_minibatches_sum_to_the_full_batch(problem, coupled):
         assert total == pytest.approx(value, abs=tolerances.FLOAT32_SUM * size), name
 
 
-def test_minibatches_sum_exactly_in_float64():
-    problem = in_float64(joint_problem(60))
+@pytest.mark.parametrize("handover", HANDOVERS)
+def test_minibatches_sum_exactly_in_float64(handover):
+    problem = in_float64(joint_problem(60, handover=handover))
     with torch.no_grad():
         whole, _ = problem.model.joint_terms(problem.batch, sample=False)
         parts = sum(
@@ -155,9 +158,10 @@ def central_difference(function, parameter, k: int, step: float = 1e-5) -> float
     return (values[0] - values[1]) / (2 * step)
 
 
-def test_gradient_equals_finite_differences(monkeypatch):
+@pytest.mark.parametrize("handover", HANDOVERS)
+def test_gradient_equals_finite_differences(monkeypatch, handover):
     """Every kind of parameter of the joint objective, at its largest element, in float64."""
-    problem = in_float64(joint_problem(40))
+    problem = in_float64(joint_problem(40, handover=handover))
     model, batch = problem.model, problem.batch
     freeze_detached_parts(model, batch, monkeypatch)
     elbo = lambda: model.joint_terms(batch, sample=False)[0].elbo  # noqa: E731

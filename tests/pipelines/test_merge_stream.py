@@ -8,8 +8,10 @@ import json
 import gemmi
 import numpy as np
 import pytest
+from simulated_unmerged import write_mtz
 
 from fixtures.stills import stills
+from merge.intensities.config import IntensityMergeConfig
 from merge.io.mtz import read_merged_mtz
 from pipelines import cli
 from pipelines.stills_store import write_stills
@@ -93,13 +95,26 @@ def test_mates_coupled_by_held_out_data(files, merged):
     assert run(files / "first" / "stills.h5", "--out", out, *options) == 0
     with (out / "correlation.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert {row["shell"] for row in rows} == {"0", "1", "2", "3", "4"}
+    assert len({row["shell"] for row in rows}) == IntensityMergeConfig().n_correlation_shells
     assert len({row["log_likelihood"] for row in rows}) == len(rows)
     free, tied = (read_merged_mtz(o / "merged.mtz").table for o in (merged, out))
     both = np.isfinite(free.f_plus) & np.isfinite(free.f_minus)
     spread = [np.std((t.f_plus - t.f_minus)[both]) for t in (free, tied)]
     assert spread[1] < 0.8 * spread[0]
     assert truth_cc(files, out) > 0.97
+
+
+def test_a_model_as_prior(files, merged):
+    """The amplitudes that the simulation was made from fit, and the data say so."""
+    out, truth = files / "with_model", gemmi.read_mtz_file(str(files / "first" / "truth.mtz"))
+    form = {"cell": truth.cell.parameters, "space_group": truth.spacegroup.xhm()}
+    columns = {"F": ("F", np.array(truth.column_with_label("F(+)")))}
+    reference = write_mtz(files / "f.mtz", truth.make_miller_array(), columns, **form)
+    more = ("--freeze-scales", merged, "--reference", reference)
+    assert run(files / "second" / "stills.h5", "--out", out, *OPTIONS, *STREAMED, *more) == 0
+    with (out / "sigma_a.csv").open() as stream:
+        assert np.mean([float(row["sigma_a"]) for row in csv.DictReader(stream)]) > 0.9
+    assert truth_cc(files, out) > truth_cc(files, merged)
 
 
 def test_a_scale_model_of_another_kind_is_one_line(files, merged, capsys):

@@ -1,0 +1,44 @@
+r"""Write unmerged reflections to a store (.h5) that `merge --stills` can read batch by batch.
+
+INPUT is an unmerged MTZ file or a CrystFEL stream of any size: memory does not depend on it.
+
+Examples
+--------
+braggflux convert all.stream --space-group P6122 --out all.h5
+braggflux merge all.h5 --stills --out merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+from integrator.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the files."""
+    parser.add_argument("input", type=Path, metavar="INPUT", help=".mtz or .stream")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.h5", help="store to write"
+    )
+    parser.add_argument(
+        "--space-group", metavar="SG", help="of a stream, which does not know it, e.g. P6122"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check the arguments and convert."""
+    from merge.io.store_conversion import convert_to_store
+    from merge.io.unmerged_store import SUFFIX, UnmergedStore
+    from pipelines.merge_inputs import parse_space_group
+
+    if args.out.suffix != SUFFIX:
+        raise UserError(f"--out {args.out} must end in {SUFFIX}, by which merge knows a store")
+    convert_to_store(args.input, args.out, space_group=parse_space_group(args.space_group))
+    with UnmergedStore(args.out) as store:
+        logger.info("%d observations on %d images", len(store), store.n_images)
+    logger.info("wrote %s", args.out)

@@ -1,0 +1,128 @@
+"""What the command line of a merge names, read and checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import gemmi
+
+from integrator.errors import UserError
+from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.saved_scale import scale_file
+from merge.io.observations import UnmergedData, combine_friedel
+from pipelines import log, provenance, schema
+from pipelines.reindexing import apply_reindex, parse_reindex
+from pipelines.rundir import write_text
+from pipelines.unmerged_dials import read_inputs
+
+
+@dataclass(frozen=True)
+class MergeInputs:
+    """Files, and how they are to be read.
+
+    Parameters
+    ----------
+    paths : tuple of Path
+    out : Path
+        Folder to write.
+    parents : tuple of int or None, optional
+        Dataset that each dataset resembles; None for no relation at all.
+    is_friedel : bool
+        The two files are the Friedel halves of one dataset.
+    space_group : str, optional
+        For files that hold none (streams).
+    reindex : tuple of str
+        Operators (:func:`pipelines.reindexing.parse_reindex`).
+    reference : Path, optional
+        Model or merged MTZ whose amplitudes the data resemble.
+    freeze_scales : Path, optional
+        Earlier merge whose scales are used.
+    """
+
+    paths: tuple[Path, ...]
+    out: Path
+    parents: tuple[int | None, ...] | None = None
+    is_friedel: bool = False
+    space_group: str | None = None
+    reindex: tuple[str, ...] = ()
+    reference: Path | None = None
+    freeze_scales: Path | None = None
+
+    def read(self) -> list[UnmergedData]:
+        """Read all observations, reindexed, Friedel halves joined.
+
+        Raises
+        ------
+        UserError
+        """
+        operators = parse_reindex(self.reindex)
+        data = read_inputs(self.paths, space_group=parse_space_group(self.space_group))
+        data = apply_reindex(data, operators)
+        if not self.is_friedel:
+            return data
+        if len(data) != 2:
+            raise UserError(
+                f"--friedel takes the two Friedel halves of one crystal form, got {len(data)} "
+                "dataset(s): give PLUS.mtz MINUS.mtz"
+            )
+        return [combine_friedel(*data)]
+
+    def open_folder(self, config: IntensityMergeConfig) -> None:
+        """Begin to write: the settings, the versions and inputs, and the log."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / "config.yaml", schema.annotated_yaml(config))
+        files = {f"input {i + 1}": path for i, path in enumerate(self.paths)}
+        more = {
+            "reference": self.reference,
+            "reference_intensities": config.reference_intensities,
+            "freeze_scales": None
+            if self.freeze_scales is None
+            else scale_file(self.freeze_scales),
+        }
+        files |= {name: path for name, path in more.items() if path is not None}
+        record = provenance.session_record() | {"inputs": provenance.input_records(files)}
+        write_text(self.out / "provenance.json", json.dumps(record, indent=2) + "\n")
+        log.attach_file(self.out / "run.log")
+
+
+def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
+    """Read ``none,0``.
+
+    Raises
+    ------
+    UserError
+    """
+    if text is None:
+        return None
+    parents: list[int | None] = []
+    for word in text.split(","):
+        if word.strip().lower() == "none":
+            parents.append(None)
+        elif word.strip().isdigit():
+            parents.append(int(word))
+        else:
+            raise UserError(
+                f"--parents {text}: {word!r} is neither none nor the number of a dataset, "
+                "counted from 0; give one of each, e.g. none,0"
+            )
+    return tuple(parents)
+
+
+def parse_space_group(name: str | None) -> gemmi.SpaceGroup | None:
+    """Look a space group up by its name.
+
+    Raises
+    ------
+    UserError
+    """
+    if name is None:
+        return None
+    group = gemmi.find_spacegroup_by_name(name)
+    if group is None:
+        raise UserError(
+            f"--space-group {name}: no such space group; give a Hermann-Mauguin symbol, "
+            "e.g. P43212 or 'P 63'"
+        )
+    return group

@@ -1,0 +1,189 @@
+"""Zingers, hot pixels, shadows and fine background: found where they are, and nowhere else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from integrator.shoebox.background import mean_image
+from integrator.shoebox.canvas import FrameCanvas
+from integrator.shoebox.defects import hot_pixels, shaded_tiles
+from integrator.shoebox.spikes import HOT_FRAMES, SpikeFilter, peak_ratios
+
+SHAPE = (60, 70)
+SIGMA = (0.8, 0.7, 0.5)
+
+
+class Frames:
+    """Frames in memory."""
+
+    def __init__(self, images: np.ndarray, bad: np.ndarray | None = None) -> None:
+        self.images = images.astype(np.int32)
+        self.n_images = len(images)
+        self.panel_shapes = [images.shape[1:]]
+        self.bad = np.zeros(images.shape[1:], bool) if bad is None else bad
+
+    def read(self, frame: int) -> list[np.ndarray]:
+        return [self.images[frame]]
+
+    def static_mask(self) -> list[np.ndarray]:
+        return [~self.bad]
+
+
+def filtered(frames: Frames, sigma=SIGMA, **options) -> tuple[SpikeFilter, np.ndarray]:
+    """Filter, and the frames that it lets through (n, slow, fast), -1 for spikes."""
+    canvas = FrameCanvas(frames.panel_shapes, 4)
+    source = SpikeFilter(frames, canvas, sigma, **options)
+    seen = []
+    for frame in range(frames.n_images):
+        source.load(frame)
+        seen.append(canvas.panel_view(canvas.counts, 0).copy())
+    return source, np.stack(seen)
+
+
+def spot(centre, sigma, shape) -> np.ndarray:
+    """Gaussian integrated over (frame, slow, fast) voxels; sums to 1."""
+    parts = []
+    for axis, n in enumerate(shape):
+        edges = (np.arange(n + 1) - centre[axis]) / sigma[axis] / np.sqrt(2)
+        parts.append(np.diff(erf(edges)) / 2)
+    return np.einsum("i,j,k->ijk", *parts)
+
+
+@pytest.mark.parametrize("n_pixels", [1, 2, 3])
+def test_tracks_are_spikes_and_nothing_else_is(n_pixels):
+    rng = np.random.default_rng(n_pixels)
+    images = rng.poisson(0.6, (5, *SHAPE))
+    images[2, 20 : 20 + n_pixels, 30] += 900
+    images[4, 40, 10 : 10 + n_pixels] += 4000  # on the last frame
+    _, seen = filtered(Frames(images))
+    wrong = np.argwhere(seen < 0)
+    expected = [(2, 20 + k, 30) for k in range(n_pixels)]
+    expected += [(4, 40, 10 + k) for k in range(n_pixels)]
+    assert {tuple(w) for w in wrong.tolist()} == set(expected)
+    untouched = seen >= 0
+    assert np.array_equal(seen[untouched], images[untouched])
+    source, passed = filtered(Frames(images), is_active=False)
+    assert np.array_equal(passed, images)
+    assert source.n_spikes == 0
+
+
+@pytest.mark.parametrize("photons", [50.0, 3e3, 2e5, 1e6])
+@pytest.mark.parametrize("sigma", [(0.5, 0.7, 0.8), (0.2, 0.5, 0.5), (1.5, 0.3, 0.3)])
+def test_no_spot_is_a_spike(photons, sigma):
+    """Even where it is much sharper than the measured extent, at any place in its pixel."""
+    rng = np.random.default_rng(1)
+    rate = np.full((9, *SHAPE), 0.5)
+    for slow in range(6, 60, 9):
+        for fast in range(6, 70, 9):
+            centre = np.array([4, slow, fast]) + rng.random(3)
+            rate += photons * spot(centre, sigma, rate.shape)
+    frames = Frames(rng.poisson(rate))
+    source, seen = filtered(frames)
+    assert (seen >= 0).all()
+    assert source.n_spikes == 0
+    assert not source.hot_pixels().any()
+
+
+def test_real_spots_of_one_pixel_are_supported_by_their_rocking_curve():
+    """Counts of a Pilatus: 0.9 of a spot in one pixel, on three frames."""
+    images = np.random.default_rng(0).poisson(0.1, (6, *SHAPE))
+    patch = np.array([[5, 18, 0], [17, 1259, 8], [1, 30, 11]])
+    for frame, share in ((2, 0.1), (3, 1.0), (4, 1.4), (5, 0.12)):
+        images[frame, 19:22, 19:22] += (patch * share).astype(int)
+    source, seen = filtered(Frames(images), sigma=(1.1, 1.0, 0.9))
+    assert source.n_spikes == 0
+    alone = images.copy()
+    alone[[2, 4, 5]] = alone[0]
+    _, seen = filtered(Frames(alone), sigma=(1.1, 1.0, 0.9))
+    assert np.argwhere(seen < 0).tolist() == [[3, 20, 20]]
+
+
+def test_beside_gaps_and_overloads_nothing_is_said():
+    images = np.random.default_rng(0).poisson(0.5, (3, *SHAPE))
+    bad = np.zeros(SHAPE, bool)
+    bad[:, 31:40] = True
+    images[1, 20, 30] = 3000  # beside the gap: a spike all the same
+    images[1, 40, 10:12] = (50_000, -1)  # beside an overload: part of a strong spot
+    _, seen = filtered(Frames(images, bad))
+    assert seen[1, 20, 30] == -1
+    assert seen[1, 40, 10] == 50_000
+
+
+def test_hot_pixels_are_those_that_are_always_sharp():
+    rng = np.random.default_rng(0)
+    images = rng.poisson(0.5, (20, *SHAPE))
+    images[:, 15, 15] = rng.poisson(20_000, 20)
+    images[3, 40, 40] += 2000
+    source, seen = filtered(Frames(images))
+    canvas = FrameCanvas([SHAPE], 4)
+    assert np.argwhere(canvas.panel_view(source.hot_pixels(), 0)).tolist() == [[15, 15]]
+    assert seen[3, 40, 40] == -1
+    short, _ = filtered(Frames(images[: HOT_FRAMES - 1]))
+    assert not short.hot_pixels().any()
+
+
+def test_ratios_are_those_of_a_centred_gaussian():
+    in_frame, across = peak_ratios((0.3, 0.25, 0.6))
+    density = spot((1.5, 1.5, 1.5), (0.42, 0.7 * 0.25, 0.7 * 0.3), (3, 3, 3))
+    plane = density.sum(0) / density.sum(0)[1, 1]
+    assert in_frame[0] == pytest.approx(1 / (plane.sum() - 1), rel=1e-6)
+    assert in_frame[2] == pytest.approx(1 / (plane.sum() - 1 - 2 * plane[0, 1]), rel=1e-6)
+    assert across == pytest.approx(density[1, 1, 1] / (density[0] + density[2]).sum(), rel=1e-6)
+    # measured much wider: small spots are allowed for all the same
+    assert peak_ratios((2.0, 2.0, 0.6))[0][0] == pytest.approx(4.494, abs=0.01)
+
+
+def test_a_mild_hot_pixel_stands_out_of_the_background_statistic():
+    rng = np.random.default_rng(0)
+    rate = np.full((50, *SHAPE), 0.5)
+    rate[:, :, 33] += 5.0  # a ring or streak, one pixel wide
+    rate[:, 10, 12] = 9.0
+    rate[:2, 30, 50:53] += (20.0, 60.0, 20.0)  # a reflection that nobody predicted
+    images = rng.poisson(rate)
+    count = np.full(SHAPE, 50.0)
+    found = hot_pixels(images.sum(0).astype(float), (images**2).sum(0).astype(float), count)
+    assert np.argwhere(found).tolist() == [[10, 12]]
+
+
+def test_shadows_are_found_and_the_level_is_that_without_them():
+    rng = np.random.default_rng(0)
+    pixels = np.full((80, 30), 200.0)
+    level = rng.uniform(0.2, 0.8, 30)
+    beam = 1 + 0.1 * rng.normal(size=80)
+    through = np.ones((80, 30))
+    through[50:, :8] = 0.05
+    through[30:35, 20] = 0.85  # absorption, no shadow
+    total = rng.poisson(pixels * level * beam[:, None] * through).astype(float)
+    total[5:8, 25] *= 6  # a spot that lingers
+    is_shaded, found, ratio = shaded_tiles(total, pixels)
+    assert np.array_equal(is_shaded[2:49], np.zeros((47, 30), bool))
+    assert is_shaded[51:, :8].all()
+    assert not is_shaded[:, 8:].any()
+    np.testing.assert_allclose(found / found.mean(), level / level.mean(), rtol=0.06)
+    assert np.corrcoef(ratio[10:48], beam[10:48])[0, 1] > 0.95
+    assert ratio[60:].mean() == pytest.approx(ratio[:40].mean(), rel=0.06)
+
+
+def test_without_a_shadow_none_is_seen():
+    rng = np.random.default_rng(1)
+    for rate in (0.001, 0.05, 2.0):
+        pixels = np.full((100, 200), 200.0)
+        is_shaded, _, _ = shaded_tiles(rng.poisson(rate * pixels).astype(float), pixels)
+        assert not is_shaded.any()
+
+
+def test_mean_image_keeps_rings_and_smooths_what_is_flat():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:120, :120]
+    radius = np.hypot(y - 20, x - 10)
+    rate = 0.5 + 3.0 * np.exp(-0.5 * ((radius - 60) / 1.0) ** 2)
+    count = np.full(rate.shape, 60.0, np.float32)
+    total = rng.poisson(rate * 60).astype(np.float32)
+    image = mean_image(total, count, 2.0)
+    ring, flat = np.abs(radius - 60) < 0.5, np.abs(radius - 60) > 20
+    assert image[ring].mean() == pytest.approx(rate[ring].mean(), rel=0.03)
+    # raw pixels scatter by 18 %, the smoothed image by 2.6 %
+    assert image[flat].mean() == pytest.approx(0.5, rel=0.01)
+    assert image[flat].std() < 0.05 * 0.5

@@ -1,0 +1,97 @@
+"""Spots in a shadow: the mixture's density, and amplitudes that the shadow must not touch."""
+
+from __future__ import annotations
+
+import gemmi
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from merge.intensities.build import build_problem
+from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.likelihood import IntensityLikelihood, NotTheSpot
+from merge.intensities.merger import IntensityMerger
+from merge.intensities.output import merged_rows, scaled_observations
+from merge.intensities.training import fit, start
+from merge.io.observations import make_unmerged
+
+CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
+SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
+
+
+def test_density_is_a_mixture_and_the_spots_of_a_cluster_are_blank_together():
+    rng = np.random.default_rng(0)
+    intensity, expected = rng.normal(5, 3, 3), rng.uniform(4, 6, 3)
+    sigma, variance = rng.uniform(0.5, 2, 3), rng.uniform(1, 3, 3)
+    log_odds = np.array([-1.0, -0.4, 0.3])
+    model = IntensityLikelihood(False, 5.0, True, True, 1.0)
+    s2 = model.error_parameters["common_error"] ** 2
+    tensor = torch.as_tensor
+    usual = rng.uniform(2, 9, 3)
+    blank = NotTheSpot.of(*(tensor(x) for x in (intensity, sigma, log_odds, usual)))
+    odds_stray = float(model.stray_log_odds.detach().exp())
+    cluster = torch.tensor([0, 0, 1])
+    s = s2**0.5 * expected
+    given = [tensor(x) for x in (intensity - expected, s, np.zeros(3), variance)]
+    density = model(*given, cluster, blank).detach().numpy()
+    share = model.share_of_spots(*given, cluster, blank).numpy()
+    for c, rows in ((0, [0, 1]), (1, [2])):
+        shape = np.diag(variance[rows]) + s2 * np.outer(expected[rows], expected[rows])
+        spot = stats.multivariate_t(shape=shape, df=5.0).pdf(intensity[rows] - expected[rows])
+        nothing = stats.norm(0, sigma[rows]).pdf(intensity[rows]).prod()
+        stray = stats.t(3, 0, np.hypot(sigma, usual)[rows]).pdf(intensity[rows]).prod()
+        odds = np.exp(log_odds[rows].mean())
+        total = spot + odds * nothing + odds_stray * stray
+        wanted = np.log(total / (1 + odds + odds_stray))
+        assert density[c] == pytest.approx(wanted, rel=1e-10)
+        np.testing.assert_allclose(share[rows], spot / total, rtol=1e-10)
+    assert NotTheSpot.of(tensor(intensity), tensor(sigma), None, tensor(usual)) is None
+
+
+def test_a_shadow_takes_reflections_away_and_spoils_none():
+    rng = np.random.default_rng(0)
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, 4.0, False)
+    f = np.sqrt(rng.exponential(1000.0, len(asu)))
+    n = 6000
+    row = rng.integers(0, len(asu), n)
+    xy = rng.uniform(0, 1000, (n, 2))
+    lonely = np.arange(10)  # reflections that are seen in the shadow only
+    in_shadow = (np.abs(xy[:, 0] - 700) < 60) & (xy[:, 1] > 500)
+    row[~in_shadow & np.isin(row, lonely)] += 10
+    sigma = np.full(n, 10.0)
+    intensity = np.where(in_shadow, 0.0, f[row] ** 2 * np.exp(0.05 * rng.standard_normal(n)))
+    intensity = intensity + sigma * rng.standard_normal(n)
+    data = make_unmerged(
+        source="a",
+        miller_index=asu.miller_index[row],
+        intensity=intensity,
+        sigma=sigma,
+        image_label=np.arange(n) // 300,
+        metadata={"X": xy[:, 0], "Y": xy[:, 1]},
+        wavelength=rng.uniform(1.0, 1.05, n),
+        cell=CELL,
+        space_group=SPACE_GROUP,
+        name="a",
+        has_lp_applied=True,
+    )
+    config = IntensityMergeConfig(laue=True, epochs=40, n_spectrum_knots=4)
+    problem = build_problem([data], config)
+    torch.manual_seed(0)
+    merger = IntensityMerger(problem.unique, problem.table, config)
+    start(merger, problem.table)
+    fit(merger, problem.table, config)
+    scaled = scaled_observations(merger, problem.table)
+    source = problem.source
+    strong = f[row[source]] ** 2 > 150
+    assert scaled.is_spot.numpy()[strong & ~in_shadow[source]].mean() > 0.99
+    assert scaled.is_spot.numpy()[strong & in_shadow[source]].mean() < 0.05
+    merged = merged_rows(merger, problem.table, scaled)
+    own = problem.unique.asus[0].refl_id(asu.miller_index)
+    n_obs, amplitude = merged.n_obs.numpy()[own], merged.amplitude.numpy()[own]
+    assert np.all(n_obs[lonely][f[lonely] > 15] == 0)
+    seen = (n_obs > 2) & (f > 12)
+    ratio = amplitude[seen] / f[seen]
+    # 5 % and 10 units on each of at least 3 observations; the shadow would cost a factor
+    assert np.std(ratio / np.median(ratio)) < 0.05

@@ -1,0 +1,217 @@
+"""Photon-count likelihood of the intensity merge against the exact shifted Poisson."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import gemmi
+import numpy as np
+import pytest
+import torch
+from scipy import integrate
+
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from integrator.distributions.nakagami import Nakagami
+from integrator.distributions.shifted_poisson import ShiftedPoisson
+from merge.intensities.build import build_problem
+from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.likelihood import IntensityLikelihood
+from merge.intensities.merger import IntensityMerger
+from merge.intensities.output import merged_rows, scaled_observations
+from merge.intensities.photon_counts import (
+    PHOTON_VARIANCE,
+    as_deviance,
+    counted_sigma,
+    expected_sigma,
+    skew_factor,
+)
+from merge.intensities.training import fit, start
+from merge.io.observations import make_unmerged
+
+CELL, SPACE_GROUP = gemmi.UnitCell(40, 50, 60, 90, 90, 90), gemmi.SpaceGroup("P 21 21 21")
+
+
+def f64(values):
+    return torch.as_tensor(np.asarray(values, dtype=float))
+
+
+def test_skew_factor_by_its_definition():
+    delta = torch.tensor(
+        [-1.0, -0.9, -0.03, -0.019, -1e-9, 0.0, 1e-6, 0.019, 0.03, 2.0, 50.0]
+    ).double()
+    x = delta.numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wanted = np.where(np.abs(x) < 1e-4, 1 - x / 3, 2 * (np.log1p(x) * (1 + x) - x) / x**2)
+    wanted[0] = 2.0
+    np.testing.assert_allclose(skew_factor(delta), wanted, rtol=1e-9)
+    delta = delta[1:].requires_grad_()
+    assert torch.autograd.gradcheck(skew_factor, delta)
+
+
+def counts(rng, n):
+    """Counts, backgrounds, exposures; some without a photon."""
+    beta, t = rng.uniform(0.2, 30, n), rng.uniform(0.3, 1.0, n)
+    true = rng.exponential(8.0, n)
+    a = rng.poisson(t * (true + beta)).astype(float)
+    a[:3] = 0.0
+    return true, f64(a), f64(beta), f64(t)
+
+
+def density(a, beta, t, mean, spread, is_normal=True):
+    """The merge's log-density of the maximum, without an error model."""
+    model = IntensityLikelihood(is_normal, 8.0, False, False, 1.0)
+    intensity, sigma, share = a / t - beta, (beta / t).sqrt(), 1 / t
+    variance = model.variance(expected_sigma(mean, sigma, share), mean, None)
+    residual, spread, variance = as_deviance(intensity, mean, spread, variance, sigma, share)
+    return model(residual, mean, spread, variance, None)
+
+
+def test_it_is_the_shifted_poisson():
+    rng = np.random.default_rng(0)
+    true, a, beta, t = counts(rng, 200)
+    exact = ShiftedPoisson(a, beta, t)
+    mean = f64(true * rng.uniform(0.2, 3, 200)).requires_grad_()
+    given = density(a, beta, t, mean, torch.zeros_like(mean))
+    wanted = exact.log_prob(mean) - exact.log_maximum
+    wanted = wanted - 0.5 * torch.log(2 * torch.pi * exact.observed_variance)
+    torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
+    slopes = [torch.autograd.grad(x.sum(), mean, retain_graph=True)[0] for x in (given, wanted)]
+    torch.testing.assert_close(*slopes, rtol=1e-7, atol=1e-9)
+
+
+def test_mean_under_q_against_quadrature():
+    """Second order: good where q is narrow, a few hundredths of a nat where it is Wilson's."""
+    rng = np.random.default_rng(1)
+    for k, tolerance in ((50.0, 0.01), (4.0, 0.1)):
+        for _ in range(6):
+            _, a, beta, t = counts(rng, 4)
+            a, beta, t = a[3:], beta[3:], t[3:]
+            m = float(rng.exponential(8.0)) + 0.5
+            exact = ShiftedPoisson(a, beta, t)
+            q = Nakagami(f64([k]), f64([m]))
+
+            def integrand(f, exact=exact, q=q):
+                value = f64([f])
+                log_l = exact.log_prob(value**2) - exact.log_maximum
+                return float(q.log_prob(value).exp() * log_l)
+
+            wanted, _ = integrate.quad(integrand, 1e-9, 6 * m**0.5, limit=200)
+            given = density(a, beta, t, f64([m]), f64([m**2 / k]))
+            given = float(given + 0.5 * torch.log(2 * torch.pi * exact.observed_variance))
+            assert given == pytest.approx(wanted, abs=tolerance * (1 + 0.1 * abs(wanted)))
+
+
+def test_what_is_no_count_stays_as_it_is():
+    rng = np.random.default_rng(0)
+    i, m, v, d, s = (f64(rng.uniform(1, 5, 20)) for _ in range(5))
+    changed = as_deviance(i, m, v, d, s, torch.zeros(20).double())
+    for got, wanted in zip(changed, (i - m, v, d), strict=True):
+        torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(expected_sigma(m, s, torch.zeros(20).double()), s)
+
+
+WEAK, BACKGROUND = 1.5, 2.0  # photons
+
+
+def weak_data(rng, n_per_row=12):
+    """Half of the reflections weak, half strong enough to fix the scale; LP and cut spots."""
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, 5.0, False)
+    acentric = np.flatnonzero(~asu.is_centric)
+    f2 = np.zeros(len(asu))
+    is_weak = np.zeros(len(asu), bool)
+    is_weak[acentric[::2]] = True
+    f2[:] = rng.exponential(200.0, len(asu))
+    f2[is_weak] = rng.exponential(WEAK, is_weak.sum())
+    row = np.repeat(np.arange(len(asu)), n_per_row)
+    image = np.sort(rng.integers(0, 12, len(row)))
+    row = rng.permutation(row)
+    t = rng.uniform(0.5, 1.0, len(row))
+    lp = rng.uniform(0.6, 1.0, len(row))
+    beta = rng.uniform(0.5, 1.5, len(row)) * BACKGROUND
+    a = rng.poisson(t * (f2[row] / lp + beta))
+    data = make_unmerged(
+        source="x",
+        miller_index=asu.miller_index[row],
+        intensity=a / t - beta,
+        sigma=np.sqrt(beta / t),
+        image_label=image,
+        metadata={"LP": lp, "BATCH": image, PHOTON_VARIANCE: 1 / t},
+        wavelength=None,
+        cell=CELL,
+        space_group=SPACE_GROUP,
+        name="x",
+        has_lp_applied=False,
+    )
+    return data, asu, f2, is_weak, (row, a, beta, t, lp)
+
+
+def merged(data, asu, **changes):
+    config = IntensityMergeConfig(
+        network_width=0,
+        likelihood="normal",
+        error_model=False,
+        held_out=0.0,
+        epochs=20,
+        d_min=5.0,
+        **changes,
+    )
+    problem = build_problem([data], config)
+    torch.manual_seed(0)
+    merger = IntensityMerger(problem.unique, problem.table, config)
+    start(merger, problem.table)
+    fit(merger, problem.table, config)
+    rows = merged_rows(merger, problem.table, scaled_observations(merger, problem.table))
+    own = problem.unique.asus[0].refl_id(asu.miller_index)
+    square = merger.inference().spread.detach().numpy() * problem.table.unit_intensity
+    return rows.intensity.numpy()[own], square[own]
+
+
+def exact_means(asu, observations):
+    """Maximum-likelihood F^2 of each reflection from the shifted Poisson, scales known."""
+    row, a, beta, t, lp = observations
+    low = np.array([-0.999 * np.min((beta * lp)[row == h]) for h in range(len(asu))])
+    high = np.full(len(asu), 1e5)
+    for _ in range(70):
+        middle = 0.5 * (low + high)
+        score = np.bincount(row, a / (middle[row] / lp + beta) / lp - t / lp, minlength=len(asu))
+        low, high = np.where(score > 0, middle, low), np.where(score > 0, high, middle)
+    return low
+
+
+def test_weak_intensities_are_unbiased():
+    bias = {}
+    for seed in range(2):
+        data, asu, f2, is_weak, observations = weak_data(np.random.default_rng(seed))
+        strong = ~is_weak & (f2 > 50)
+        exact = exact_means(asu, observations)
+        answers = {
+            "counts": merged(data, asu)[0],
+            "observed": merged(data, asu, photon_counts=False)[0],
+            "exact": exact,
+        }
+        for name, value in answers.items():
+            factor = np.sum(value[strong]) / np.sum(f2[strong])
+            error = (value / factor - f2)[is_weak & np.isfinite(value)]
+            bias.setdefault(name, []).append(error / WEAK)
+    mean = {name: np.mean(np.concatenate(values)) for name, values in bias.items()}
+    error = {
+        name: np.std(np.concatenate(v)) / len(np.concatenate(v)) ** 0.5 for name, v in bias.items()
+    }
+    assert abs(mean["counts"]) < 0.02 + 2 * error["counts"]
+    assert abs(mean["counts"] - mean["exact"]) < 0.005
+    assert mean["observed"] < -0.1
+
+
+def test_without_counts_the_sigma_is_that_of_the_observed():
+    data, *_ = weak_data(np.random.default_rng(0), 2)
+    sigma, share = counted_sigma([data], False)
+    assert share is None
+    a = (data.intensity + data.sigma**2 / data.metadata[PHOTON_VARIANCE]) / data.metadata[
+        PHOTON_VARIANCE
+    ]
+    t = 1 / data.metadata[PHOTON_VARIANCE]
+    np.testing.assert_allclose(sigma, np.sqrt(np.maximum(a, 1.0)) / t, rtol=1e-6)
+    plain = replace(data, metadata={"LP": data.metadata["LP"]})
+    np.testing.assert_array_equal(counted_sigma([plain], True)[0], plain.sigma)
+    both = counted_sigma([data, plain], True)
+    np.testing.assert_array_equal(both[1][len(data) :], 0.0)

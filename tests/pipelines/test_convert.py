@@ -1,0 +1,58 @@
+"""`braggflux convert` and a merge of the store that it writes."""
+
+from __future__ import annotations
+
+import gemmi
+import numpy as np
+import pytest
+from simulated_unmerged import FAST, observed, write_mtz
+
+from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from merge.io.mtz import read_merged_mtz
+from merge.io.unmerged_data import read_unmerged
+from pipelines import cli
+
+FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
+
+
+@pytest.fixture
+def source(tmp_path):
+    asu = ReciprocalAsu(gemmi.UnitCell(*FORM["cell"]), gemmi.SpaceGroup("P212121"), 5.0, False)
+    hkl, columns = observed(asu, np.random.default_rng(0), n_per_image=60)
+    return write_mtz(tmp_path / "a.mtz", hkl, columns, **FORM)
+
+
+def test_a_store_merges_like_the_file_it_was_made_from(source, tmp_path):
+    store = tmp_path / "a.h5"
+    assert cli.main(["convert", str(source), "--out", str(store)]) == 0
+    [ours], [theirs] = read_unmerged([store]), read_unmerged([source])
+    np.testing.assert_array_equal(ours.miller_index, theirs.miller_index)
+    for path, out in ((source, "one"), (store, "two")):
+        argv = ["merge", str(path), "--stills", "--out", str(tmp_path / out), *FAST]
+        assert cli.main(argv) == 0
+    one, two = (read_merged_mtz(tmp_path / n / "merged.mtz").table for n in ("one", "two"))
+    np.testing.assert_allclose(one.f, two.f, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--reindex", "k,h,-l"), "--reindex does not allow"),
+        (("--friedel",), "--friedel does not allow"),
+        (("--prior", "double-wilson", "--anomalous"), "double-wilson does not allow"),
+        ((), "can be indexed in 2 ways (h,k,l, k,h,-l)"),
+    ],
+)
+def test_what_needs_all_in_memory_is_one_line(more, said, tmp_path, capsys):
+    form = {"cell": (50, 50, 60, 90, 90, 120), "space_group": "P 63"}
+    asu = ReciprocalAsu(gemmi.UnitCell(*form["cell"]), gemmi.SpaceGroup("P 63"), 6.0, False)
+    hkl, columns = observed(asu, np.random.default_rng(0), n_per_image=20)
+    source = write_mtz(tmp_path / "a.mtz", hkl, columns, **form)
+    assert cli.main(["convert", str(source), "--out", str(tmp_path / "a.h5")]) == 0
+    argv = ["merge", str(tmp_path / "a.h5"), "--stills", "--set", "stream_above=0", *more]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("braggflux: error: ")
+    assert said in error
+    assert "stream_above=240" in error
+    assert not (tmp_path / "out").exists()
