@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from integrator.errors import UserError
 from integrator.io.dials import DialsFlag, ReflectionTable, read_reflections
+from pipelines.compare_counts import compare_true_counts
 from pipelines.compare_merged import compare_merged
 from pipelines.comparison_rows import (
     BOTH,
@@ -36,10 +37,7 @@ from pipelines.rundir import REFERENCE, RunDirectory, write_rows
 Array = NDArray[np.float64]
 
 PEAKS = "anomalous peak height [sigma]"
-#: Median absolute value of a standard normal variable.
-MEDIAN_ABS_NORMAL = 0.6745
 STRENGTH_EDGES = (-np.inf, 1.0, 3.0, 10.0, 30.0, 100.0, np.inf)  # DIALS' I / sigma
-PHOTON_EDGES = (0.0, 5.0, 20.0, 100.0, 500.0, 2000.0, np.inf)  # true photons
 
 
 def compare(
@@ -114,22 +112,22 @@ def _compare_observations(
     title = "observations by I/sigma of DIALS"
     if not run.integrated_refl.is_file():
         return [missing_row(title, "cc", BOTH, f"{run.integrated_refl.name} is not there yet")]
-    ours = _profile_fitted(read_reflections(run.integrated_refl))
+    all_ours = read_reflections(run.integrated_refl)
+    ours = _profile_fitted(all_ours)
+    all_dials = None
     if integrated is None:
         rows = [missing_row(title, "cc", BOTH, f"no integrated.refl of DIALS: {dials_missing}")]
-        dials = None
     else:
         dials = read_reflections(integrated)
         if "intensity.prf.value" in dials:
-            dials = _profile_fitted(dials)
-            rows = _against_dials(title, ours, dials)
+            all_dials = dials
+            rows = _against_dials(title, ours, _profile_fitted(dials))
         else:  # too few spots for its profiles
             rows = [
                 missing_row(title, "cc", BOTH, f"{integrated.name} has no profile intensities")
             ]
-            dials = None
     if true_counts is not None:
-        rows += _against_true_counts(ours, dials, true_counts)
+        rows += compare_true_counts(run, all_ours, all_dials, true_counts)
     return rows
 
 
@@ -164,44 +162,6 @@ def _against_dials(title: str, ours: ReflectionTable, dials: ReflectionTable) ->
         rows.append(
             make_row("observations in one table only", "all", "count", subject, n_alone, n_alone)
         )
-    return rows
-
-
-def _against_true_counts(
-    ours: ReflectionTable, dials: ReflectionTable | None, path: Path
-) -> list[Row]:
-    title = "observations against true photons"
-    if len(np.unique(ours["id"])) > 1:
-        reason = "the true photons are of one sweep, the run has several"
-        return [missing_row(title, "rms error", OURS, reason)]
-    with np.load(path, allow_pickle=False) as file:
-        if absent := {"miller_index", "xyz_px", "photons"} - set(file):
-            raise UserError(f"{path} lacks the arrays {', '.join(sorted(absent))}")
-        true_hkl, true_xyz, photons = (file[k] for k in ("miller_index", "xyz_px", "photons"))
-    tables = {OURS: ours} | ({} if dials is None else {REFERENCE: dials})
-    found = {
-        name: match_observations(true_hkl, true_xyz, t["miller_index"], t["xyzcal.px"])
-        for name, t in tables.items()
-    }
-    # Both programs are judged on the observations that both have measured.
-    common = np.array(sorted(set.intersection(*(set(r.tolist()) for r, _ in found.values()))))
-    rows = []
-    for x, y in pairwise(PHOTON_EDGES):
-        for name, table in tables.items():
-            true_rows, table_rows = found[name]
-            keep = np.isin(true_rows, common)
-            keep &= (photons[true_rows] >= x) & (photons[true_rows] < y)
-            n, label = int(keep.sum()), f"{_range_name(x, y)} photons"
-            if n < MIN_PAIRS:
-                rows.append(missing_row(title, "rms error", name, TOO_FEW, label, n))
-                continue
-            value, sigma = _intensity(table.select(table_rows[keep]))
-            error = value - photons[true_rows[keep]]
-            spread = float(np.median(np.abs(error / sigma)) / MEDIAN_ABS_NORMAL)
-            rms = float(np.sqrt(np.mean(error**2)))
-            rows.append(make_row(title, label, "rms error", name, rms, n))
-            rows.append(make_row(title, label, "mean error", name, float(error.mean()), n))
-            rows.append(make_row(title, label, "spread of z", name, spread, n))
     return rows
 
 
@@ -246,4 +206,5 @@ def _range_name(low: float, high: float) -> str:
 def _text(row: Row | None) -> str:
     if row is None or row["value"] is None:
         return "-"
-    return f"{row['value']:.4g}"
+    value = row["value"]
+    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -175,10 +175,10 @@ class Merger(nn.Module):
 
     @torch.no_grad()
     def restart_doubted(self, batch: MergeBatch) -> int:
-        """Start q(F) anew where every observation of a group of mates passes for an outlier.
+        """Start q(F) anew where most observations of a group of mates pass for outliers.
 
-        Observations far from a wrong amplitude have no say in it, so that no step of any length
-        would find the way back. The median of all observations of the group does.
+        Far from them q(F) may sit on a single wrong observation, which no step leaves.
+        The median of all observations of the group is on the side of the majority.
 
         Returns
         -------
@@ -187,8 +187,8 @@ class Merger(nn.Module):
         """
         value, variance, good = self.scaled_observations(batch)
         group = self.group[batch.refl_id]
-        best = good.new_zeros(len(self.n_group)).scatter_reduce_(0, group, good, "amax")
-        doubted = (best < 0.5) & (self.n_group > 0)
+        n_doubted = torch.bincount(group[good < 0.5], minlength=len(self.n_group))
+        doubted = 2 * n_doubted > self.n_group
         chosen = doubted[group]
         if not chosen.any():
             return 0

@@ -112,6 +112,11 @@ def _comparisons(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     figures = {
         "merged against the truth by resolution [A]": ("cc Bijvoet", "R F"),
         "observations against true photons": ("rms error", "spread of z"),
+        "observations against true photons, not cut by an edge or gap": (
+            *("rms error", "spread of z"),
+        ),
+        "error by distance to the next spot [pixels]": ("rms error / bound", "spread of z"),
+        "error by place on the detector: resolution [A]": ("rms error / bound", "spread of z"),
         "observations by I/sigma of DIALS": ("cc", "median ratio", "sigma ratio"),
         "merged by resolution [A]": ("cc I", "cc Bijvoet"),
     }

@@ -1,5 +1,7 @@
 """Fisher scoring: the optimum is one, it is reached, and the information is that of the ELBO."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -120,6 +122,18 @@ def test_amplitudes_that_doubt_all_their_observations_are_started_anew(astray):
     assert merger.restart_doubted(batch) == 1
     torch.testing.assert_close(merger.log_spread[rows], right, rtol=0, atol=0.1)
     assert merger.restart_doubted(batch) == 0
+
+
+def test_one_wrong_observation_does_not_hold_an_amplitude(astray):
+    """q(F) sits on one observation that says half, all others are doubted: the majority wins."""
+    merger, batch, rows, right = astray
+    members = torch.isin(batch.refl_id, rows).nonzero()[:, 0]
+    counts = batch.effective_counts.clone()
+    counts[members[0]] *= float(torch.exp(torch.tensor(-0.6)))
+    batch = replace(batch, effective_counts=counts)
+    assert merger.restart_doubted(batch) == 1
+    scoring(merger, batch, 30)
+    torch.testing.assert_close(merger.log_spread[rows], right, rtol=0, atol=0.03)
 
 
 def test_grouped_median_equals_a_loop():

@@ -10,12 +10,15 @@ import sys
 import gemmi
 import numpy as np
 import pytest
+import torch
 
 from integrator.errors import UserError
 from integrator.io.dials import DialsFlag, ReflectionTable, write_reflections
+from integrator.types import Flag
 from pipelines import log
 from pipelines.anomalous import SitePeak
 from pipelines.compare import BOTH, OURS, compare, show
+from pipelines.compare_counts import PIXELS_PER_FRAME, neighbour_distance
 from pipelines.config import RunConfig
 from pipelines.matching import match_observations
 from pipelines.rundir import REFERENCE, RunDirectory, read_rows
@@ -120,6 +123,81 @@ def test_errors_against_true_photons(run, tmp_path):
         rms = value(rows, title, name, "rms error", OURS)
         assert abs(rms / expected - 1) < 5 / np.sqrt(2 * n)
         assert abs(value(rows, title, name, "spread of z", OURS) - 1) < 5 * 1.17 / np.sqrt(n)
+
+
+def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path, monkeypatch):
+    """Noise of the claimed size is one bound everywhere; spots cut by a gap are twice as wrong."""
+    rng = np.random.default_rng(5)
+    n = 12_000
+    table = observations(n)
+    photons = table["intensity.prf.value"].copy()
+    beta, t = rng.uniform(2, 20, n), rng.uniform(0.6, 1.0, n)
+    flags = rng.choice([0, Flag.OVERLAPPED, Flag.MASKED_CORE], n)
+    bound = np.sqrt((photons + beta) / t)
+    error = bound * rng.normal(size=n) * np.where(flags == Flag.MASKED_CORE, 2.0, 1.0)
+    table.columns["intensity.prf.value"] = photons + error
+    table.columns["intensity.prf.variance"] = bound**2
+    table.columns["d"] = rng.uniform(1.9, 8.0, n)
+    table.columns["flags"][:500] = DialsFlag.PREDICTED
+    write_reflections(run.integrated_refl, table)
+    dials = table.select(np.arange(n) % 10 > 0)
+    dials.columns["flags"] = np.full(len(dials), DialsFlag.INTEGRATED, np.uint64)
+    for name in ("value", "variance"):
+        dials.columns[f"intensity.sum.{name}"] = dials[f"intensity.prf.{name}"]
+    write_reflections(tmp_path / "dials.refl", dials)
+    run.checkpoint(1).parent.mkdir(exist_ok=True)
+    columns = {"effective_background": torch.tensor(beta), "exposure": torch.tensor(t)}
+    torch.save({"table": columns}, run.checkpoint(1))
+    run.mark_latest(1)
+    run.shoeboxes.touch()
+    monkeypatch.setattr("pipelines.compare_counts.ShoeboxStore.open", lambda _: Boxes(flags))
+    truth = tmp_path / "true.npz"
+    np.savez(truth, miller_index=table["miller_index"], xyz_px=table["xyzcal.px"], photons=photons)
+    rows = compare(run, integrated=tmp_path / "dials.refl", true_counts=truth)
+
+    whole = value(rows, "error by flag", "whole", "rms error / bound", OURS)
+    assert whole == pytest.approx(1.0, abs=0.05)
+    core = "gap or bad pixel in the core"
+    for metric, expected in (("rms error / bound", 2.0), ("spread of z", 2.0)):
+        assert value(rows, "error by flag", core, metric, OURS) == pytest.approx(expected, abs=0.1)
+    place = "error by place on the detector: resolution [A]"
+    assert value(rows, place, "> 5", "rms error / bound", "DIALS summed") == pytest.approx(
+        np.sqrt(2.0), abs=0.1
+    )
+    uncut = "observations against true photons, not cut by an edge or gap"
+    found, limit = (
+        value(rows, uncut, "100-500 photons", "rms error", subject) for subject in (OURS, "bound")
+    )
+    assert found == pytest.approx(limit, rel=0.06)
+    kept = "observations kept"
+    assert value(rows, kept, "all", "count", OURS) == n - 500
+    assert value(rows, kept, "all", "count", REFERENCE) == len(dials)
+    assert value(rows, kept, "ours alone", "count", OURS) == n / 10 - 50
+    show(rows)
+
+
+class Boxes:
+    """A store that knows flags only."""
+
+    def __init__(self, flags: np.ndarray) -> None:
+        self.flags = torch.as_tensor(flags)
+
+    def __len__(self) -> int:
+        return len(self.flags)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_distance_to_the_nearest_spot():
+    rng = np.random.default_rng(0)
+    xyz = rng.uniform(0, 40, (200, 3))
+    difference = (xyz[:, None] - xyz[None]) * (1, 1, PIXELS_PER_FRAME)
+    distance = np.linalg.norm(difference, axis=2) + 1e9 * np.eye(200)
+    np.testing.assert_allclose(neighbour_distance(xyz), distance.min(1))
 
 
 @pytest.mark.realdata
