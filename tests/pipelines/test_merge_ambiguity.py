@@ -189,7 +189,7 @@ def test_simulated_images_under_other_indices(tmp_path, capsys):
     assert 0.2 < (truth["operator"] > 0).mean() < 0.6
     assert truth["operators"].shape == (2, 3, 3)
     assert run("simulate", "--reindexed", "0.4", "--out", tmp_path / "no") == 2
-    assert "belong to --preset stills" in capsys.readouterr().err
+    assert "--preset stills; leave them out" in capsys.readouterr().err
     assert StillsSettings().reindexed == 0.0
 
 
