@@ -7,16 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from integrator.errors import UserError
 from integrator.io.intensity_file import is_intensity_file
-from merge.intensities.ambiguity_choice import Ambiguity
-from merge.intensities.ambiguity_store import resolve_store
-from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.row_problem import solve_rows
@@ -24,6 +19,7 @@ from merge.intensities.row_sums import RowSums
 from merge.intensities.saved_scale import FILE_NAME, SavedScale, save_scale
 from merge.intensities.sigma_a import use_reference
 from merge.intensities.stream import ObservationStream
+from merge.intensities.stream_correlation import choose_from_sums
 from merge.intensities.stream_training import (
     fit_stream,
     held_out_batches,
@@ -32,15 +28,16 @@ from merge.intensities.stream_training import (
     predict_held_out,
 )
 from merge.intensities.training import start, start_amplitudes
-from merge.io.reindexed_store import ReindexedStore
 from merge.io.unmerged_store import SUFFIX, UnmergedStore
 from pipelines import log
-from pipelines.ambiguity import ambiguous_operators, wanted_indexing, write_indexing
+from pipelines.ambiguity import write_indexing
+from pipelines.merge_fit import is_coupled
 from pipelines.merge_inputs import MergeInputs
 from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_stream
 from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows
+from pipelines.stream_indexing import open_indexed, resolve_indexing
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +70,12 @@ def merge_store(
     UserError
         Something was asked for that needs all observations in memory.
     """
-    indexing, number = _resolved(inputs, config)
-    with _open(inputs.paths[0], indexing) as store:
+    with UnmergedStore(inputs.paths[0]) as store:
+        _check(inputs, config, store)
+        indexing = resolve_indexing(inputs, config, store)
+    with open_indexed(inputs.paths[0], indexing) as store:
         stream = ObservationStream(store, config, None if saved is None else saved.standard)
+        couples = is_coupled(stream.unique, config)
         f_calc = None
         if inputs.reference is not None:
             f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, stream.unique.asus))
@@ -92,14 +92,16 @@ def merge_store(
             solve_rows(merger, sums)
         if f_calc is not None:
             _choose_sigma_a(merger, sums, f_calc.to(device), inputs.out)
+        if couples:
+            _choose_correlation(merger, stream, sums, config, inputs.out)
         predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
         solve_rows(merger, sums.add(held_out_batches(stream, merger)))
         merger.to("cpu")
-        write_metrics(inputs.out / "metrics.json", merger, predictions, indexing)
+        ambiguity = None if indexing is None else indexing.ambiguity
+        write_metrics(inputs.out / "metrics.json", merger, predictions, ambiguity)
         if indexing is not None:
-            write_indexing(
-                inputs.out / "indexing.csv", indexing, number, [store.name] * len(number)
-            )
+            names = [store.name] * store.n_images
+            write_indexing(inputs.out / "indexing.csv", ambiguity, indexing.number, names)
         save_scale(inputs.out / FILE_NAME, merger, stream.sample, config)
         return write_stream(merger, stream, sums, config, inputs.out)
 
@@ -112,7 +114,6 @@ def _check(inputs: MergeInputs, config: IntensityMergeConfig, store: UnmergedSto
             ("--reindex", bool(inputs.reindex)),
             ("--parents", inputs.parents is not None),
             ("--friedel", inputs.is_friedel),
-            ("--prior double-wilson", config.prior == "double-wilson"),
             ("--half-set-repeats", config.half_set_repeats > 1),
         )
         if is_asked
@@ -121,34 +122,6 @@ def _check(inputs: MergeInputs, config: IntensityMergeConfig, store: UnmergedSto
     size = f"the {len(store)} observations of {store.path} are read batch by batch"
     if asked:
         raise UserError(f"{size}, which {asked[0]} does not allow; leave it out, or {remedy}")
-
-
-def _resolved(
-    inputs: MergeInputs, config: IntensityMergeConfig
-) -> tuple[Ambiguity | None, NDArray]:
-    """Indexing operator of each image, where there is a choice, and the images' numbers."""
-    with UnmergedStore(inputs.paths[0]) as store:
-        _check(inputs, config, store)
-        operators = ambiguous_operators([store], config)
-        if operators is None:
-            return None, np.empty(0)
-
-        def wanted(problem: MergeProblem) -> Tensor | None:
-            f_calc = None
-            if inputs.reference is not None:
-                f_calc = reference_amplitudes(inputs.reference, problem.unique.asus)
-            return wanted_indexing(
-                config, problem, None if f_calc is None else torch.as_tensor(f_calc)
-            )
-
-        with log.progress("indexing") as advance:
-            return resolve_store(store, config, operators, wanted, advance)
-
-
-def _open(path: Path, indexing: Ambiguity | None) -> UnmergedStore:
-    if indexing is None:
-        return UnmergedStore(path)
-    return ReindexedStore(path, indexing.operators.matrices, indexing.choice.numpy())
 
 
 def _fit_scales(
@@ -173,4 +146,21 @@ def _fit_scales(
 def _choose_sigma_a(merger: IntensityMerger, sums: RowSums, f_calc: Tensor, out: Path) -> None:
     rows = use_reference(merger, f_calc, *sums.mean())
     write_rows(out / "sigma_a.csv", rows, rows[0])
+    solve_rows(merger, sums)
+
+
+def _choose_correlation(
+    merger: IntensityMerger,
+    stream: ObservationStream,
+    sums: RowSums,
+    config: IntensityMergeConfig,
+    out: Path,
+) -> None:
+    """Choose r of the mates and fit the amplitudes with it; scales know Wilson's prior only."""
+    merger.prior.is_coupled = True
+    if config.correlation is not None:
+        merger.prior.one_minus_r2.fill_(1 - config.correlation**2)
+    else:
+        rows = choose_from_sums(merger, stream, sums)
+        write_rows(out / "correlation.csv", rows, rows[0])
     solve_rows(merger, sums)

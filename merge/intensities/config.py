@@ -31,6 +31,9 @@ class IntensityMergeConfig:
     # Photon counts where the input carries them: variance and skew of the expected count; false
     # takes them as Gaussian with the variance of the observed one.
     photon_counts: bool = True
+    # Blank spots (in a shadow) and stray ones (another reflection's): auto for Laue, where they
+    # were tried; needs the scale network.
+    alternatives: Literal["auto", "on", "off"] = "auto"
     # Learn sdfac, sdB and sdadd; false keeps them at 1, 0 and 0.
     error_model: bool = True
     # Error that observations of one reflection on one image have in common across datasets.

@@ -55,11 +55,16 @@ def choose_correlation(
         density = log_likelihoods(merger, table, held_out)
         known = ~density.isnan()
         scores[i].index_add_(0, shell[known], density[known])
+    merger.load_state_dict(state)
+    return set_best(merger, scores)
+
+
+def set_best(merger: IntensityMerger, scores: Tensor) -> list[dict[str, float]]:
+    """Set r of every shell to the best of the grid; returns all ``scores``, (G, shells) [nats]."""
     smooth = scores.clone()
     smooth[:, 1:] += NEIGHBOUR * scores[:, :-1]
     smooth[:, :-1] += NEIGHBOUR * scores[:, 1:]
     best = smooth.argmax(0)
-    merger.load_state_dict(state)
     chosen = torch.tensor(GRID, dtype=torch.float64)[best.cpu()]
     merger.prior.one_minus_r2.copy_(1 - chosen**2)
     logger.info(
@@ -67,7 +72,7 @@ def choose_correlation(
     )
     return [
         {"shell": s, "r": r, "log_likelihood": float(scores[i, s])}
-        for s in range(n_shells)
+        for s in range(scores.shape[1])
         for i, r in enumerate(GRID)
     ]
 

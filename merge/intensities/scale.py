@@ -8,11 +8,11 @@ r"""Scale of an observation: I = K F^2.
 * ``spectrum``: log of the intensity of a polychromatic beam, piecewise linear and smooth;
 * ``e``: distance from the Ewald sphere (partiality of stills), with a learned width ``w``;
 * ``network``: residual blocks that see the metadata of the observation and a description of its
-  image, learned (scans) or computed from its reflections by the image encoder (stills). For stills
-  and Laue a second output is the relative error that remains, which no mean can hold, and a third
-  the log-odds that there is no spot at all: shadows of the beam stop's arm, dead modules. Where
-  datasets share orientations a fourth is the log of the error that they have in common at a place,
-  relative to its mean.
+  image, learned (scans) or computed from its reflections by the image encoder (stills). Further
+  outputs: for stills and Laue the relative error that remains, which no mean can hold; for Laue
+  the log-odds that there is no spot at all (shadow of the beam stop's arm, dead modules), and
+  where datasets share orientations the log of the error in common at a place, relative to its
+  mean.
 
 All have Gaussian priors; K is positive by construction.
 """
@@ -36,6 +36,7 @@ SPECTRUM_BEND = 0.5  # second difference of the log-spectrum
 WEIGHT_SD = 1.0
 DEVIATION_SD = 0.5  # of an image from the others of its unit
 BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
+BLOCK = 8192  # observations that pass the networks together where nothing is learned
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class ResidualNetwork(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         """Activations before the last layer, (..., width)."""
+        if len(x) > BLOCK and not torch.is_grad_enabled():  # fits the cache, and little memory
+            return torch.cat([self.hidden(part) for part in x.split(BLOCK)])
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
@@ -157,9 +160,13 @@ class ObservationScale(nn.Module):
             self.deviation = nn.Parameter(torch.zeros(n_images, size))
         # A still's partiality, and at low angle a Laue spot's wavelength, are uncertain: the error
         # depends on where the reflection lies. A sweep has no such error.
-        n_out = 3 if config.stills or config.laue else 1
-        if n_out > 1 and table.has_clusters:
-            n_out = 4
+        has_errors = config.stills or config.laue
+        self.has_blanks = config.alternatives == "on" or (
+            config.alternatives == "auto" and config.laue
+        )
+        self.has_common = has_errors and table.has_clusters and config.error_model
+        n_out = 1 + has_errors + self.has_blanks + self.has_common
+        self.has_relative = has_errors
         self.network = ResidualNetwork(n_features + size, width, depth, n_out)
 
     def forward(self, batch: Batch) -> tuple[Tensor, ErrorsByPlace]:
@@ -181,14 +188,15 @@ class ObservationScale(nn.Module):
         described = self.describe(batch)[terms.observation]
         out = self.network(torch.cat([terms.features, described], -1)).double()
         log_scale = log_scale + out[:, 0].clamp(-10.0, 10.0)
-        if out.shape[1] == 1:
-            return log_scale, ErrorsByPlace()
-        errors = batch.of_first_terms(out[:, 1:])
-        return log_scale, ErrorsByPlace(
-            (errors[:, 0] - 3.0).clamp_max(1.0).exp(),
-            (errors[:, 1] + BLANK_LOG_ODDS).clamp(-12.0, 12.0),
-            errors[:, 2].clamp(-5.0, 5.0) if errors.shape[1] > 2 else None,
-        )
+        relative = blank_log_odds = log_common = None
+        rest = list(batch.of_first_terms(out[:, 1:]).unbind(1))
+        if self.has_relative:
+            relative = (rest.pop(0) - 3.0).clamp_max(1.0).exp()
+        if self.has_blanks:
+            blank_log_odds = (rest.pop(0) + BLANK_LOG_ODDS).clamp(-12.0, 12.0)
+        if self.has_common:
+            log_common = rest.pop(0).clamp(-5.0, 5.0)
+        return log_scale, ErrorsByPlace(relative, blank_log_odds, log_common)
 
     def describe(self, batch: Batch) -> Tensor:
         """Describe the image of each observation, (N, size)."""

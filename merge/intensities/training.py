@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.merger import IntensityMerger
+from merge.intensities.merger import Expectation, IntensityMerger
 from merge.intensities.row_newton import RowNewton
 from merge.intensities.table import Batch, ObservationTable
 
@@ -133,7 +133,7 @@ def adopt(
     training: ObservationTable,
     with_scales: bool = True,
 ) -> None:
-    """Start what only the held-out observations determine: image scales and amplitudes.
+    """Start what only the held-out observations determine, and amplitudes that lost all of theirs.
 
     The last fit, to all observations, is short. It would leave a held-out image with a scale from
     its neighbours, and a reflection seen there alone near the mean of its prior.
@@ -151,15 +151,42 @@ def adopt(
         change = _log_ratio(precision * e.mean * o.intensity, precision * e.mean**2, o.image, n)
         scale[new] += change[new]
         e = merger.generative(batch, merger.inference())
-    value = o.intensity / e.scale
-    variance = (o.sigma / e.scale) ** 2 + (START_ERROR * value) ** 2
     n_rows = len(merger.group)
-    total = value.new_zeros(n_rows).index_add_(0, row, 1 / variance)
-    mean = torch.zeros_like(total).index_add_(0, row, value / variance) / total.clamp_min(1e-30)
-    new = (merger.n_obs == 0) & (total > 0) & ~_is_coupled(merger)
+    unseen = (merger.n_obs == 0) & ~_is_coupled(merger)
+    doubted = _doubted(merger, batch, e)
+    # an intensity that is not there says nothing of a doubted amplitude
+    chosen = unseen[row] | (doubted[row] & (o.intensity > 3 * o.sigma))
+    value = o.intensity / e.scale
+    # a wide q(F) would be doubted again: it expects no intensity in particular
+    weight = chosen / ((o.sigma / e.scale) ** 2 + (0.25 * START_ERROR * value) ** 2)
+    total = value.new_zeros(n_rows).index_add_(0, row, weight)
+    mean = torch.zeros_like(total).index_add_(0, row, weight * value) / total.clamp_min(1e-30)
     noise = total.clamp_min(1e-30) ** -0.5
     spread = torch.maximum(mean, 0.5 * torch.minimum(noise, merger.prior.spread()))
-    merger.set_log_spread(torch.where(new, spread.log(), merger.log_spread))
+    merger.set_log_spread(torch.where(total > 0, spread.log(), merger.log_spread))
+    k_start = (spread / noise).square().clamp(0.6, 1e5).log()
+    merger.log_concentration.copy_(torch.where(total > 0, k_start, merger.log_concentration))
+
+
+def _doubted(merger: IntensityMerger, batch: Batch, e: Expectation) -> Tensor:
+    """Rows of which no observation is believed to be the spot, nor of a relative's, (R,) bool.
+
+    A row that was far off early in the fit may have lost all its observations to the alternatives;
+    there no gradient leads back.
+    """
+    share = merger.likelihood.share_of_spots(
+        batch.observations.intensity - e.mean,
+        e.common,
+        e.spread,
+        e.variance,
+        batch.cluster,
+        e.other,
+    )
+    own = torch.arange(len(merger.group), device=merger.device)
+    group = merger.group if merger.prior.is_coupled else own
+    believed = share.new_zeros(int(group.max()) + 1)
+    believed.index_add_(0, group[batch.first_rows], (share > 0.5).to(share.dtype))
+    return (believed == 0)[group]
 
 
 def _is_coupled(merger: IntensityMerger) -> Tensor:

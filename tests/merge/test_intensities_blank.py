@@ -14,7 +14,7 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.likelihood import IntensityLikelihood, NotTheSpot
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.output import merged_rows, scaled_observations
-from merge.intensities.training import fit, start
+from merge.intensities.training import adopt, fit, start
 from merge.io.observations import make_unmerged
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
@@ -95,3 +95,17 @@ def test_a_shadow_takes_reflections_away_and_spoils_none():
     ratio = amplitude[seen] / f[seen]
     # 5 % and 10 units on each of at least 3 observations; the shadow would cost a factor
     assert np.std(ratio / np.median(ratio)) < 0.05
+
+    # an amplitude that has lost all its observations to the alternatives is brought back
+    lost = torch.as_tensor(own[seen][:5])
+    before = merged.amplitude[lost]
+    with torch.no_grad():
+        merger.log_spread_step[lost] = 0.0
+        merger.log_spread_step[lost] += float(np.log(2e4 / problem.table.unit_intensity))
+        merger.log_concentration[lost] = 8.0
+    assert (
+        not scaled_observations(merger, problem.table).is_spot[torch.isin(scaled.row, lost)].any()
+    )
+    adopt(merger, problem.table, problem.table)
+    after = merged_rows(merger, problem.table, scaled_observations(merger, problem.table))
+    torch.testing.assert_close(after.amplitude[lost], before, rtol=0.05, atol=0.0)

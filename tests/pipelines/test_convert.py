@@ -39,7 +39,8 @@ def test_a_store_merges_like_the_file_it_was_made_from(source, tmp_path):
     [
         (("--reindex", "k,h,-l"), "--reindex does not allow"),
         (("--friedel",), "--friedel does not allow"),
-        (("--prior", "double-wilson", "--anomalous"), "double-wilson does not allow"),
+        (("--half-set-repeats", "2"), "--half-set-repeats does not allow"),
+        (("--parents", "none"), "--parents does not allow"),
     ],
 )
 def test_what_needs_all_in_memory_is_one_line(more, said, tmp_path, capsys):

@@ -100,6 +100,22 @@ def test_a_model_as_prior(files, merged):
     assert truth_cc(files, out) > truth_cc(files, merged)
 
 
+def test_mates_coupled_by_held_out_data(files, merged):
+    """With frozen scales, which is the quick way here."""
+    out = files / "coupled"
+    options = (*OPTIONS, *STREAMED, "--freeze-scales", merged, "--prior", "double-wilson")
+    assert run(files / "first" / "stills.h5", "--out", out, *options) == 0
+    with (out / "correlation.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["shell"] for row in rows} == {str(k) for k in range(10)}
+    assert len({row["log_likelihood"] for row in rows}) == len(rows)
+    free, tied = (read_merged_mtz(o / "merged.mtz").table for o in (merged, out))
+    both = np.isfinite(free.f_plus) & np.isfinite(free.f_minus)
+    spread = [np.std((t.f_plus - t.f_minus)[both]) for t in (free, tied)]
+    assert spread[1] < 0.8 * spread[0]
+    assert truth_cc(files, out) > 0.97
+
+
 def test_a_scale_model_of_another_kind_is_one_line(files, merged, capsys):
     store = files / "second" / "stills.h5"
     assert run(store, "--out", files / "bad", "--freeze-scales", merged) == 2
