@@ -4,7 +4,7 @@ Beside each program's errors stands a bound: the standard deviation ``sqrt((J + 
 our own likelihood expects at the *true* photons J. It comes from the fitted profile and background
 and holds what was spent on estimating them, so it lies a little above the Cramer-Rao bound of a
 known profile. Groups other than strength compare ``error / bound``, or a few strong spots would
-decide them.
+decide them. Neighbours and place are judged on spots that no edge or gap cuts.
 """
 
 from __future__ import annotations
@@ -106,18 +106,19 @@ def compare_true_counts(
         with ShoeboxStore.open(run.shoeboxes) as store:
             if len(store) == len(ours):
                 flags[true_rows] = store.flags.numpy()[rows]
+    uncut = common
     if (flags >= 0).any():
+        # true counts may be those recorded: of a cut spot, less than the whole that is estimated
         uncut = common & (flags >= 0) & (flags & (Flag.PARTIAL_EDGE | Flag.MASKED_CORE) == 0)
         result += _by_strength(UNCUT, found, photons, bound, uncut)
     if np.isfinite(bound).any():
-        distance = neighbour_distance(xyz)
-        groups = {
-            "error by distance to the next spot [pixels]": _bins(distance, DISTANCE_EDGES),
-            "error by place on the detector: resolution [A]": _bins(d, D_EDGES),
-            "error by flag": _classes(flags),
-        }
-        for title, bins in groups.items():
-            result += _relative(title, bins, found, photons, bound, common)
+        distance = _bins(neighbour_distance(xyz), DISTANCE_EDGES)
+        for title, bins, chosen in (
+            ("error by distance to the next spot [pixels]", distance, uncut),
+            ("error by place on the detector: resolution [A]", _bins(d, D_EDGES), uncut),
+            ("error by flag", _classes(flags), common),
+        ):
+            result += _relative(title, bins, found, photons, bound, chosen)
     listed = np.zeros(len(photons), dtype=bool)
     listed[true_rows] = True
     return result + _kept(found, photons, flags, listed)

@@ -12,8 +12,8 @@ from pipelines.checks import check_input, check_known_crystal
 from pipelines.compare import PEAKS, compare, show
 from pipelines.config import RunConfig
 from pipelines.dials_chain import DialsChain, Reference
+from pipelines.report.epochs import show_peaks
 from pipelines.report.html import write_report
-from pipelines.report.terminal import show_peaks
 from pipelines.run import run
 from pipelines.rundir import RunDirectory
 

@@ -5,6 +5,7 @@
     config.yaml  config.diff.yaml  provenance.json  run.log
     metrics.jsonl     one row per epoch
     peaks.csv         epoch,chain,seqid,residue,atom,peak_sigma (the reference has epoch DIALS)
+    peaks_by_epoch.csv   epochs 1, 3, 5, ..., last, DIALS and the gain; sites across
     statistics.csv  compare.csv
     checkpoints/epoch_0007.pt  latest  mtz/epoch_0007.mtz
     merged.mtz  unmerged.mtz  integrated.refl  shoeboxes.h5  shoebox_examples.npz  report.html
@@ -81,6 +82,7 @@ class RunDirectory:
         self.log_file = self.path / "run.log"
         self.metrics_file = self.path / "metrics.jsonl"
         self.peaks_file = self.path / "peaks.csv"
+        self.peaks_by_epoch = self.path / "peaks_by_epoch.csv"
         self.statistics_file = self.path / "statistics.csv"
         self.compare_file = self.path / "compare.csv"
         self.checkpoints = self.path / "checkpoints"

@@ -29,11 +29,18 @@ class JointProblem:
 
 
 def joint_problem(
-    n: int = 96, seed: int = 0, *, n_absent: int = 0, handover: str = "photon-counts"
+    n: int = 96,
+    seed: int = 0,
+    *,
+    n_absent: int = 0,
+    handover: str = "photon-counts",
+    photons: float = 300.0,
+    decades: float = 0.0,
 ) -> JointProblem:
     """``n`` boxes of a dozen pairs of Bijvoet mates; the first ``n_absent`` belong to none.
 
-    The model is started from the data and then shaken, so that no gradient vanishes by symmetry.
+    Reflections have ``photons`` on average, or down to ``decades`` of ten less. The model is
+    started from the data and then shaken, so that no gradient vanishes by symmetry.
     """
     rng = np.random.default_rng(seed)
     data = spot_metadata(n, rng, SPOT)
@@ -41,7 +48,8 @@ def joint_problem(
     plus = np.flatnonzero((asu.friedel_sign > 0) & ~asu.is_centric)[:12]
     rows = np.concatenate([plus, asu.friedel_mate[plus], np.flatnonzero(asu.is_centric)[:3]])
     refl_id = rng.choice(rows, n)
-    intensity = rng.gamma(1.0, 300.0, len(asu))[refl_id] / data.lp.numpy()
+    strength = photons * 10 ** (-decades * rng.random(len(asu)) if decades else np.zeros(1))
+    intensity = (strength * rng.gamma(1.0, 1.0, len(asu)))[refl_id] / data.lp.numpy()
     rate = intensity[:, None, None, None] * gaussian_voxels(data, SPOT) + LEVEL
     batch = poisson_boxes(rate, data, rng)
     refl_id[:n_absent] = -1

@@ -24,7 +24,7 @@ from integrator.shoebox.sweep import Sweep
 
 MAX_TILES = 1024
 """Over all panels: bounds the memory of the per-frame sums."""
-STRUCTURE_PX = 11
+STRUCTURE_PX = 7
 """Side of the square over which structure finer than the smoothing is looked for."""
 
 
@@ -175,18 +175,21 @@ def mean_image(
     gaps are filled from their surroundings; 0 where nothing is near. Where pixels differ from it
     by more than counting noise (ice rings, the shadow of a wire), they keep that part of the
     difference which is not noise: ``1 - 1/chi^2``, the mean being taken over the pixels around
-    (James & Stein's shrinkage, 1961, with a local variance).
+    (James & Stein's shrinkage, 1961, with a local variance). A pixel far above all but two of the
+    eight around it is no structure, and cut to their level.
     """
+    frames = np.maximum(count, 1)
+    ring = np.ones((3, 3), dtype=bool)
+    ring[1, 1] = False
+    around = ndimage.rank_filter(total / frames, -3, footprint=ring, mode="mirror")
+    total = np.minimum(total, 2.0 * around * frames + 5.0)
     counts = ndimage.gaussian_filter(total.astype(np.float64), smoothing_px, mode="constant")
     frames = ndimage.gaussian_filter(count.astype(np.float64), smoothing_px, mode="constant")
     smooth = np.divide(counts, frames, out=np.zeros_like(counts), where=frames > 1e-9)
     expected = smooth * count
     is_seen = expected > 0
     chi2 = np.divide((total - expected) ** 2, expected, out=np.zeros_like(smooth), where=is_seen)
-    # one odd pixel is no structure
-    chi2, seen = (
-        ndimage.uniform_filter(a, STRUCTURE_PX) for a in (chi2.clip(0, 50.0), 1.0 * is_seen)
-    )
+    chi2, seen = (ndimage.uniform_filter(a, STRUCTURE_PX) for a in (chi2, 1.0 * is_seen))
     kept = 1 - 1 / np.maximum(chi2 / np.maximum(seen, 1e-9), 1.0)
     own = np.divide(total, count, out=smooth.copy(), where=is_seen)
     return np.where(is_seen, smooth + kept * (own - smooth), smooth).astype(np.float32)

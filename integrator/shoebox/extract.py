@@ -23,7 +23,7 @@ from integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_sto
 from integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
 from integrator.shoebox.canvas import FrameCanvas
 from integrator.shoebox.defects import BoxGeometry, remove_from_boxes
-from integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer
+from integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer, min_zeta
 from integrator.shoebox.mask import (
     MaskBit,
     MaskSettings,
@@ -46,10 +46,6 @@ Progress = Callable[[int, int], None]
 
 MIN_RECORDED = 0.1
 """Share of a Gaussian spot that must be recorded for a reflection to be usable."""
-MIN_ZETA = 0.05
-"""Closer to the rotation axis the spot moves on the detector while the rocking curve lasts (DIALS
-draws the same line). From there to 0.1 errors of strong spots are 1.3 times their sigma on
-simulated frames: one in four hundred observations."""
 
 
 def extract_shoeboxes(
@@ -227,10 +223,11 @@ class _SweepCutter:
         self._n_images = sweep.frames.n_images
         box = extent.box
         centre = sweep.prediction.xyz_px.numpy()[:, ::-1].astype(np.float64)
+        self._min_zeta = min_zeta(extent.sigma_m_deg)
         spread = frame_sigma(
             extent.sigma_m_deg,
             # those nearer to the axis are rejected: no need to wait for the end of their boxes
-            np.maximum(sweep.prediction.zeta.numpy().astype(np.float64), MIN_ZETA),
+            np.maximum(sweep.prediction.zeta.numpy().astype(np.float64), self._min_zeta),
             sweep.experiment.scan.oscillation[1],
         )
         layer = frames_per_layer(spread, box[0])
@@ -335,7 +332,7 @@ class _SweepCutter:
         for terms in self._terms:
             whole *= np.exp(-0.5 * terms).sum(axis=1)
         recorded = (self._recorded / whole).clip(0, 1)
-        grazing = self._prediction.zeta.numpy() < MIN_ZETA
+        grazing = self._prediction.zeta.numpy() < self._min_zeta
         self._flags[(recorded < MIN_RECORDED) | grazing] |= Flag.REJECTED
         core = self._settings.core * self._spots.sigma[:, 2]
         z = self._spots.centre[:, 2]

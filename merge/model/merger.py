@@ -192,12 +192,12 @@ class Merger(nn.Module):
         chosen = doubted[group]
         if not chosen.any():
             return 0
-        median, precision = grouped_median(value[chosen], variance[chosen].rsqrt(), group[chosen])
+        median, sigma = grouped_median(value[chosen], variance[chosen].sqrt(), group[chosen])
         rows = torch.nonzero(doubted[self.group])[:, 0]
         number = (doubted.cumsum(0) - 1)[self.group[rows]]
-        spread = torch.maximum(median[number], 1 / precision[number])
+        spread = torch.maximum(median[number], sigma[number])
         self.log_spread[rows] = spread.log()
-        self.log_concentration[rows] = (spread * precision[number]).square().clamp(0.6, 1e6).log()
+        self.log_concentration[rows] = (spread / sigma[number]).square().clamp(0.6, 1e6).log()
         return int(doubted.sum())
 
     def _mate_row(self) -> Tensor:
@@ -238,26 +238,20 @@ class Merger(nn.Module):
         )
 
 
-def grouped_median(value: Tensor, weight: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted median of each group, and the largest weight in it, (G,) each.
+def grouped_median(value: Tensor, sigma: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Middle value of each group (the lower of two), and its sigma, (G,) each.
+
+    Each observation has one vote: a wrong one that claims to be precise must not win.
 
     Parameters
     ----------
-    value, weight : Tensor, (N,)
-        ``weight`` > 0.
+    value, sigma : Tensor, (N,)
     group : Tensor, (N,) int64
         Numbers with gaps; the results are in their order.
     """
     _, group = torch.unique(group, return_inverse=True)
     order = value.argsort()
     order = order[group[order].argsort(stable=True)]
-    value, weight, group = value[order], weight[order], group[order]
-    n_groups = int(group[-1]) + 1
-    total = weight.new_zeros(n_groups).index_add_(0, group, weight)
-    before = total.cumsum(0) - total
-    reached = weight.cumsum(0) - before[group] >= 0.5 * total[group] * (1 - 1e-9)
-    first = torch.full((n_groups,), len(value), device=value.device)
-    index = torch.arange(len(value), device=value.device)
-    first.scatter_reduce_(0, group[reached], index[reached], "amin")
-    largest = weight.new_zeros(n_groups).scatter_reduce_(0, group, weight, "amax")
-    return value[first], largest
+    size = torch.bincount(group)
+    middle = order[size.cumsum(0) - size + (size - 1) // 2]
+    return value[middle], sigma[middle]

@@ -15,7 +15,7 @@ from integrator.errors import UserError
 from pipelines import provenance, schema
 from pipelines.config import RunConfig
 from pipelines.report import plots
-from pipelines.report.terminal import peaks_table
+from pipelines.report.epochs import published_table, write_published_table
 from pipelines.rundir import RunDirectory, read_rows
 
 #: Statistics that the page tabulates, with their heading.
@@ -48,6 +48,7 @@ def write_report(run: RunDirectory) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("report.html.j2").render(**collect(run))
+    write_published_table(run)
     with replacing(run.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return run.report
@@ -57,7 +58,7 @@ def collect(run: RunDirectory) -> dict[str, Any]:
     """Gather everything that the page shows."""
     metrics, peaks = run.read_metrics(), run.read_peaks()
     statistics, comparison = read_rows(run.statistics_file), read_rows(run.compare_file)
-    header, rows, notes = peaks_table(run)
+    header, rows, notes = published_table(run)
     record = run.read_provenance()
     config = run.read_config()
     return {

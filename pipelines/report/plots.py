@@ -152,7 +152,7 @@ def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | N
             for subject, colour in zip(subjects, PALETTE, strict=False):
                 y = [values.get((b, metric, subject), np.nan) for b in bins]
                 axes.plot(range(len(bins)), y, "o-", color=colour, markersize=4, label=subject)
-            if metric.startswith("rms"):
+            if metric.startswith("rms") and "/" not in metric:
                 axes.set_yscale("log")
             else:  # 0.99 to 1.00 must not read "1e-2 + 0.99"
                 axes.ticklabel_format(axis="y", useOffset=False)

@@ -93,19 +93,6 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
     return ["epoch", *(name for name, _ in columns)], rows, notes
 
 
-def show_peaks(run: RunDirectory, n_columns: int = 8) -> None:
-    """Print epoch x site, the leading columns of :func:`peaks_table`."""
-    header, rows, notes = peaks_table(run)
-    if not rows:
-        sys.stdout.write("".join(f"{note}\n" for note in notes))
-        return
-    if len(header) - 1 > n_columns:
-        notes.append(f"weaker sites: {run.peaks_file}")
-    rows = [row[: n_columns + 1] for row in rows]
-    title = "Anomalous peak height [sigma of the map]"
-    write_table(title, header[: n_columns + 1], rows, notes=notes, emphasis=[REFERENCE])
-
-
 def _columns(group: list[dict]) -> list[tuple[str, list[dict]]]:
     """Name and entries (of all epochs) of each column for one kind of site."""
     sites: dict[tuple[str, str], list[dict]] = {}

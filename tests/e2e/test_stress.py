@@ -33,7 +33,7 @@ def frames(tmp_path_factory):
     """Give the spoilt frames; the truth is that of the clean ones."""
     folder = tmp_path_factory.mktemp("spoilt")
     # few frames: more of what strikes few reflections
-    many = {"artefacts.zingers": 40.0, "artefacts.hot_pixels": 40}
+    many = {"artefacts.zingers": 25.0, "artefacts.hot_pixels": 50}
     return simulate(folder, preset="tiny", seed=0, overrides=effect_overrides(EFFECTS) | many)
 
 
@@ -127,10 +127,10 @@ def test_amplitudes_are_nearly_those_of_clean_frames(spoilt, straight, frames):
 def test_what_is_hit_is_flagged_or_right_all_the_same(spoilt, frames):
     found = observations(spoilt, frames)
     hit, z = is_hit(found), np.abs(found["z"])
-    assert hit.sum() > 20
+    assert hit.sum() > 12
     is_flagged = (found["flags"] & Flag.DEFECT) > 0
     assert is_flagged[hit].mean() > 0.8
-    assert (is_flagged | (z < 5))[hit].mean() > 0.95
+    assert (is_flagged | (z < 5))[hit].mean() > 0.9
     # what is flagged and used all the same is right
     assert (z[is_flagged] > 5).mean() < 0.05
     # of all that was used: hardly one in a hundred is wrong by more than five sigma

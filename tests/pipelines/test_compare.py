@@ -162,7 +162,7 @@ def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path, monk
         assert value(rows, "error by flag", core, metric, OURS) == pytest.approx(expected, abs=0.1)
     place = "error by place on the detector: resolution [A]"
     assert value(rows, place, "> 5", "rms error / bound", "DIALS summed") == pytest.approx(
-        np.sqrt(2.0), abs=0.1
+        1.0, abs=0.05
     )
     uncut = "observations against true photons, not cut by an edge or gap"
     found, limit = (

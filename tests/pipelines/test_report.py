@@ -14,9 +14,10 @@ from pipelines import log
 from pipelines.anomalous import SitePeak
 from pipelines.config import RunConfig
 from pipelines.report import terminal
+from pipelines.report.epochs import published_table, show_peaks
 from pipelines.report.html import write_report
-from pipelines.report.terminal import peaks_table, plain_table, show_peaks
-from pipelines.rundir import RunDirectory
+from pipelines.report.terminal import peaks_table, plain_table
+from pipelines.rundir import RunDirectory, read_rows
 
 
 @pytest.fixture
@@ -133,7 +134,29 @@ def test_peaks_on_the_terminal_end_with_the_reference(run, capsys):
     show_peaks(run)
     lines = capsys.readouterr().out.strip().splitlines()
     assert lines[1].split()[:3] == ["epoch", "IOD", "204"]
-    assert lines[-1].split() == ["DIALS", "20.00", "15.00", "18.00", "5.12"]
+    assert lines[-2].split() == ["DIALS", "20.00", "15.00", "18.00", "5.12"]
+    assert lines[-1].strip().startswith("- epoch 3 over DIALS [%]: IOD 204 -10.0, IOD 205 -10.0")
+
+
+def test_published_table_is_odd_epochs_the_last_and_the_gain(run):
+    run.write_peaks("DIALS", sites(1.0))
+    for epoch in range(7):
+        run.write_peaks(epoch, sites(0.2 * epoch))
+    _, rows, notes = published_table(run)
+    assert [row[0] for row in rows] == ["1", "3", "5", "6", "DIALS"]
+    assert notes[-1].startswith("epoch 6 over DIALS [%]: IOD 204 +20.0")
+    write_report(run)
+    written = read_rows(run.peaks_by_epoch)
+    assert [row["epoch"] for row in written] == ["1", "3", "5", "6", "DIALS", "gain [%]"]
+    assert written[-1]["IOD 206"] == "+20.0"
+    assert float(written[0]["IOD 204"]) == 4.0
+
+
+def test_published_table_without_a_reference_has_no_gain(run):
+    run.write_peaks(1, [SitePeak("A", "204", "IOD", "I", None, "too few pairs")])
+    assert published_table(run)[1] == [["1", "-"]]
+    write_report(run)
+    assert read_rows(run.peaks_by_epoch) == [{"epoch": "1", "IOD 204": ""}]
 
 
 def test_without_a_model_the_reason_is_said(run, capsys):
