@@ -34,7 +34,11 @@ def ambiguous_operators(
     if not config.stills or config.resolve_ambiguity == "none":
         return None
     operators = indexing_operators(data[0].cell, data[0].space_group, config.ambiguity_tolerance)
-    return operators if len(operators) > 1 else None
+    if len(operators) == 1:
+        return None
+    names = ", ".join(operators.names)
+    logger.info("each image chooses among %d ways to index it: %s", len(operators), names)
+    return operators
 
 
 def wanted_indexing(

@@ -86,6 +86,12 @@ class MergeInputs:
         write_text(self.out / "provenance.json", json.dumps(record, indent=2) + "\n")
         log.attach_file(self.out / "run.log")
 
+    def close_folder(self) -> None:
+        """Note when the merge has ended."""
+        path = self.out / "provenance.json"
+        record = json.loads(path.read_text(encoding="utf-8")) | {"ended": provenance.now()}
+        write_text(path, json.dumps(record, indent=2) + "\n")
+
 
 def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
     """Read ``none,0``.

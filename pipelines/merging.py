@@ -42,8 +42,11 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
         config = saved.configured(config)
     torch.manual_seed(config.seed)
     if is_streamed(inputs.paths, config):
-        return [merge_store(inputs, config, device, saved)]
-    return _merge_in_memory(inputs, config, device, saved)
+        written = [merge_store(inputs, config, device, saved)]
+    else:
+        written = _merge_in_memory(inputs, config, device, saved)
+    inputs.close_folder()
+    return written
 
 
 def _merge_in_memory(

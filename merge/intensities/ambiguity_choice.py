@@ -57,7 +57,8 @@ class Ambiguity:
     @property
     def share(self) -> Tensor:
         """Share of the images that each operator has, (A,)."""
-        return torch.bincount(self.choice, minlength=len(self.operators)) / len(self.choice)
+        count = torch.bincount(self.choice, minlength=len(self.operators)).double()
+        return count / len(self.choice)
 
     @property
     def identity(self) -> int:

@@ -81,6 +81,8 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
     assert np.mean(first[both] != third[both]) > 0.5, "repeats must differ"
     e2 = np.nanmean(np.array(mtz.column_with_label("E")) ** 2)
     assert 0.85 < e2 < 1.15
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["started"] <= record["ended"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["held_out"]["image"]["cc_pred"] > 0.9
     assert metrics["held_out"]["observation"]["cc_pred"] > 0.95
