@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -36,9 +35,6 @@ from integrator.shoebox.predict import Prediction
 from integrator.shoebox.spikes import SpikeFilter
 from integrator.shoebox.sweep import Sweep, describe_experiment
 from integrator.types import Flag, ReflectionMetadata
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
