@@ -142,14 +142,14 @@ def test_small_molecule_from_real_frames(dials, shared, tmp_path, capsys):
             for r in csv.DictReader(stream)
         }
     strong = rows["observations by I/sigma of DIALS", "all > 3", "cc", "ours vs DIALS"]
-    # Seen 2026-11: 0.997 for 67 observations (seeds 0, 1, 2: 0.9967 to 0.9971)
+    # Seen 2026-11-25: 0.979 for 68 observations (2026-11-22: 0.997 for 67). Spots that the ends of
+    # these short scans cut are kept since then, as whole spots; DIALS' values are the recorded part.
     assert int(strong["n"]) > 50
-    assert float(strong["value"]) > 0.99
+    assert float(strong["value"]) > 0.97
     full = "merged against the full data by resolution [A]"
     cc = {who: float(rows[full, "all", "cc I", who]["value"]) for who in ("ours", "DIALS")}
-    # Seen 2026-11: 0.966 (ours), 0.966 (DIALS) for 65 reflections
-    assert cc["ours"] > 0.92
-    # 2026-11-22, three seeds: ours less DIALS' +0.0007, -0.0003, +0.0017
+    # Seen 2026-11-25: 0.979 (ours), 0.966 (DIALS) for 65 reflections; 2026-11-22: 0.966 (ours)
+    assert cc["ours"] > 0.95
     assert cc["ours"] > cc["DIALS"] - 0.003
     mtz = gemmi.read_mtz_file(str(run.merged))
     sigma, seen = (mtz.column_with_label(x).array for x in ("SIGIMEAN", "IMEAN"))
