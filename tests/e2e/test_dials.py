@@ -143,7 +143,7 @@ def test_small_molecule_from_real_frames(dials, shared, tmp_path, capsys):
         }
     strong = rows["observations by I/sigma of DIALS", "all > 3", "cc", "ours vs DIALS"]
     # Seen 2026-11-25: 0.979 for 68 observations (2026-11-22: 0.997 for 67). Spots that the ends of
-    # these short scans cut are kept since then, as whole spots; DIALS' values are the recorded part.
+    # these short scans cut are kept since then, as whole spots; DIALS' values are recorded parts.
     assert int(strong["n"]) > 50
     assert float(strong["value"]) > 0.97
     full = "merged against the full data by resolution [A]"
