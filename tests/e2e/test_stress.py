@@ -54,9 +54,9 @@ def amplitudes(path, label) -> dict[tuple[int, ...], float]:
     return {h: v for h, v in values if np.isfinite(v)}
 
 
-def correlation(a: dict, b: dict) -> float:
+def correlation(a: dict, b: dict, least: int = 200) -> float:
     shared = sorted(a.keys() & b.keys())
-    assert len(shared) > 200
+    assert len(shared) > least
     return float(np.corrcoef([a[h] for h in shared], [b[h] for h in shared])[0, 1])
 
 
@@ -163,8 +163,9 @@ def test_the_search_can_be_switched_off(frames, tmp_path):
     with ShoeboxStore.open(directory.shoeboxes) as store:
         assert not (store.flags & Flag.DEFECT).any()
     assert directory.read_config().merge.handover == "gaussian"
+    # most spots are lost to the profile of a hot pixel; what is left is poor
     truth = amplitudes(frames.truth_mtz, "F(+)")
-    assert correlation(amplitudes(directory.merged, "F(+)"), truth) < 0.98
+    assert correlation(amplitudes(directory.merged, "F(+)"), truth, least=100) < 0.98
 
 
 def test_effects_have_names():
