@@ -150,7 +150,9 @@ def test_real_dials_from_raw_frames_to_the_table(dials, frames, tmp_path, capsys
     run = RunDirectory.open(out)
     assert run.read_provenance()["notes"] == {}
     assert next(p["epoch"] for p in run.read_peaks()) == "DIALS"
-    assert shown.strip().splitlines()[-1].startswith("DIALS")
+    *_, reference, gain = shown.strip().splitlines()
+    assert reference.startswith("DIALS")
+    assert "over DIALS [%]" in gain
     with run.compare_file.open() as stream:
         rows = {
             (r["comparison"], r["bin"], r["metric"], r["subject"]): r
