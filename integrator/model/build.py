@@ -10,6 +10,7 @@ from integrator.io.shoebox_store import ShoeboxStore
 from integrator.model.background import MeanBackground
 from integrator.model.encoder import PositionFeatures
 from integrator.model.integrator import Integrator
+from integrator.model.local_shape import PlaceFeatures
 from integrator.model.profile import SpotShape
 from integrator.model.start import MIN_PHOTONS, spot_brightness, start_profile
 from integrator.shoebox.background import mean_image
@@ -25,8 +26,10 @@ def build_integrator(store: ShoeboxStore, config: IntegratorConfig) -> Integrato
         sigma_x, sigma_y, sigma_m, tuple(int(n) for n in store.box), sweep_widths(store)
     )
     background = mean_background(store, config.background_smoothing_px)
-    features = PositionFeatures.from_metadata(store.metadata())
-    return Integrator(shape, background, features, config)
+    metadata = store.metadata()
+    features = PositionFeatures.from_metadata(metadata)
+    place = PlaceFeatures.from_metadata(metadata, len(store.experiments))
+    return Integrator(shape, background, features, config, place)
 
 
 def sweep_widths(store: ShoeboxStore) -> tuple[float, ...]:

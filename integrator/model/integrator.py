@@ -31,6 +31,7 @@ from integrator.model.encoder import (
     ProfilePrior,
     score_moments,
 )
+from integrator.model.local_shape import LocalShape, PlaceFeatures
 from integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, VoxelWeights
 from integrator.types import Flag, IntensityTable, ReflectionMetadata, ShoeboxBatch
 
@@ -100,6 +101,8 @@ class Integrator(nn.Module):
     mean_background : MeanBackground
     features : PositionFeatures
     config : IntegratorConfig
+    place : PlaceFeatures, optional
+        What offset and width of the spots depend on; without it they are the same everywhere.
     """
 
     def __init__(
@@ -108,13 +111,15 @@ class Integrator(nn.Module):
         mean_background: MeanBackground,
         features: PositionFeatures,
         config: IntegratorConfig,
+        place: PlaceFeatures | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.features = features
         self.mean_background = mean_background
+        local_shape = place and LocalShape(place, torch.tensor(shape.sigma))
         self.profile = ProfileModel(
-            ProfileGrid(shape, config.nodes_per_sigma, config.rotation_n_sigma)
+            ProfileGrid(shape, config.nodes_per_sigma, config.rotation_n_sigma, local_shape)
         )
         self.background = BackgroundModel(
             shape.box,
@@ -204,10 +209,8 @@ class Integrator(nn.Module):
         rate = signal + background
         share = valid * signal / rate
         shape = self.profile.grid.shape
-        e3, y, x = (
-            0.5 * (e[:, 1:] + e[:, :-1]) for e in self.profile.grid.voxel_edges(batch.metadata)
-        )
-        step = self.profile.grid.layer_step(batch.metadata)[:, None]
+        e3, y, x = (0.5 * (e[:, 1:] + e[:, :-1]) for e in weights.edges)
+        step = weights.edges[0].diff(dim=1)
         width = (shape.sigma_m_deg**2 + step**2 / 12).sqrt()
         coordinates = tuple(
             c.clamp(-4.0, 4.0) for c in (e3 / width, y / shape.sigma_y_px, x / shape.sigma_x_px)

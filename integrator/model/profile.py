@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from integrator.model.local_shape import LocalShape
 from integrator.types import ReflectionMetadata
 
 #: Standard deviations from the centre beyond which nodes lie ever wider apart, and by how much:
@@ -37,14 +38,23 @@ class SpotShape:
     box: tuple[int, int, int]  # (D, H, W)
     frame_width_deg: tuple[float, ...]
 
+    @property
+    def sigma(self) -> tuple[float, float, float]:
+        """Standard deviations along (e3, slow, fast) [deg, px, px]."""
+        return self.sigma_m_deg, self.sigma_y_px, self.sigma_x_px
+
 
 @dataclass(frozen=True)
 class VoxelWeights:
-    """Integrals of the hat functions over the voxels of a batch, one matrix per axis."""
+    """Integrals of the hat functions over the voxels of a batch, one matrix per axis.
+
+    ``edges`` are the voxels' edges on the grid, see :meth:`ProfileGrid.voxel_edges`.
+    """
 
     rotation: Tensor  # (B, D, G3)
     slow: Tensor  # (B, H, Gy)
     fast: Tensor  # (B, W, Gx)
+    edges: tuple[Tensor, Tensor, Tensor]
 
     def project(self, node_weights: Tensor) -> Tensor:
         """Voxel profile (B, D, H, W) of node weights (B or 1, G3, Gy, Gx)."""
@@ -92,11 +102,20 @@ class ProfileGrid(nn.Module):
     nodes_per_sigma : float
     rotation_n_sigma : float
         Half width of the grid along e3, in rocking-curve standard deviations.
+    local_shape : LocalShape, optional
+        Offset and width of the spots by place; without it they are the same everywhere.
     """
 
-    def __init__(self, shape: SpotShape, nodes_per_sigma: float, rotation_n_sigma: float) -> None:
+    def __init__(
+        self,
+        shape: SpotShape,
+        nodes_per_sigma: float,
+        rotation_n_sigma: float,
+        local_shape: LocalShape | None = None,
+    ) -> None:
         super().__init__()
         self.shape = shape
+        self.local_shape = local_shape
         _, height, width = shape.box
         self.register_buffer("frame_width_deg", torch.tensor(shape.frame_width_deg))
         for name, half_width, sigma in (
@@ -123,18 +142,19 @@ class ProfileGrid(nn.Module):
 
     def voxel_weights(self, metadata: ReflectionMetadata) -> VoxelWeights:
         """Integrate the hat functions over the voxels of each reflection's box."""
-        edges = self.voxel_edges(metadata)
-        return VoxelWeights(
-            *(
-                _axis_weights(e, n)
-                for e, n in zip(
-                    edges, (self.nodes_rotation, self.nodes_slow, self.nodes_fast), strict=True
-                )
-            )
-        )
+        return self.weights_between(self.voxel_edges(metadata))
+
+    def weights_between(self, edges: tuple[Tensor, Tensor, Tensor]) -> VoxelWeights:
+        """Integrate the hat functions between given voxel edges (:meth:`voxel_edges`)."""
+        nodes = (self.nodes_rotation, self.nodes_slow, self.nodes_fast)
+        matrices = (_axis_weights(e, n) for e, n in zip(edges, nodes, strict=True))
+        return VoxelWeights(*matrices, edges)
 
     def voxel_edges(self, metadata: ReflectionMetadata) -> tuple[Tensor, Tensor, Tensor]:
-        """Voxel edges relative to the centroid: e3 [deg] (B, D+1), slow and fast [px]."""
+        """Voxel edges on the grid: e3 [deg] (B, D+1), slow and fast [px].
+
+        Distances from the centroid, counted in the width that spots have at their place.
+        """
         edges = []
         layer = metadata.frames_per_layer.to(self.nodes_fast.dtype)
         # xyz is (fast, slow, frame), corner and box are (frame, slow, fast)
@@ -144,11 +164,11 @@ class ProfileGrid(nn.Module):
             )
             steps = torch.arange(n + 1, device=offset.device)
             edges.append(offset[:, None] + (steps * layer[:, None] if axis == 0 else steps))
-        return edges[0] * self._frame_step(metadata)[:, None], edges[1], edges[2]
-
-    def layer_step(self, metadata: ReflectionMetadata) -> Tensor:
-        """Width of a layer of the box along e3, (B,) [deg]."""
-        return self._frame_step(metadata) * metadata.frames_per_layer
+        edges[0] = edges[0] * self._frame_step(metadata)[:, None]
+        if self.local_shape is None:
+            return tuple(edges)
+        offset, width = self.local_shape(metadata)
+        return tuple((e - offset[:, k, None]) / width[:, k, None] for k, e in enumerate(edges))
 
     def _frame_step(self, metadata: ReflectionMetadata) -> Tensor:
         return metadata.zeta * self.frame_width_deg[metadata.experiment]
@@ -177,8 +197,11 @@ class ProfileModel(nn.Module):
     def __init__(self, grid: ProfileGrid) -> None:
         super().__init__()
         self.grid = grid
-        e3, y, x = (c.clamp(-3.0, 3.0) for c in grid.scaled_coordinates())
-        self.log_mean = nn.Parameter(-0.5 * (e3**2 + y**2 + x**2))
+        e3, y, x = (c.clamp(-CORE_SIGMA, CORE_SIGMA) for c in grid.scaled_coordinates())
+        # a Gaussian with exponential tails: the start can raise a tail, and hardly lower one
+        radii = torch.stack(grid.scaled_coordinates()).abs()
+        inside = radii.clamp_max(CORE_SIGMA)
+        self.log_mean = nn.Parameter((0.5 * inside**2 - inside * radii).sum(0))
         second = [x**2 - 1, y**2 - 1, e3**2 - 1, x * y, x * e3, y * e3]
         third = [c**3 - 3 * c for c in (x, y, e3)]
         basis = torch.stack([x, y, e3, *(0.5 * s for s in second), *(t / 6 for t in third)])

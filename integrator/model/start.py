@@ -1,24 +1,32 @@
-"""Data-driven start of the profile: maximum-likelihood mean profile of the strong spots.
+"""Data-driven start of the profile: its mean, and its offset and width by place.
 
 Expectation maximisation for Poisson counts (Shepp & Vardi, IEEE Trans. Med. Imaging 1982, 1, 113):
 each round divides the counts of every voxel among background and grid nodes in proportion to what
 they are expected to give, and collects each node's share. It needs no step size and cannot make a
-negative profile.
+negative profile. In between, offsets and widths follow by Fisher scoring (``local_shape``).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 
 from integrator.model.integrator import Integrator, first_intensity
+from integrator.model.profile import ProfileGrid, VoxelWeights
 from integrator.types import ShoeboxBatch
 
 MIN_PHOTONS = 50.0  # a fainter spot is not strong: its background says more than its profile
+SHAPE_ROUNDS = range(3, 12, 2)  # rounds before which offsets and widths are fitted
+DIFFERENCE = 0.05  # step of the central differences, in sigmas and in the logarithm of the width
 MIN_SIGNIFICANCE = 6.0  # over a whole box the background's noise alone can pass MIN_PHOTONS
 
 
 @torch.no_grad()
-def spot_brightness(integrator: Integrator, batch: ShoeboxBatch) -> torch.Tensor:
+def spot_brightness(integrator: Integrator, batch: ShoeboxBatch) -> Tensor:
     """Sum counts above the mean background, (B,) [photons]; 0 where that may be noise.
 
     A plain sum: good enough to choose the strong spots, and far cheaper than a profile.
@@ -30,7 +38,7 @@ def spot_brightness(integrator: Integrator, batch: ShoeboxBatch) -> torch.Tensor
 
 @torch.no_grad()
 def start_profile(integrator: Integrator, strong: ShoeboxBatch, chunk: int = 512) -> None:
-    """Set the integrator's mean profile from strong spots.
+    """Set the integrator's mean profile, and how spots shift and widen, from strong spots.
 
     Parameters
     ----------
@@ -41,27 +49,107 @@ def start_profile(integrator: Integrator, strong: ShoeboxBatch, chunk: int = 512
     chunk : int
         Shoeboxes treated at once.
     """
-    grid = integrator.profile.grid
     node_weights = integrator.profile.node_weights()[0]
     chunks = [strong[slice(i, i + chunk)] for i in range(0, len(strong), chunk)]
-    for _ in range(integrator.config.profile_em_rounds):
-        collected = torch.zeros_like(node_weights)
-        exposed = torch.zeros_like(node_weights)
-        for batch in chunks:
-            weights = grid.voxel_weights(batch.metadata)
-            profile = weights.project(node_weights[None])
-            background = integrator.mean_background(batch.metadata)
-            valid = batch.is_valid.to(profile.dtype)
-            intensity = first_intensity(batch.counts, valid, profile, background).clamp_min(1.0)
-            scale = intensity[:, None, None, None]
-            ratio = valid * batch.counts / (scale * profile + background)
-            # equal say for every spot: a few very bright ones must not set the profile alone
-            say = 1 / scale.clamp_min(1.0).sqrt()
-            collected += weights.back_project(say * scale * ratio).sum(0)
-            exposed += weights.back_project(say * scale * valid).sum(0)
-        # a node that hardly any recorded voxel sees keeps its share
-        seen = exposed > 1e-3 * exposed.max()
-        update = torch.where(seen, collected / exposed.clamp_min(1e-12), torch.ones_like(exposed))
-        node_weights = node_weights * update
-        node_weights = node_weights / node_weights.sum()
+    for k in range(integrator.config.profile_em_rounds):
+        if k in SHAPE_ROUNDS and integrator.profile.grid.local_shape is not None:
+            _score_local_shape(integrator, node_weights, chunks)
+        node_weights = _maximise(integrator, node_weights, chunks)
     integrator.profile.set_mean(node_weights)
+
+
+def _maximise(
+    integrator: Integrator, node_weights: Tensor, chunks: Sequence[ShoeboxBatch]
+) -> Tensor:
+    """One round of expectation maximisation for the node weights, (G3, Gy, Gx)."""
+    collected, exposed = torch.zeros_like(node_weights), torch.zeros_like(node_weights)
+    for batch in chunks:
+        spots = _expected_spots(integrator, batch, node_weights)
+        ratio = spots.valid * batch.counts / spots.rate
+        # equal say for every spot: a few very bright ones must not set the profile alone
+        share = spots.scale / spots.scale.clamp_min(1.0).sqrt()
+        collected += spots.weights.back_project(share * ratio).sum(0)
+        exposed += spots.weights.back_project(share * spots.valid).sum(0)
+    # a node that hardly any recorded voxel sees keeps its share
+    seen = exposed > 1e-3 * exposed.max()
+    update = torch.where(seen, collected / exposed.clamp_min(1e-12), torch.ones_like(exposed))
+    node_weights = node_weights * update
+    return node_weights / node_weights.sum()
+
+
+def _score_local_shape(
+    integrator: Integrator, node_weights: Tensor, chunks: Sequence[ShoeboxBatch]
+) -> None:
+    """One Fisher-scoring step for the coefficients of the spots' offset and width.
+
+    Each spot has its own intensity and background level, which are eliminated (Schur complement
+    of its information); what is left tells of its six offsets and widths, and the features of its
+    place spread that over the coefficients.
+    """
+    grid = integrator.profile.grid
+    local = grid.local_shape
+    n = local.coefficients.numel()
+    information = torch.eye(n, dtype=torch.float64) / local.prior_sd**2
+    score = -local.coefficients.double().flatten().cpu() / local.prior_sd**2
+    for batch in chunks:
+        spots = _expected_spots(integrator, batch, node_weights)
+        slopes = [spots.scale * s for s in _slopes(grid, spots.weights.edges, node_weights)]
+        design = torch.stack([spots.profile, spots.background, *slopes], -1).flatten(1, 3)
+        weight = (spots.valid / spots.rate).flatten(1)
+        normal = (design * weight[..., None]).transpose(1, 2) @ design
+        normal[:, 1, 1] += integrator.config.background_level_sd**-2
+        pull = ((weight * (batch.counts - spots.rate).flatten(1))[:, None] @ design)[:, 0]
+        normal, pull = normal.double().cpu(), pull.double().cpu()
+        removed = torch.linalg.solve(normal[:, :2, :2], normal[:, :2, 2:])  # (B, 2, 6)
+        own = normal[:, 2:, 2:] - normal[:, 2:, :2] @ removed
+        pull = pull[:, 2:] - (pull[:, None, :2] @ removed)[:, 0]
+        say = spots.scale.flatten().clamp_min(1.0).rsqrt().double().cpu()
+        features = local.features(batch.metadata).double().cpu()
+        information += torch.einsum("b,bf,bg,bij->figj", say, features, features, own).reshape(
+            n, n
+        )
+        score += torch.einsum("b,bf,bi->fi", say, features, pull).flatten()
+    step = torch.linalg.solve(information, score).reshape(local.coefficients.shape)
+    local.coefficients += step.clamp(-0.5, 0.5).to(local.coefficients)
+
+
+@dataclass(frozen=True)
+class _Spots:
+    """Strong spots as the starting profile expects them; (B, D, H, W) but for ``scale``."""
+
+    weights: VoxelWeights
+    profile: Tensor
+    background: Tensor
+    valid: Tensor
+    scale: Tensor  # (B, 1, 1, 1), photons
+
+    @property
+    def rate(self) -> Tensor:
+        return self.scale * self.profile + self.background
+
+
+def _expected_spots(integrator: Integrator, batch: ShoeboxBatch, node_weights: Tensor) -> _Spots:
+    grid = integrator.profile.grid
+    weights = grid.voxel_weights(batch.metadata)
+    profile = weights.project(node_weights[None])
+    background = integrator.mean_background(batch.metadata)
+    valid = batch.is_valid.to(profile.dtype)
+    intensity = first_intensity(batch.counts, valid, profile, background).clamp_min(1.0)
+    return _Spots(weights, profile, background, valid, intensity[:, None, None, None])
+
+
+def _slopes(
+    grid: ProfileGrid, edges: tuple[Tensor, Tensor, Tensor], node_weights: Tensor
+) -> list[Tensor]:
+    """Differentiate the voxel profile by three offsets [sigma] and three log widths."""
+    shifted = [lambda e, step, sigma=sigma: e - step * sigma for sigma in grid.shape.sigma]
+    widened = [lambda e, step: e * math.exp(-step)] * 3
+    slopes = []
+    for k, change in enumerate([*shifted, *widened]):
+        ends = []
+        for step in (DIFFERENCE, -DIFFERENCE):
+            moved = list(edges)
+            moved[k % 3] = change(edges[k % 3], step)
+            ends.append(grid.weights_between(tuple(moved)).project(node_weights[None]))
+        slopes.append((ends[0] - ends[1]) / (2 * DIFFERENCE))
+    return slopes
