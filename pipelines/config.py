@@ -88,7 +88,7 @@ class TrainingConfig:
     # Passes over all observations.
     epochs: int = 6
     # Observations in a step.
-    batch_size: int = 2048
+    batch_size: int = 512
     # Same seed, same result on the CPU.
     seed: int = 0
     # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
