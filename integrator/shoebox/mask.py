@@ -48,7 +48,7 @@ class MaskSettings:
     """
 
     foreground: float = 4.0
-    overlap: float = 3.0
+    overlap: float = 4.0
     core: float = 2.5
 
 
