@@ -223,7 +223,8 @@ def _kept(
         return rows
     alone = found[OURS].is_kept & ~found[REFERENCE].is_kept
     classes = [("ours alone", alone)]
-    classes += [(f"ours alone, {name}", alone & q) for name, q in _classes(flags)]
+    if (flags >= 0).any():  # without the shoeboxes nobody knows the flags
+        classes += [(f"ours alone, {name}", alone & q) for name, q in _classes(flags)]
     for name, q in classes:
         count = int(q.sum())
         rows.append(make_row(KEPT, name, "count", OURS, count, count))
