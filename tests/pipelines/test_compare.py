@@ -173,7 +173,13 @@ def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path, monk
     assert value(rows, kept, "all", "count", OURS) == n - 500
     assert value(rows, kept, "all", "count", REFERENCE) == len(dials)
     assert value(rows, kept, "ours alone", "count", OURS) == n / 10 - 50
+    assert value(rows, kept, "ours alone, whole", "count", OURS) > 100
     show(rows)
+
+    run.shoeboxes.unlink()  # flags unknown: no class of theirs, instead of an empty one
+    rows = compare(run, integrated=tmp_path / "dials.refl", true_counts=truth)
+    assert value(rows, kept, "ours alone", "count", OURS) == n / 10 - 50
+    assert not any("whole" in row["bin"] or "flag" in row["comparison"] for row in rows)
 
 
 class Boxes:
