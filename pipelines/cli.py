@@ -79,6 +79,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, and send the user with an unknown flag to the help of the command that was given."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise UserError(
+            f"unrecognized arguments: {' '.join(unknown)}; see `braggflux {args.command} --help`"
+        )
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code.
 
@@ -89,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         tune_process()
-        args = build_parser().parse_args(argv)
+        args = _parse(build_parser(), argv)
         log.configure(verbose=args.verbose)
         args.run(args)
     except UserError as error:

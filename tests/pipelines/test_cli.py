@@ -74,7 +74,7 @@ def test_help_needs_nothing_heavy():
     [
         ([], "required: COMMAND"),
         (["integrate"], "invalid choice: 'integrate'"),
-        (["run", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["run", "--nonsense"], "unrecognized arguments: --nonsense; see `braggflux run --help`"),
         (["run"], "expt is not given"),
         (
             ["run", "none.expt", "none.refl", "--model", "m", "--out", "o"],
