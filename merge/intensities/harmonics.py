@@ -1,4 +1,4 @@
-"""Harmonics: reflections of a polychromatic beam that fall on one spot."""
+"""Reflections of a polychromatic beam: harmonics that fall on one spot, and the Lorentz factor."""
 
 from __future__ import annotations
 
@@ -30,6 +30,23 @@ class Harmonics:
     observation: NDArray[np.int64]
     row: NDArray[np.int64]
     ratio: NDArray[np.float64]
+
+
+def log_laue_lorentz(inv_d2: NDArray[np.float64], wavelength: NDArray[np.float64]) -> NDArray:
+    """Log of lambda^4 / sin^2 theta = 4 lambda^2 d^2, over its value at 1 A and d = 2 A, (T,).
+
+    Integrated intensity of a still crystal in a polychromatic beam, over i(lambda) F^2 (Ren &
+    Moffat 1995, J. Appl. Cryst. 28, 461). Its power of lambda is what the spectrum learns; that of
+    d, nobody could: F would fall with resolution instead.
+
+    Parameters
+    ----------
+    inv_d2 : (T,)
+        [1/A^2]
+    wavelength : (T,)
+        [A]
+    """
+    return np.log(wavelength**2 / (4 * inv_d2))
 
 
 def single_terms(c: Columns, order: NDArray[np.int64]) -> Harmonics:
