@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 GRID = (0.9, 0.95, 0.98, 0.99, 0.995, 0.9975, 0.999, 0.9995, 0.9998, 0.9999)
 EPOCHS = 40
+#: What one observation may say for or against an r [nats]: outliers say more than all the others.
+LOUDEST = 1.0
 #: Values of log(1 - r^2) that are tried at either end of the line.
 N_ENDS = 61
 
@@ -49,32 +51,55 @@ def choose_correlation(
     config : IntensityMergeConfig
     """
     state = {k: v.clone() for k, v in merger.state_dict().items()}
-    shell = _shell_of_cluster(merger, table)
-    n_shells = len(merger.prior.one_minus_r2)
-    scores = torch.zeros(len(GRID), n_shells, dtype=torch.float64, device=merger.device)
-    for i, r in enumerate(GRID):
+    density = []
+    for r in GRID:
         merger.load_state_dict(state)
         merger.prior.one_minus_r2.fill_(1 - r**2)
         pool_trees(merger)
         fit(merger, table, config, epochs=EPOCHS, with_scales=False)
-        density = log_likelihoods(merger, table, held_out)
-        known = ~density.isnan()
-        scores[i].index_add_(0, shell[known], density[known])
+        density.append(log_likelihoods(merger, table, held_out))
     merger.load_state_dict(state)
-    return set_best(merger, scores)
+    known = ~density[0].isnan()
+    shell = _shell_of_cluster(merger, table)[known]
+    return set_best(merger, torch.stack([d[known] for d in density]), shell)
 
 
-def set_best(merger: IntensityMerger, scores: Tensor) -> list[dict[str, float]]:
-    """Set r of every shell to the best line; returns all ``scores``, (G, shells) [nats]."""
-    log_share = best_line(scores.cpu(), merger.prior.shell_inv_d2.cpu())
+def set_best(merger: IntensityMerger, density: Tensor, shell: Tensor) -> list[dict[str, float]]:
+    """Set r of every shell to the best line.
+
+    Parameters
+    ----------
+    merger : IntensityMerger
+    density : Tensor, (G, C)
+        Log-density of each held-out cluster at every r of the grid.
+    shell : Tensor, (C,)
+
+    Returns
+    -------
+    list of dict
+        Score of every r in every shell [nats].
+    """
+    n_shells = len(merger.prior.one_minus_r2)
+    scores = bounded_scores(density, shell, n_shells).cpu()
+    log_share = best_line(scores, merger.prior.shell_inv_d2.cpu())
     merger.prior.one_minus_r2.copy_(log_share.exp())
     chosen = merger.prior.correlation.tolist()
     logger.info("r by shell, low to high resolution: %s", " ".join(f"{r:.4f}" for r in chosen))
     return [
         {"shell": s, "r": r, "log_likelihood": float(scores[i, s]), "chosen_r": chosen[s]}
-        for s in range(scores.shape[1])
+        for s in range(n_shells)
         for i, r in enumerate(GRID)
     ]
+
+
+def bounded_scores(density: Tensor, shell: Tensor, n_shells: int) -> Tensor:
+    """Sum each shell's log-densities over those of the middle of the grid, (G, shells) [nats].
+
+    What a cluster adds is bounded by :data:`LOUDEST`; ``density`` and ``shell`` as of
+    :func:`set_best`.
+    """
+    gain = (density - density[len(density) // 2]).clamp(-LOUDEST, LOUDEST)
+    return gain.new_zeros(len(gain), n_shells).index_add_(1, shell, gain)
 
 
 def best_line(scores: Tensor, inv_d2: Tensor) -> Tensor:

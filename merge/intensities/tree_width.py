@@ -67,9 +67,8 @@ def tree_width(merger: IntensityMerger, q: Nakagami) -> TreeWidth:
     for rows, above in reversed(merger.levels):
         below = link[rows] * precision[rows] / (link[rows] + precision[rows])
         precision.index_add_(0, above, ratio[rows] ** 2 * below)
-    expected = prior.spread()
-    wilson = torch.where(prior.wilson.is_centric, 1.0, 2.0) / expected
-    root = precision + torch.maximum(wilson, prior.reference.precision(expected))
+    wilson = 1 / prior.wilson.p_structure_factor().variance
+    root = precision + torch.maximum(wilson, prior.reference.precision(prior.spread()))
     shared = torch.where(is_parent, root**-0.5, alone)
     own_variance = torch.zeros_like(alone)
     for rows, above in merger.levels:

@@ -15,7 +15,7 @@ from integrator.distributions.nakagami import Nakagami
 from integrator.errors import UserError
 from merge.intensities.build import build_problem
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.correlation import GRID, best_line
+from merge.intensities.correlation import GRID, best_line, bounded_scores
 from merge.intensities.held_out import split
 from merge.intensities.likelihood import IntensityLikelihood
 from merge.intensities.merger import IntensityMerger
@@ -155,7 +155,9 @@ def test_width_of_a_coupled_pair_is_that_of_the_joint_normal(one_minus_r2):
     prior.one_minus_r2.fill_(one_minus_r2)
     r, spread = (x.detach() for x in prior.conditional())
     child, parent, expected = prior.child, prior.parent, prior.spread().detach()
-    wilson = torch.where(prior.wilson.is_centric, 1.0, 2.0)
+    stiffness = torch.where(prior.wilson.is_centric[child], 1.0, 2.0) / spread
+    # variance of F: 1 - pi / 4 of <F^2> for acentric, 1 - 2 / pi for centric reflections
+    wilson = torch.where(prior.wilson.is_centric, 1 - 2 / np.pi, 1 - np.pi / 4) * expected
     torch.manual_seed(0)
     precision = 100 * torch.rand(len(unique)).double() / expected
     square = 4 + torch.rand(len(unique)).double()
@@ -165,8 +167,8 @@ def test_width_of_a_coupled_pair_is_that_of_the_joint_normal(one_minus_r2):
     width = tree_width(merger, q)
     for i in (0, len(child) // 2, len(child) - 1):
         c, p = int(child[i]), int(parent[i])
-        k = float(wilson[c] / spread[i])
-        own = float(precision[p] + wilson[p] / expected[p])
+        k = float(stiffness[i])
+        own = float(precision[p] + 1 / wilson[p])
         matrix = np.array([[own + r[i] ** 2 * k, -r[i] * k], [-r[i] * k, precision[c] + k]])
         joint = np.linalg.inv(matrix.astype(float))
         assert float(width.sigma[p]) == pytest.approx(joint[0, 0] ** 0.5, rel=1e-6)
@@ -184,6 +186,15 @@ def test_line_of_correlations_is_found_through_the_noise_of_the_shells():
     found = best_line(scores, inv_d2)
     assert float((found - true).abs().max()) < 0.6
     assert float((found.diff() / inv_d2.diff()).std()) < 1e-6
+
+
+def test_one_outlier_does_not_choose_the_correlation():
+    density = torch.zeros(len(GRID), 40, dtype=torch.float64)
+    density[7] = 0.5
+    density[2, 0] = 200.0
+    scores = bounded_scores(density, torch.arange(40) % 2, 2)
+    assert scores.argmax(0).tolist() == [7, 7]
+    assert scores[7].tolist() == [10.0, 10.0]
 
 
 def test_expected_student_t_is_a_lower_bound():
