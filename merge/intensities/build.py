@@ -20,7 +20,7 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.harmonics import (
     Harmonics,
     harmonics,
-    log_laue_lorentz,
+    log_laue_factor,
     single_terms,
 )
 from merge.intensities.metadata import features, measure_standard, metadata_columns
@@ -201,7 +201,7 @@ def _table(
         None if counted is None else torch.as_tensor(counted),
     )
     sums = harmonics(c, order, unique) if config.laue else single_terms(c, order)
-    terms = _terms(c, order, sums, base, given, standard, config.laue and config.laue_lorentz)
+    terms = _terms(c, order, sums, base, given, standard, config.laue and config.laue_lp)
     first = np.searchsorted(unit, np.arange(len(units) + 1))
     first_term = np.searchsorted(unit[sums.observation], np.arange(len(units) + 1))
     images = [
@@ -239,7 +239,7 @@ def _terms(
     seen, offset = features(given, standard, source, inv, wavelength)
     known = base[sums.observation]
     if is_raw_laue:
-        known = known + log_laue_lorentz(inv, wavelength)
+        known = known + log_laue_factor(inv, wavelength)
     return Terms(
         torch.as_tensor(sums.observation),
         torch.as_tensor(sums.row),

@@ -17,9 +17,9 @@ class IntensityMergeConfig:
     stills: bool = False
     # Polychromatic beam: wavelength spectrum and harmonic overlaps.
     laue: bool = False
-    # Lorentz factor of a polychromatic beam, still in integrated Laue intensities; false where it
-    # was divided out before. The data cannot tell: it decides how F falls with resolution.
-    laue_lorentz: bool = True
+    # Lorentz and polarization factors are still in integrated Laue intensities; false where they
+    # were divided out before. The data cannot tell: it decides how F falls with resolution.
+    laue_lp: bool = True
     # High-resolution limit [A]; that of the data when null.
     d_min: float | None = None
     # Columns that the scale network sees beside resolution; all known ones when null.

@@ -1,4 +1,4 @@
-"""Reflections of a polychromatic beam: harmonics that fall on one spot, and the Lorentz factor."""
+"""Polychromatic beam: harmonics on one spot, Lorentz and polarization factors."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ class Harmonics:
     ratio: NDArray[np.float64]
 
 
-def log_laue_lorentz(inv_d2: NDArray[np.float64], wavelength: NDArray[np.float64]) -> NDArray:
-    """Log of lambda^4 / sin^2 theta = 4 lambda^2 d^2, over its value at 1 A and d = 2 A, (T,).
+def log_laue_factor(inv_d2: NDArray[np.float64], wavelength: NDArray[np.float64]) -> NDArray:
+    """Log of Lorentz and polarization factor of a still crystal in a polychromatic beam, (T,).
 
-    Integrated intensity of a still crystal in a polychromatic beam, over i(lambda) F^2 (Ren &
-    Moffat 1995, J. Appl. Cryst. 28, 461). Its power of lambda is what the spectrum learns; that of
-    d, nobody could: F would fall with resolution instead.
+    The integrated intensity is i(lambda) F^2 lambda^4 / sin^2 theta P (Ren & Moffat 1995, J. Appl.
+    Cryst. 28, 461), lambda / sin theta = 2 d; P = (1 + cos^2 2 theta) / 2 is the mean around the
+    beam, however it is polarized. Over the value at 1 A and d = 2 A without P. The spectrum could
+    learn the power of lambda and the network what depends on the place; but the power of d would
+    come out as a fall of F with resolution.
 
     Parameters
     ----------
@@ -46,7 +48,8 @@ def log_laue_lorentz(inv_d2: NDArray[np.float64], wavelength: NDArray[np.float64
     wavelength : (T,)
         [A]
     """
-    return np.log(wavelength**2 / (4 * inv_d2))
+    cosine = 1 - wavelength**2 * inv_d2 / 2  # of 2 theta
+    return np.log(wavelength**2 / (4 * inv_d2) * (1 + cosine**2) / 2)
 
 
 def single_terms(c: Columns, order: NDArray[np.int64]) -> Harmonics:
