@@ -17,9 +17,9 @@ class IntensityMergeConfig:
     stills: bool = False
     # Polychromatic beam: wavelength spectrum and harmonic overlaps.
     laue: bool = False
-    # Lorentz and polarization factors are still in integrated Laue intensities; false where they
-    # were divided out before. The data cannot tell: it decides how F falls with resolution.
-    laue_lp: bool = True
+    # Divide Lorentz and (mean) polarization factors of a polychromatic beam out, for integrated
+    # Laue intensities that still have them; compare the held-out likelihoods with and without.
+    laue_lp: bool = False
     # High-resolution limit [A]; that of the data when null.
     d_min: float | None = None
     # Columns that the scale network sees beside resolution; all known ones when null.

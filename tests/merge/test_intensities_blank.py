@@ -76,7 +76,7 @@ def test_a_shadow_takes_reflections_away_and_spoils_none():
         name="a",
         has_lp_applied=True,
     )
-    config = IntensityMergeConfig(laue=True, laue_lp=False, epochs=40, n_spectrum_knots=4)
+    config = IntensityMergeConfig(laue=True, epochs=40, n_spectrum_knots=4)
     problem = build_problem([data], config)
     torch.manual_seed(0)
     merger = IntensityMerger(problem.unique, problem.table, config)
