@@ -77,7 +77,7 @@ def set_best(merger: IntensityMerger, density: Tensor, shell: Tensor) -> list[di
     Returns
     -------
     list of dict
-        Score of every r in every shell [nats].
+        Score of every r in every shell, over that of the middle of the grid [nats].
     """
     n_shells = len(merger.prior.one_minus_r2)
     scores = bounded_scores(density, shell, n_shells).cpu()
