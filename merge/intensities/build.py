@@ -17,7 +17,12 @@ from integrator.errors import UserError
 from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
 from merge.intensities.columns import Columns, is_kept, join_columns
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.harmonics import Harmonics, harmonics, single_terms
+from merge.intensities.harmonics import (
+    Harmonics,
+    harmonics,
+    log_laue_factor,
+    single_terms,
+)
 from merge.intensities.metadata import features, measure_standard, metadata_columns
 from merge.intensities.overloads import is_overloaded
 from merge.intensities.pairing import paired_clusters
@@ -196,7 +201,7 @@ def _table(
         None if counted is None else torch.as_tensor(counted),
     )
     sums = harmonics(c, order, unique) if config.laue else single_terms(c, order)
-    terms = _terms(c, order, sums, base, given, standard)
+    terms = _terms(c, order, sums, base, given, standard, config.laue and config.laue_lp)
     first = np.searchsorted(unit, np.arange(len(units) + 1))
     first_term = np.searchsorted(unit[sums.observation], np.arange(len(units) + 1))
     images = [
@@ -227,14 +232,18 @@ def _terms(
     base: Array,
     given: Mapping[str, Array],
     standard: Standard,
+    is_raw_laue: bool,
 ) -> Terms:
     source = order[sums.observation]
     inv, wavelength = c.inv_d2[source] * sums.ratio**2, c.wavelength[source] / sums.ratio
     seen, offset = features(given, standard, source, inv, wavelength)
+    known = base[sums.observation]
+    if is_raw_laue:
+        known = known + log_laue_factor(inv, wavelength)
     return Terms(
         torch.as_tensor(sums.observation),
         torch.as_tensor(sums.row),
-        torch.as_tensor(base[sums.observation]),
+        torch.as_tensor(known),
         torch.as_tensor(inv),
         torch.as_tensor(wavelength),
         torch.as_tensor(offset),

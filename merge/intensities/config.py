@@ -17,6 +17,9 @@ class IntensityMergeConfig:
     stills: bool = False
     # Polychromatic beam: wavelength spectrum and harmonic overlaps.
     laue: bool = False
+    # Divide Lorentz and (mean) polarization factors of a polychromatic beam out, for integrated
+    # Laue intensities that still have them; compare the held-out likelihoods with and without.
+    laue_lp: bool = False
     # High-resolution limit [A]; that of the data when null.
     d_min: float | None = None
     # Columns that the scale network sees beside resolution; all known ones when null.

@@ -1,4 +1,4 @@
-"""Harmonics: reflections of a polychromatic beam that fall on one spot."""
+"""Polychromatic beam: harmonics on one spot, Lorentz and polarization factors."""
 
 from __future__ import annotations
 
@@ -30,6 +30,26 @@ class Harmonics:
     observation: NDArray[np.int64]
     row: NDArray[np.int64]
     ratio: NDArray[np.float64]
+
+
+def log_laue_factor(inv_d2: NDArray[np.float64], wavelength: NDArray[np.float64]) -> NDArray:
+    """Log of Lorentz and polarization factor of a still crystal in a polychromatic beam, (T,).
+
+    The integrated intensity is i(lambda) F^2 lambda^4 / sin^2 theta P (Ren & Moffat 1995, J. Appl.
+    Cryst. 28, 461), lambda / sin theta = 2 d; P = (1 + cos^2 2 theta) / 2 is the mean around the
+    beam, however it is polarized. Over the value at 1 A and d = 2 A without P. The spectrum could
+    learn the power of lambda and the network what depends on the place; but the power of d would
+    come out as a fall of F with resolution.
+
+    Parameters
+    ----------
+    inv_d2 : (T,)
+        [1/A^2]
+    wavelength : (T,)
+        [A]
+    """
+    cosine = 1 - wavelength**2 * inv_d2 / 2  # of 2 theta
+    return np.log(wavelength**2 / (4 * inv_d2) * (1 + cosine**2) / 2)
 
 
 def single_terms(c: Columns, order: NDArray[np.int64]) -> Harmonics:

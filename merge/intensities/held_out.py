@@ -92,8 +92,8 @@ def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Te
 def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
     """Log-density of each cluster given what q(F) has learned from other observations, (C,).
 
-    With the whole width of the amplitudes: from the width given the relatives, which is too small
-    where they are alike, held-out data would choose too small an r.
+    With the whole width of the amplitudes, in the variance and in <F^2>: from the width given the
+    relatives, which is too small where they are alike, held-out data would choose too small an r.
     """
     q = merger.inference()
     e = merger.generative(batch, q)
@@ -104,11 +104,12 @@ def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
     others = (e.spread - e.mean**2 / q.concentration[row]).clamp_min(0.0)
     if batch.observation_of_term is None:
         others = torch.zeros_like(e.spread)
+    mean = e.mean + e.scale * (width.sigma**2 - q.variance).clamp_min(0.0)[row]
     variance = e.variance + others + slope**2 * width.own_variance[row]
     shared = slope * width.shared[row]
     if batch.cluster is None:  # nobody shares it
         variance, shared = variance + shared**2, None
-    normal = merger.as_normal(batch, e.mean, torch.zeros_like(e.spread), variance)
+    normal = merger.as_normal(batch, mean, torch.zeros_like(e.spread), variance)
     residual, spread, variance = normal
     return merger.likelihood(residual, e.common, spread, variance, batch.cluster, e.other, shared)
 

@@ -115,6 +115,9 @@ class IntensityMerger(nn.Module):
         # of a row with a parent: relative to the parent's, so that a common change is one step
         self.log_spread_step = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
         self.log_concentration = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
+        # the data's, of log <F^2> of each row in the last pass of a fit, (R,)
+        information = torch.zeros(len(unique), dtype=torch.float64)
+        self.register_buffer("information", information, persistent=False)
         # of all observations, where q(F) alone is fitted
         self.fixed_scale: tuple[Tensor, ErrorsByPlace] | None = None
         self.count(table)

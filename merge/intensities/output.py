@@ -12,7 +12,7 @@ from merge.intensities.table import ObservationTable
 from merge.intensities.tree_width import tree_width
 from merge.model.amplitudes import french_wilson
 
-ROWS_AT_A_TIME = 8192
+ROWS_AT_A_TIME = 1024
 
 
 @dataclass(frozen=True)

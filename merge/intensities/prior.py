@@ -69,8 +69,16 @@ class TreePrior(nn.Module):
         order = np.argsort(np.argsort(-unique.d, kind="stable"), kind="stable")
         shell = torch.as_tensor(order * n_shells // len(order))
         self.register_buffer("shell", shell)  # (R,)
+        total, n = (np.bincount(shell, w, n_shells) for w in (unique.d**-2.0, None))
+        mean = torch.as_tensor(np.where(n > 0, total / np.maximum(n, 1), np.mean(unique.d**-2.0)))
+        self.register_buffer("shell_inv_d2", mean, persistent=False)  # (n_shells,) [1/A^2]
         self.register_buffer("one_minus_r2", torch.full((n_shells,), 0.01, dtype=torch.float64))
         self.is_coupled = False
+
+    @property
+    def correlation(self) -> Tensor:
+        """R of every shell."""
+        return (1 - self.one_minus_r2).sqrt()
 
     def anisotropic_b(self) -> Tensor | None:
         """Traceless tensor B of the intensities, (3, 3) Cartesian [A^2]; None where isotropic."""

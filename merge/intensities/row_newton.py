@@ -46,6 +46,7 @@ class RowNewton:
             self._move(self.information, self.weight, damping)
             self._forget()
         self._whole = self.information, self.weight
+        self.merger.information = self.information
         self.information = torch.zeros_like(self.information)
         self.weight = torch.zeros_like(self.weight)
 

@@ -47,3 +47,4 @@ def solve_rows(merger: IntensityMerger, sums: RowSums) -> None:
         loss = 0.5 * (precision * square).sum() + merger.prior.kl(q).sum()
         loss.backward(inputs=parameters)
         newton.move(precision * q.spread.detach() ** 2, weight, DAMPING)
+    merger.information = precision * merger.inference().spread.detach() ** 2

@@ -57,6 +57,11 @@ class ErrorsByPlace:
     log_common: Tensor | None = None
 
 
+def blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Split rows, (N, ...), where nothing is learned: each part fits the cache."""
+    return (x,) if torch.is_grad_enabled() else x.split(BLOCK)
+
+
 class ResidualNetwork(nn.Module):
     """Feed-forward blocks with skip connections; the output starts at zero.
 
@@ -80,13 +85,11 @@ class ResidualNetwork(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., n_in) to (..., n_out)."""
-        return self.last(nn.functional.silu(self.hidden(x)))
+        """Map (N, n_in) to (N, n_out)."""
+        return torch.cat([self.last(nn.functional.silu(self.hidden(part))) for part in blocks(x)])
 
     def hidden(self, x: Tensor) -> Tensor:
         """Activations before the last layer, (..., width)."""
-        if len(x) > BLOCK and not torch.is_grad_enabled():  # fits the cache, and little memory
-            return torch.cat([self.hidden(part) for part in x.split(BLOCK)])
         x = self.first(x)
         for block in self.blocks:
             x = x + block(x)
@@ -107,9 +110,11 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor, image: Tensor, is_seen: Tensor, n_images: int) -> Tensor:
         """Pool (N, n_in) over the seen reflections of each image: (n_images, n_out)."""
-        hidden = nn.functional.silu(self.blocks.hidden(x)) * is_seen[:, None]
-        total = hidden.new_zeros(n_images, hidden.shape[1]).index_add_(0, image, hidden)
-        count = hidden.new_zeros(n_images).index_add_(0, image, is_seen.to(hidden.dtype))
+        total = x.new_zeros(n_images, self.head.in_features)
+        for part, into, seen in zip(blocks(x), blocks(image), blocks(is_seen), strict=True):
+            hidden = nn.functional.silu(self.blocks.hidden(part)) * seen[:, None]
+            total = total.index_add(0, into, hidden)
+        count = x.new_zeros(n_images).index_add_(0, image, is_seen.to(x.dtype))
         return self.head(total / count.clamp_min(1.0)[:, None])
 
 

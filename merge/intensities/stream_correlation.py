@@ -30,14 +30,15 @@ def choose_from_sums(
     sums : RowSums
         Without the held-out observations.
     """
-    n_shells = len(merger.prior.one_minus_r2)
-    scores = torch.zeros(len(GRID), n_shells, dtype=torch.float64, device=merger.device)
-    for i, r in enumerate(GRID):
+    density = []
+    for r in GRID:
         merger.prior.one_minus_r2.fill_(1 - r**2)
         solve_rows(merger, sums)
+        parts, shell = [], []
         for _, batch in held_out_batches(stream, merger):
-            density = torch.as_tensor(observed_and_expected(merger, batch)[2]).to(merger.device)
             chosen = batch.observations.is_used
-            shell = merger.prior.shell[batch.terms.row[chosen]]
-            scores[i].index_add_(0, shell, density[chosen])
-    return set_best(merger, scores)
+            values = torch.as_tensor(observed_and_expected(merger, batch)[2])
+            parts.append(values.to(merger.device)[chosen])
+            shell.append(merger.prior.shell[batch.terms.row[chosen]])
+        density.append(torch.cat(parts))
+    return set_best(merger, torch.stack(density), torch.cat(shell))

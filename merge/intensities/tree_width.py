@@ -1,13 +1,16 @@
 """Width of coupled amplitudes: own and in common with the root of their tree.
 
 q is a product, whose width is that of F with its relatives known exactly. The precision matrix of
-a tree is the data's (q's precision less the prior's) plus the prior's links; its inverse along a
-tree is one pass from the children up and one back. Each row takes up the uncertainty of its
-parent,
+a tree is the data's plus the prior's links; its inverse along a tree is one pass from the children
+up and one back. Each row takes up the uncertainty of its parent,
 
     F = <F> + own + slope (F_parent - <F_parent>),    slope = r (2 / S) / precision,
 
 so that relatives are uncertain together: their difference is better known than each of them.
+
+What the data say is their information of log F^2, 4 information / F^2 of F. (The precision of q
+less the prior's is the same only on paper: where relatives are alike it is a small difference of
+large numbers, one of which is known to some per cent.)
 """
 
 from __future__ import annotations
@@ -44,29 +47,34 @@ class TreeWidth:
 
 @torch.no_grad()
 def tree_width(merger: IntensityMerger, q: Nakagami) -> TreeWidth:
-    """Widths of q(F) with the uncertainty of the relatives."""
-    variance = q.variance.clone()
-    if not merger.prior.is_coupled:
-        return TreeWidth(torch.zeros_like(variance), variance.sqrt())
+    """Widths of q(F) with the uncertainty of the relatives.
+
+    ``merger.information`` must be that of the last fit.
+    """
     prior = merger.prior
-    r, spread = prior.conditional()
+    alone = q.variance.sqrt()
+    if not prior.is_coupled:
+        return TreeWidth(torch.zeros_like(alone), alone)
     child, parent = prior.child, prior.parent
-    stiffness = torch.where(prior.wilson.is_centric[child], 1.0, 2.0) / spread
-    slope = torch.zeros_like(variance)
-    slope[child] = (r * stiffness * variance[child]).clamp_max(1.0)
-    # a parent knows of its child only what the child's own data say
-    own = (1 / variance[child] - stiffness).clamp_min(0.0)
-    link = stiffness * own / (stiffness + own)
-    precision = 1 / variance
-    precision.index_add_(0, parent, r**2 * (link - stiffness))
-    expected = prior.spread()
-    least = torch.maximum(1 / expected, prior.reference.precision(expected))
-    has_parent = torch.zeros_like(variance, dtype=torch.bool)
-    has_parent[child] = True
-    shared = torch.where(has_parent, 0.0, torch.maximum(precision, least) ** -0.5)
-    own_variance = torch.where(has_parent, variance, 0.0)
+    is_parent = torch.zeros_like(alone, dtype=torch.bool)
+    is_parent[parent] = True
+    r, spread = prior.conditional()
+    ratio, link = torch.zeros_like(alone), torch.zeros_like(alone)
+    ratio[child] = r
+    link[child] = torch.where(prior.wilson.is_centric[child], 1.0, 2.0) / spread
+    # of F from its own data and those of its descendants
+    precision = 4 * merger.information / q.spread
+    for rows, above in reversed(merger.levels):
+        below = link[rows] * precision[rows] / (link[rows] + precision[rows])
+        precision.index_add_(0, above, ratio[rows] ** 2 * below)
+    wilson = 1 / prior.wilson.p_structure_factor().variance
+    root = precision + torch.maximum(wilson, prior.reference.precision(prior.spread()))
+    shared = torch.where(is_parent, root**-0.5, alone)
+    own_variance = torch.zeros_like(alone)
     for rows, above in merger.levels:
-        shared = shared.index_copy(0, rows, slope[rows] * shared[above])
-        total = variance[rows] + slope[rows] ** 2 * own_variance[above]
+        given_parent = 1 / (precision[rows] + link[rows])
+        slope = ratio[rows] * link[rows] * given_parent
+        shared = shared.index_copy(0, rows, slope * shared[above])
+        total = given_parent + slope**2 * own_variance[above]
         own_variance = own_variance.index_copy(0, rows, total)
     return TreeWidth(own_variance, shared)

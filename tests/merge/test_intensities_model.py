@@ -15,6 +15,7 @@ from integrator.distributions.nakagami import Nakagami
 from integrator.errors import UserError
 from merge.intensities.build import build_problem
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.correlation import GRID, best_line, bounded_scores
 from merge.intensities.held_out import split
 from merge.intensities.likelihood import IntensityLikelihood
 from merge.intensities.merger import IntensityMerger
@@ -142,7 +143,8 @@ def test_uncertain_root_is_a_second_error_in_common():
         assert float(density[c]) == pytest.approx(wanted, rel=1e-10)
 
 
-def test_width_of_a_coupled_pair_is_that_of_the_joint_normal():
+@pytest.mark.parametrize("one_minus_r2", [0.002, 0.0002])
+def test_width_of_a_coupled_pair_is_that_of_the_joint_normal(one_minus_r2):
     asu = ReciprocalAsu(CELL, SPACE_GROUP, 12.0, False)
     config = IntensityMergeConfig(prior="double-wilson")
     data, _, _ = simulated(np.random.default_rng(0), asu=asu)
@@ -150,27 +152,49 @@ def test_width_of_a_coupled_pair_is_that_of_the_joint_normal():
     merger = IntensityMerger(problem.unique, problem.table, config)
     prior, unique = merger.prior, problem.unique
     prior.is_coupled = True
-    prior.one_minus_r2.fill_(0.002)
+    prior.one_minus_r2.fill_(one_minus_r2)
     r, spread = (x.detach() for x in prior.conditional())
-    child, parent = prior.child, prior.parent
+    child, parent, expected = prior.child, prior.parent, prior.spread().detach()
     stiffness = torch.where(prior.wilson.is_centric[child], 1.0, 2.0) / spread
+    # variance of F: 1 - pi / 4 of <F^2> for acentric, 1 - 2 / pi for centric reflections
+    wilson = torch.where(prior.wilson.is_centric, 1 - 2 / np.pi, 1 - np.pi / 4) * expected
     torch.manual_seed(0)
-    known = torch.zeros(len(unique), dtype=torch.float64)
-    known[child], known[parent] = stiffness * torch.rand(2, len(child)).double() + 20 / spread
-    # q(F) of the product: each row given the others
-    precision = known.clone()
-    precision[child] += stiffness
-    precision[parent] += r**2 * stiffness
-    width = tree_width(merger, SimpleNamespace(variance=1 / precision))
+    precision = 100 * torch.rand(len(unique)).double() / expected
+    square = 4 + torch.rand(len(unique)).double()
+    merger.information = precision * square / 4
+    # q's own variance, as far off as it may be before a fit has ended, does not matter
+    q = SimpleNamespace(variance=0.99 * spread.mean().expand(len(unique)), spread=square)
+    width = tree_width(merger, q)
     for i in (0, len(child) // 2, len(child) - 1):
-        c, p, k = int(child[i]), int(parent[i]), float(stiffness[i])
-        matrix = np.array(
-            [[known[p] + r[i] ** 2 * k, -r[i] * k], [-r[i] * k, known[c] + k]], dtype=float
-        )
-        joint = np.linalg.inv(matrix)
+        c, p = int(child[i]), int(parent[i])
+        k = float(stiffness[i])
+        own = float(precision[p] + 1 / wilson[p])
+        matrix = np.array([[own + r[i] ** 2 * k, -r[i] * k], [-r[i] * k, precision[c] + k]])
+        joint = np.linalg.inv(matrix.astype(float))
         assert float(width.sigma[p]) == pytest.approx(joint[0, 0] ** 0.5, rel=1e-6)
         assert float(width.sigma[c]) == pytest.approx(joint[1, 1] ** 0.5, rel=1e-6)
         assert float(width.shared[p] * width.shared[c]) == pytest.approx(joint[0, 1], rel=1e-6)
+
+
+def test_line_of_correlations_is_found_through_the_noise_of_the_shells():
+    inv_d2 = torch.linspace(0.02, 0.3, 10, dtype=torch.float64)
+    true = -7.5 + 10 * inv_d2
+    grid = (1 - torch.tensor(GRID, dtype=torch.float64) ** 2).log()
+    torch.manual_seed(0)
+    seen = true + 0.8 * torch.randn(10).double()
+    scores = -2 * (grid[:, None] - seen) ** 2
+    found = best_line(scores, inv_d2)
+    assert float((found - true).abs().max()) < 0.6
+    assert float((found.diff() / inv_d2.diff()).std()) < 1e-6
+
+
+def test_one_outlier_does_not_choose_the_correlation():
+    density = torch.zeros(len(GRID), 40, dtype=torch.float64)
+    density[7] = 0.5
+    density[2, 0] = 200.0
+    scores = bounded_scores(density, torch.arange(40) % 2, 2)
+    assert scores.argmax(0).tolist() == [7, 7]
+    assert scores[7].tolist() == [10.0, 10.0]
 
 
 def test_expected_student_t_is_a_lower_bound():
@@ -312,8 +336,15 @@ def test_neighbouring_high_orders_overlap_in_a_narrow_beam():
     )
     problem = build_problem([data], IntensityMergeConfig(laue=True))
     terms, asu = problem.table.terms, problem.unique.asus[0]
+    assert not terms.base_log_scale.any()
     first = terms.row[terms.observation == 0].tolist()
     assert first == [int(asu.refl_id([h])[0]) for h in ([16, 8, 0], [18, 9, 0])]
+    terms = build_problem([data], IntensityMergeConfig(laue=True, laue_lp=True)).table.terms
+    # lambda^4 / sin^2 theta; harmonics have the same angle
+    sine2 = terms.wavelength.numpy() ** 2 * terms.inv_d2.numpy() / 4
+    polarization = 1 - 2 * sine2 * (1 - sine2)  # (1 + cos^2 2 theta) / 2
+    factor = np.log(terms.wavelength.numpy() ** 4 / sine2 * polarization)
+    np.testing.assert_allclose(np.ptp(terms.base_log_scale.numpy() - factor), 0, atol=1e-9)
     np.testing.assert_allclose(
         terms.wavelength[terms.observation == 0], [1.158, 1.158 * 8 / 9], rtol=1e-6
     )
