@@ -3,7 +3,8 @@ r"""Spot profile: a density over (rotation, slow, fast), integrated over voxels.
 The density is a sum of hat functions on a regular grid around the predicted centroid. Its axes are
 pixels along slow and fast, and ``e3 = zeta (phi - phi_c)`` [deg] along the rotation: in e3 the
 rocking curve has one width for all reflections (Kabsch, Acta Cryst. 2010, D66, 133), so one grid
-serves reflections near to and far from the rotation axis. Node weights are
+serves reflections near to and far from the rotation axis. ``local_shape`` moves and stretches the
+axes as spots do at their place. Node weights are
 
     w_g = softmax_g( log_mean_g + sum_k z_k basis_kg ),   z ~ Normal(prior),
 
