@@ -23,13 +23,13 @@ Terms other than lp have Gaussian priors; ``penalty`` is minus their log.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from scipy.special import erf, factorial, lpmv
 from torch import Tensor, nn
 
-from integrator.types import IntensityTable, ReflectionMetadata
 from merge.config import MergeConfig
 from merge.model.prior import hat_design
 
@@ -38,6 +38,30 @@ MAX_FRAMES_EACH_SIDE = 11
 N_DETECTOR_FEATURES = 3
 #: Start of the learned standard deviations of flicker and drift, in the log.
 START_SD = 0.03
+
+
+class OnSweeps(Protocol):
+    """Where observations lie on their sweeps, (N,) or (N, 3) each.
+
+    Terms are those of :class:`integrator.types.ReflectionMetadata`.
+    """
+
+    @property
+    def experiment(self) -> Tensor: ...  # noqa: D102
+    @property
+    def xyz_px(self) -> Tensor: ...  # noqa: D102
+    @property
+    def xyz_mm(self) -> Tensor: ...  # noqa: D102
+    @property
+    def frame_sigma(self) -> Tensor: ...  # noqa: D102
+    @property
+    def s0_crystal(self) -> Tensor: ...  # noqa: D102
+    @property
+    def s1_crystal(self) -> Tensor: ...  # noqa: D102
+    @property
+    def d(self) -> Tensor: ...  # noqa: D102
+    @property
+    def lp(self) -> Tensor: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -80,7 +104,7 @@ class ScaleFeatures:
 
 
 def scale_features(
-    table: IntensityTable | ReflectionMetadata,
+    table: OnSweeps,
     n_frames: list[int],
     frame_width_deg: list[float],
     config: MergeConfig,
@@ -140,7 +164,7 @@ def _b_design(
     return torch.cat(blocks, 1)
 
 
-def _scaled_position(table: IntensityTable | ReflectionMetadata, n_frames: Tensor) -> Tensor:
+def _scaled_position(table: OnSweeps, n_frames: Tensor) -> Tensor:
     xy = table.xyz_mm[:, :2].double()
     centre = (xy.max(0).values + xy.min(0).values) / 2
     half = ((xy.max(0).values - xy.min(0).values) / 2).clamp_min(1e-6)
@@ -230,16 +254,21 @@ class ScaleModel(nn.Module):
         """Log K of the observations in rows ``index``, (B,)."""
         log_scale = -self.log_lp[index]
         if self.physical:
-            frames = self.log_frame_scale.exp()[self.frame[index]]
             log_scale = (
                 log_scale
-                + (self.frame_weight[index] * frames).sum(-1).log()
-                + self.b_design[index] @ self.b_factor
-                + self.harmonics[index] @ self.absorption
+                + self.log_mean_frame_scale(index)
+                + self.b_design[index].double() @ self.b_factor
+                + self.harmonics[index].double() @ self.absorption
             )
         if self.network is not None:
-            log_scale = log_scale + self.network(self.position[index, : self.n_inputs])[:, 0]
+            position = self.position[index, : self.n_inputs].double()
+            log_scale = log_scale + self.network(position)[:, 0]
         return log_scale
+
+    def log_mean_frame_scale(self, index: Tensor) -> Tensor:
+        """Log of the frames' scales, averaged over the rocking curve, (B,)."""
+        frames = self.log_frame_scale.exp()[self.frame[index]]
+        return (self.frame_weight[index] * frames).sum(-1).log()
 
     @torch.no_grad()
     def fresh_crystal_factor(self, inv_d2: Tensor) -> Tensor:

@@ -1,0 +1,202 @@
+r"""Scale of rotation data whose observations know where they lie on their sweeps.
+
+The terms are those of :mod:`merge.model.scale`: frames, B, absorption, detector. What the
+integrator knows there and a file does not is the width of the rocking curves. It is learned: an
+observation averages the frames' scales over a Gaussian of standard deviation ``m / |zeta|``, with
+one mosaic spread m for all, which the flicker from frame to frame determines. Where frames do not
+flicker it does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from integrator.types import TensorRecord
+from merge.config import MergeConfig
+from merge.intensities.config import IntensityMergeConfig
+from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
+from merge.model.scale import MAX_FRAMES_EACH_SIDE, ScaleFeatures, ScaleModel, scale_features
+
+Array = NDArray[np.float64]
+
+START_MOSAICITY = 0.1  # [deg]
+MIN_ZETA = 0.05
+
+
+@dataclass(frozen=True)
+class SweepTable(TensorRecord):
+    """Places of all observations of a table, in its order, (N,) or (N, 3) each.
+
+    Parameters
+    ----------
+    experiment : Tensor, int64
+        Sweep, counted through all datasets.
+    xyz_px, xyz_mm : Tensor
+        (fast, slow, frame) from the start of the sweep; in pixels both.
+    degrees : Tensor
+        Rotation across one frame times ``|zeta|`` [deg]: a mosaic spread of so much is one frame.
+    s0_crystal, s1_crystal : Tensor
+    d : Tensor
+        [A]
+    n_frames : tuple of int
+        Of each sweep.
+    frame_width_deg : tuple of float
+        [deg]
+    """
+
+    experiment: Tensor
+    xyz_px: Tensor
+    xyz_mm: Tensor
+    degrees: Tensor
+    s0_crystal: Tensor
+    s1_crystal: Tensor
+    d: Tensor
+    n_frames: tuple[int, ...]
+    frame_width_deg: tuple[float, ...]
+
+    @property
+    def lp(self) -> Tensor:
+        """1: what is known of the scale is known already."""
+        return torch.ones_like(self.d)
+
+    @property
+    def frame_sigma(self) -> Tensor:
+        """Of a rocking curve within one frame."""
+        return torch.full_like(self.d, 12**-0.5)
+
+
+def sweep_table(
+    metadata: Sequence[Mapping[str, Array]],
+    position: Array,
+    inv_d2: Array,
+    order: NDArray[np.int64],
+) -> SweepTable:
+    """Take the places from the metadata of all datasets.
+
+    Parameters
+    ----------
+    metadata : sequence of mapping
+        With :data:`~merge.io.sweep_columns.SWEEP_COLUMNS`.
+    position : (N0, 2)
+        Of the spots on the detector [px].
+    inv_d2 : (N0,)
+        [1/A^2]
+    order : (N,)
+        Observations of the table.
+    """
+
+    def joined(name: str) -> Array:
+        return np.concatenate([np.asarray(d[name], float) for d in metadata])[order]
+
+    dataset = np.repeat(np.arange(len(metadata)), [len(d[SWEEP]) for d in metadata])[order]
+    pair = np.stack([dataset, joined(SWEEP).astype(np.int64)])
+    experiment = np.unique(pair, axis=1, return_inverse=True)[1].ravel()
+    frame, width = joined(FRAME), joined(FRAME_WIDTH)
+    n_sweeps = int(experiment.max()) + 1
+    last = np.zeros(n_sweeps)
+    np.maximum.at(last, experiment, frame)
+    widths = np.zeros(n_sweeps)
+    widths[experiment] = width
+    xyz = torch.as_tensor(np.column_stack([position[order], frame]))
+    beams = torch.as_tensor(np.stack([joined(name) for name in BEAMS], axis=1))
+    return SweepTable(
+        torch.as_tensor(experiment),
+        xyz,
+        xyz,
+        torch.as_tensor(width * np.maximum(np.abs(joined(ZETA)), MIN_ZETA)),
+        beams[:, :3],
+        beams[:, 3:],
+        torch.as_tensor(inv_d2[order] ** -0.5),
+        tuple(int(n) for n in np.floor(last) + 1),
+        tuple(widths.tolist()),
+    )
+
+
+class SweepScale(ScaleModel):
+    """Terms of :class:`~merge.model.scale.ScaleModel`, with the mosaic spread learned.
+
+    Parameters
+    ----------
+    table : SweepTable
+        Of all observations; batches refer to its rows.
+    config : IntensityMergeConfig
+    """
+
+    mosaicity_sd = 1.0  # of its logarithm
+
+    def __init__(self, table: SweepTable, config: IntensityMergeConfig) -> None:
+        super().__init__(_features(table, config), _settings(config))
+        first = np.concatenate([[0], np.cumsum(table.n_frames)[:-1]])
+        for name, value in (
+            ("z", table.xyz_px[:, 2]),
+            ("degrees", table.degrees),
+            ("first_frame", torch.as_tensor(first)[table.experiment]),
+            ("last_frame", torch.as_tensor(np.cumsum(table.n_frames) - 1)[table.experiment]),
+        ):
+            self.register_buffer(name, value, persistent=False)
+        self.log_mosaicity = nn.Parameter(
+            torch.tensor(math.log(START_MOSAICITY), dtype=torch.float64)
+        )
+        wide = 3 * START_MOSAICITY / float(table.degrees.median())
+        self.each_side = min(max(math.ceil(wide) + 1, 2), MAX_FRAMES_EACH_SIDE)
+
+    def centre_frame(self) -> Tensor:
+        """Frame of each centroid, counted through all sweeps, (N,)."""
+        frame = self.z.floor().long() + self.first_frame
+        return torch.minimum(torch.maximum(frame, self.first_frame), self.last_frame)
+
+    def log_mean_frame_scale(self, index: Tensor) -> Tensor:
+        """Log of the frames' scales, averaged over the rocking curve, (B,)."""
+        z = self.z[index]
+        offset = torch.arange(-self.each_side, self.each_side + 1, device=z.device)
+        frame = z.floor().long()[:, None] + offset
+        rocking = self.log_mosaicity.clamp(-6.0, 1.5).exp() / self.degrees[index]
+        edges = torch.cat([frame, frame[:, -1:] + 1], 1) - z[:, None]
+        weight = torch.special.ndtr(edges / rocking[:, None]).diff(dim=1)
+        frame = frame + self.first_frame[index, None]
+        first, last = self.first_frame[index, None], self.last_frame[index, None]
+        weight = torch.where((frame >= first) & (frame <= last), weight, 0.0) + 1e-12
+        values = self.log_frame_scale.exp()[torch.minimum(torch.maximum(frame, first), last)]
+        return (weight * values).sum(1).log() - weight.sum(1).log()
+
+    @torch.no_grad()
+    def start_drift(self) -> None:
+        """Set the slow drift to what the frames' scales say as they are."""
+        frames = self.log_frame_scale.split(self.n_frames)
+        for gamma, drift in zip(frames, self.drift.split(self.n_drift_knots), strict=True):
+            parts = torch.linspace(0, len(gamma), len(drift) + 1).long()
+            for k in range(len(drift)):
+                part = gamma[parts[k] : max(int(parts[k + 1]), int(parts[k]) + 1)]
+                drift[k] = part.median()
+
+    def penalty(self) -> Tensor:
+        """Minus the log-prior of all parameters, up to a constant, () [nats]."""
+        about = self.log_mosaicity - math.log(START_MOSAICITY)
+        return super().penalty() + 0.5 * (about / self.mosaicity_sd) ** 2
+
+
+def _settings(config: IntensityMergeConfig) -> MergeConfig:
+    return MergeConfig(absorption_order=config.absorption_order)
+
+
+def _features(table: SweepTable, config: IntensityMergeConfig) -> ScaleFeatures:
+    """Terms that do not change, to single precision: there may be millions of observations."""
+    found = scale_features(
+        table, list(table.n_frames), list(table.frame_width_deg), _settings(config)
+    )
+    none = found.frame[:, :0]
+    return replace(
+        found,
+        frame=none,
+        frame_weight=none.double(),
+        b_design=found.b_design.float(),
+        harmonics=found.harmonics.float(),
+        position=found.position.float(),
+    )
