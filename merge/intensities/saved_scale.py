@@ -124,6 +124,8 @@ class SavedScale:
                 f"{self.path} does not fit these data or this version ({reason}); fit the scales "
                 "again, without --freeze-scales"
             ) from error
+        if merger.scale.sweep is not None:
+            merger.scale.sweep.restore_centres()
         for name, value in self.error_units.items():
             setattr(merger.likelihood, name, value)
 

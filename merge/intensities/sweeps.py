@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,13 @@ from integrator.types import TensorRecord
 from merge.config import MergeConfig
 from merge.intensities.config import IntensityMergeConfig
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
-from merge.model.scale import MAX_FRAMES_EACH_SIDE, ScaleFeatures, ScaleModel, scale_features
+from merge.model.scale import (
+    MAX_FRAMES_EACH_SIDE,
+    Centres,
+    ScaleFeatures,
+    ScaleModel,
+    scale_features,
+)
 
 Array = NDArray[np.float64]
 
@@ -132,7 +138,11 @@ class SweepScale(ScaleModel):
     mosaicity_sd = 1.0  # of its logarithm
 
     def __init__(self, table: SweepTable, config: IntensityMergeConfig) -> None:
-        super().__init__(_features(table, config), _settings(config))
+        features = _features(table, config.absorption_order)
+        super().__init__(features, MergeConfig(absorption_order=config.absorption_order))
+        self.table, self.absorption_order = table, config.absorption_order
+        for f in fields(Centres):  # saved with the parameters
+            self.register_buffer(f"centre_{f.name}", getattr(features.centres, f.name))
         first = np.concatenate([[0], np.cumsum(table.n_frames)[:-1]])
         for name, value in (
             ("z", table.xyz_px[:, 2]),
@@ -146,6 +156,15 @@ class SweepScale(ScaleModel):
         )
         wide = 3 * START_MOSAICITY / float(table.degrees.median())
         self.each_side = min(max(math.ceil(wide) + 1, 2), MAX_FRAMES_EACH_SIDE)
+
+    @torch.no_grad()
+    def restore_centres(self) -> None:
+        """Describe the observations by the centres that were loaded with the parameters."""
+        centres = Centres(*(getattr(self, f"centre_{f.name}").cpu() for f in fields(Centres)))
+        features = _features(self.table, self.absorption_order, centres)
+        for name in ("b_design", "harmonics", "position"):
+            getattr(self, name).copy_(getattr(features, name))
+        self.b_mean.copy_(centres.b)
 
     def centre_frame(self) -> Tensor:
         """Frame of each centroid, counted through all sweeps, (N,)."""
@@ -182,15 +201,13 @@ class SweepScale(ScaleModel):
         return super().penalty() + 0.5 * (about / self.mosaicity_sd) ** 2
 
 
-def _settings(config: IntensityMergeConfig) -> MergeConfig:
-    return MergeConfig(absorption_order=config.absorption_order)
-
-
-def _features(table: SweepTable, config: IntensityMergeConfig) -> ScaleFeatures:
+def _features(
+    table: SweepTable, absorption_order: int, centres: Centres | None = None
+) -> ScaleFeatures:
     """Terms that do not change, to single precision: there may be millions of observations."""
-    found = scale_features(
-        table, list(table.n_frames), list(table.frame_width_deg), _settings(config)
-    )
+    config = MergeConfig(absorption_order=absorption_order)
+    widths = list(table.frame_width_deg)
+    found = scale_features(table.to("cpu"), list(table.n_frames), widths, config, centres)
     none = found.frame[:, :0]
     return replace(
         found,

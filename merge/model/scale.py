@@ -65,6 +65,30 @@ class OnSweeps(Protocol):
 
 
 @dataclass(frozen=True)
+class Centres:
+    """What features are centred and scaled by: part of the meaning of every parameter.
+
+    Parameters
+    ----------
+    inv_d2 : Tensor, ()
+        Mean 1/d^2 [1/A^2].
+    largest_inv_d2 : Tensor, ()
+    b : Tensor, (n_knots,)
+        Mean of the interpolation of B.
+    harmonics : Tensor, (n_lm,)
+    position, half_width : Tensor, (2,)
+        Of the spots on the detector.
+    """
+
+    inv_d2: Tensor
+    largest_inv_d2: Tensor
+    b: Tensor
+    harmonics: Tensor
+    position: Tensor
+    half_width: Tensor
+
+
+@dataclass(frozen=True)
 class ScaleFeatures:
     """What the scale depends on, computed once per observation (N rows).
 
@@ -80,8 +104,7 @@ class ScaleFeatures:
     harmonics : Tensor, (N, n_lm)
     position : Tensor, (N, 5)
         Detector position (3), scan position and resolution, scaled to about [-1, 1].
-    b_mean : Tensor, (n_knots,)
-        What the interpolation of B was centred by.
+    centres : Centres
     n_frames, n_knots, n_drift_knots : tuple of int
         Frames, knots of B and knots of the drift of each experiment.
     """
@@ -92,7 +115,7 @@ class ScaleFeatures:
     b_design: Tensor
     harmonics: Tensor
     position: Tensor
-    b_mean: Tensor
+    centres: Centres
     n_frames: tuple[int, ...]
     n_knots: tuple[int, ...]
     n_drift_knots: tuple[int, ...]
@@ -108,8 +131,12 @@ def scale_features(
     n_frames: list[int],
     frame_width_deg: list[float],
     config: MergeConfig,
+    centres: Centres | None = None,
 ) -> ScaleFeatures:
-    """Compute :class:`ScaleFeatures` of every observation of a table."""
+    """Compute :class:`ScaleFeatures` of every observation of a table.
+
+    With ``centres`` of other data the parameters fitted to those mean the same here.
+    """
     experiment = table.experiment
     first = torch.as_tensor(np.concatenate([[0], np.cumsum(n_frames)[:-1]]))[experiment]
     count = torch.as_tensor(n_frames)[experiment]
@@ -138,15 +165,16 @@ def scale_features(
     directions = [-table.s0_crystal.double(), table.s1_crystal.double()]
     harmonics = sum(real_harmonics(v, config.absorption_order) for v in directions) / 2
     inv_d2 = table.d.double() ** -2
+    c = centres or _centres(table, inv_d2, design, harmonics)
     return ScaleFeatures(
         log_lp=table.lp.double().log(),
         frame=frame + first[:, None],
         frame_weight=weight,
         # Centred: otherwise every change of B needs all frame scales and all F to follow.
-        b_design=(design - design.mean(0)) * (-0.5 * (inv_d2 - inv_d2.mean()))[:, None],
-        harmonics=harmonics - harmonics.mean(0),
-        position=_scaled_position(table, count),
-        b_mean=design.mean(0),
+        b_design=(design - c.b) * (-0.5 * (inv_d2 - c.inv_d2))[:, None],
+        harmonics=harmonics - c.harmonics,
+        position=_scaled_position(table, count, inv_d2, c),
+        centres=c,
         n_frames=tuple(n_frames),
         n_knots=n_knots,
         n_drift_knots=n_drift_knots,
@@ -164,14 +192,21 @@ def _b_design(
     return torch.cat(blocks, 1)
 
 
-def _scaled_position(table: OnSweeps, n_frames: Tensor) -> Tensor:
+def _centres(table: OnSweeps, inv_d2: Tensor, design: Tensor, harmonics: Tensor) -> Centres:
     xy = table.xyz_mm[:, :2].double()
-    centre = (xy.max(0).values + xy.min(0).values) / 2
-    half = ((xy.max(0).values - xy.min(0).values) / 2).clamp_min(1e-6)
+    low, high = xy.min(0).values, xy.max(0).values
+    half = ((high - low) / 2).clamp_min(1e-6)
+    means = design.mean(0), harmonics.mean(0)
+    return Centres(inv_d2.mean(), inv_d2.max(), *means, (high + low) / 2, half)
+
+
+def _scaled_position(
+    table: OnSweeps, n_frames: Tensor, inv_d2: Tensor, centres: Centres
+) -> Tensor:
     scan = 2 * table.xyz_px[:, 2].double() / n_frames - 1
-    inv_d2 = table.d.double() ** -2
-    resolution = 2 * inv_d2 / inv_d2.max() - 1
-    x, y = ((xy - centre) / half).unbind(-1)
+    resolution = 2 * inv_d2 / centres.largest_inv_d2 - 1
+    xy = (table.xyz_mm[:, :2].double() - centres.position) / centres.half_width
+    x, y = xy.unbind(-1)
     return torch.stack([x, y, x**2 + y**2 - 1, scan, resolution], -1)
 
 
@@ -215,16 +250,9 @@ class ScaleModel(nn.Module):
 
     def __init__(self, features: ScaleFeatures, config: MergeConfig) -> None:
         super().__init__()
-        for name in (
-            "log_lp",
-            "frame",
-            "frame_weight",
-            "b_design",
-            "harmonics",
-            "position",
-            "b_mean",
-        ):
+        for name in ("log_lp", "frame", "frame_weight", "b_design", "harmonics", "position"):
             self.register_buffer(name, getattr(features, name), persistent=False)
+        self.register_buffer("b_mean", features.centres.b, persistent=False)
         self.n_frames, self.n_knots = features.n_frames, features.n_knots
         self.physical = config.physical_scale
         zeros = lambda n: nn.Parameter(torch.zeros(n, dtype=torch.float64))  # noqa: E731

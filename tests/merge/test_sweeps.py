@@ -17,6 +17,7 @@ from merge.intensities.build import build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.held_out import split
 from merge.intensities.merger import IntensityMerger
+from merge.intensities.saved_scale import load_scale, save_scale
 from merge.intensities.training import fit, start
 from merge.io import mtz as mtz_io
 from merge.io.mtz_observations import read_mtz
@@ -273,3 +274,23 @@ def test_headers_without_orientation_give_no_places(tmp_path):
             batch.floats[k] = float(k == 6 or k == 10 or k == 14)
     (tmp_path / "v.mtz").write_bytes(mtz.write_to_bytes())
     assert not set(SWEEP_COLUMNS) & set(read_mtz(tmp_path / "v.mtz").metadata)
+
+
+def test_saved_scale_means_the_same_for_other_observations(sweep, tmp_path):
+    config = IntensityMergeConfig(anomalous=True, epochs=5, batch_size=1000)
+    data = observed(sweep)
+    merger, problem = fitted([data], config)
+    save_scale(tmp_path / "m.pt", merger, problem.table, config)
+    saved = load_scale(tmp_path / "m.pt")
+    rows = (data.metadata["XDET"] > 0) | (np.arange(len(data)) % 7 == 0)
+    part = data.select(rows)
+    other = build_problem([part], config, standard=saved.standard)
+    saved.check(other.table)
+    again = IntensityMerger(other.unique, other.table, config)
+    saved.load_into(again)
+    with torch.no_grad():
+        whole = merger.scale(problem.table.everything())[0].numpy()
+        alone = again.scale(other.table.everything())[0].numpy()
+    assert len(other.source) < 0.7 * len(problem.source)
+    expected = whole[np.searchsorted(problem.source, np.flatnonzero(rows)[other.source])]
+    np.testing.assert_allclose(alone, expected, rtol=0, atol=1e-5)
