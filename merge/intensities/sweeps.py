@@ -22,11 +22,11 @@ from integrator.types import TensorRecord
 from merge.config import MergeConfig
 from merge.intensities.config import IntensityMergeConfig
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
-from merge.model.scale import (
+from merge.model.scale import ScaleModel
+from merge.model.scale_features import (
     MAX_FRAMES_EACH_SIDE,
     Centres,
     ScaleFeatures,
-    ScaleModel,
     scale_features,
 )
 
