@@ -28,7 +28,7 @@ from merge.intensities.overloads import is_overloaded
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.photon_counts import observed_sigma
 from merge.intensities.standard import Standard
-from merge.intensities.sweeps import SweepTable, sweep_table
+from merge.intensities.sweep_table import SweepTable, sweep_table
 from merge.intensities.table import Observations, ObservationTable, Terms
 from merge.intensities.unique import UniqueRows
 from merge.io.observations import UnmergedData, check_one_crystal_form

@@ -6,7 +6,7 @@ r"""Scale of an observation: I = K F^2.
 * ``base``: -log(L/P) where it was not applied, and for stills the mean level of the image;
 * ``g``, ``B``: scale and resolution falloff of each image of a scan, smooth along it; stills have
   neither, a new still needs no parameters of its own. Where a sweep knows how its observations lie
-  on it, the terms of :mod:`merge.intensities.sweeps` take their place, and that of the network;
+  on it, the terms of :mod:`merge.intensities.sweep_scale` take their place and the network's;
 * ``spectrum``: log of the intensity of a polychromatic beam, piecewise linear and smooth;
 * ``e``: distance from the Ewald sphere (partiality of stills), with a learned width ``w``;
 * ``network``: residual blocks that see the metadata of the observation and a description of its
@@ -25,14 +25,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.sweeps import SweepScale
+from merge.intensities.networks import ImageEncoder, ResidualNetwork
+from merge.intensities.sweep_table import SweepTable
 from merge.intensities.table import Batch, ObservationTable
 from merge.model.prior import hat_design
+
+if TYPE_CHECKING:
+    from merge.intensities.sweep_scale import SweepScale
 
 SCALE_SD = 1.0  # prior of a mean log-scale
 STEP = 0.1  # start of its change from image to image
@@ -42,7 +47,6 @@ WEIGHT_SD = 1.0
 DEVIATION_SD = 0.5  # of an image from the others of its unit
 IMAGES_WITHOUT = 0.2  # share of the images that do without parameters of their own in a step
 BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
-BLOCK = 8192  # observations that pass the networks together where nothing is learned
 
 
 @dataclass(frozen=True)
@@ -63,67 +67,6 @@ class ErrorsByPlace:
     log_common: Tensor | None = None
 
 
-def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Split rows, (N, ...), where nothing is learned: each part fits the cache."""
-    return (x,) if torch.is_grad_enabled() else x.split(BLOCK)
-
-
-class ResidualNetwork(nn.Module):
-    """Feed-forward blocks with skip connections; the output starts at zero.
-
-    Parameters
-    ----------
-    n_in, width, depth, n_out : int
-    """
-
-    def __init__(self, n_in: int, width: int, depth: int, n_out: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(n_in, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(depth)
-        )
-        for block in self.blocks:
-            nn.init.zeros_(block[-1].weight)
-            nn.init.zeros_(block[-1].bias)
-        self.last = nn.Linear(width, n_out)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, n_in) to (N, n_out)."""
-        return torch.cat([self.last(nn.functional.silu(self.hidden(part))) for part in blocks(x)])
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """Activations before the last layer, (..., width)."""
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-class ImageEncoder(nn.Module):
-    """Description of an image from the set of its reflections, whatever their order.
-
-    Every reflection passes the same residual blocks; the mean over the image passes a linear map.
-    """
-
-    def __init__(self, n_in: int, width: int, depth: int, n_out: int) -> None:
-        super().__init__()
-        self.blocks = ResidualNetwork(n_in, width, depth, 1)
-        del self.blocks.last
-        self.head = nn.Linear(width, n_out)
-
-    def forward(self, x: Tensor, image: Tensor, is_seen: Tensor, n_images: int) -> Tensor:
-        """Pool (N, n_in) over the seen reflections of each image: (n_images, n_out)."""
-        total = x.new_zeros(n_images, self.head.in_features)
-        for part, into, seen in zip(blocks(x), blocks(image), blocks(is_seen), strict=True):
-            hidden = nn.functional.silu(self.blocks.hidden(part)) * seen[:, None]
-            total = total.index_add(0, into, hidden)
-        count = x.new_zeros(n_images).index_add_(0, image, is_seen.to(x.dtype))
-        return self.head(total / count.clamp_min(1.0)[:, None])
-
-
 class ObservationScale(nn.Module):
     """Scale model of all datasets.
 
@@ -136,7 +79,7 @@ class ObservationScale(nn.Module):
     def __init__(self, table: ObservationTable, config: IntensityMergeConfig) -> None:
         super().__init__()
         self.images_of_dataset = table.images_of_dataset
-        self.sweep = None if table.sweeps is None else SweepScale(table.sweeps, config)
+        self.sweep = _sweep_scale(table.sweeps, config)
         has_images = not config.stills and self.sweep is None
         n_images = sum(table.images_of_dataset) if has_images else 0
 
@@ -304,3 +247,12 @@ class ObservationScale(nn.Module):
         if self.deviation is not None:
             total = total + 0.5 * (self.deviation**2).sum() / DEVIATION_SD**2
         return total
+
+
+def _sweep_scale(table: SweepTable | None, config: IntensityMergeConfig) -> SweepScale | None:
+    if table is None:
+        return None
+    # not at the top: its harmonics need scipy, which stills and Laue do without
+    from merge.intensities.sweep_scale import SweepScale
+
+    return SweepScale(table, config)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from integrator.types import TensorRecord
 from merge.intensities.standard import Standard
-from merge.intensities.sweeps import SweepTable
+from merge.intensities.sweep_table import SweepTable
 
 MIN_BATCHES = 8
 

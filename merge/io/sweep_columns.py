@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 import gemmi
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from integrator.crystal.cell import reciprocal_metric
 
@@ -71,6 +70,9 @@ def sweep_columns(
     norms = [np.linalg.norm(values[:, part], axis=1) for part in (_U, _AXIS, _SOURCE)]
     if np.any(np.stack([np.abs(width), wavelength, *norms]) <= 0):
         return {}
+    # not at the top: files without orientation do without scipy
+    from scipy.spatial.transform import Rotation
+
     phi = columns["ROT"]
     axis, s0 = values[which, _AXIS], -values[which, _SOURCE] / norms[2][which, None]
     turn = Rotation.from_rotvec(np.radians(phi)[:, None] * axis)

@@ -19,10 +19,10 @@ from merge.intensities.correlation import GRID, best_line, bounded_scores
 from merge.intensities.held_out import split
 from merge.intensities.likelihood import IntensityLikelihood
 from merge.intensities.merger import IntensityMerger
+from merge.intensities.networks import ImageEncoder
 from merge.intensities.output import merged_rows, scaled_observations
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.prior import TreePrior
-from merge.intensities.scale import ImageEncoder
 from merge.intensities.training import fit, start
 from merge.intensities.tree_width import tree_width
 from merge.intensities.unique import UniqueRows, check_parents
