@@ -20,6 +20,7 @@ from integrator.io.intensity_file import (
 from integrator.types import Flag
 from merge.intensities.photon_counts import PHOTON_VARIANCE
 from merge.io.mtz import read_merged_mtz
+from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ZETA
 from pipelines import cli
 from pipelines.unmerged_photons import read_photon_table
 
@@ -64,6 +65,12 @@ def test_what_is_read(experiment, table):
     np.testing.assert_array_equal(
         data.metadata["BATCH"], 1 + np.floor(given.xyz_px[:, 2].numpy()).clip(0, 359)
     )
+    places = data.metadata
+    np.testing.assert_allclose(places[FRAME], given.xyz_px[:, 2].double())
+    np.testing.assert_allclose(places[FRAME_WIDTH], 1.0)
+    np.testing.assert_allclose(places[ZETA], 1.0)  # all rocking curves have one width
+    beams = np.stack([places[name] for name in BEAMS], 1)
+    np.testing.assert_allclose(beams, torch.cat([given.s0_crystal, given.s1_crystal], 1))
     assert not data.has_lp_applied
     np.testing.assert_allclose(data.cell.parameters, CELL.parameters, rtol=1e-9)
     assert data.space_group.xhm() == SPACE_GROUP.xhm()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 
 from integrator.errors import UserError
 from integrator.io.dials import (
@@ -21,6 +22,7 @@ from integrator.io.dials import (
     read_reflections,
     write_reflections,
 )
+from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP
 from merge.io.unmerged_data import combine_friedel, read_mtz, read_unmerged
 from pipelines.unmerged_dials import read_dials, read_inputs
 
@@ -128,6 +130,17 @@ def test_selection_and_corrections_are_those_of_dials_export(sweep, exported, na
         np.testing.assert_allclose(
             ours.metadata[label][row], theirs.metadata[name_there], rtol=1e-5, atol=1e-4
         )
+    # places on the sweep, from our models and from the batch headers of dials.export
+    for label, tolerance in ((SWEEP, 0), (FRAME, 1e-3), (FRAME_WIDTH, 1e-6)):
+        np.testing.assert_allclose(
+            ours.metadata[label][row], theirs.metadata[label], rtol=0, atol=tolerance
+        )
+    here, there = (np.stack([d.metadata[n] for n in BEAMS], 1) for d in (ours, theirs))
+    here, there = (b.reshape(len(b), 2, 3) for b in (here[row], there))
+    turn, _ = Rotation.align_vectors(here.reshape(-1, 3), there.reshape(-1, 3))
+    miss = np.linalg.norm(turn.apply(there.reshape(-1, 3)) - here.reshape(-1, 3), axis=1)
+    assert np.median(miss) < 1e-3
+    assert miss.max() < 5e-3
     np.testing.assert_allclose(ours.cell.parameters, theirs.cell.parameters, rtol=1e-4)
     assert ours.has_lp_applied
     assert theirs.has_lp_applied
