@@ -60,7 +60,7 @@ def fit_stream(
     for step in range(n_steps):
         batch = stream.batch(next(numbers)).to(merger.device)
         is_row_step = (step + 1) % ROWS_EVERY == 0 or step + 1 == n_steps
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         q = merger.inference()
         terms = merger.loss(batch, q, with_prior=False)
         pending = [

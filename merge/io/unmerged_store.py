@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gemmi
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from integrator.atomic import replacing
 from integrator.errors import UserError
 from merge.io.observations import UnmergedData
+
+if TYPE_CHECKING:
+    import h5py
 
 FORMAT, VERSION = "braggflux unmerged", 1
 SUFFIX = ".h5"
@@ -50,6 +53,8 @@ def write_unmerged_store(
     UserError
         There are no observations, or the file cannot be written.
     """
+    import h5py  # only here and below: 10 MiB that a merge of other files does without
+
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         starts, cells, weights = [0], [], []
         first: UnmergedData | None = None
@@ -136,6 +141,8 @@ class UnmergedStore:
     """
 
     def __init__(self, path: str | Path) -> None:
+        import h5py
+
         self.path = Path(path)
         try:
             self._file = h5py.File(self.path, "r")
