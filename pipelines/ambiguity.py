@@ -74,13 +74,19 @@ def summary(ambiguity: Ambiguity) -> dict[str, Any]:
     }
 
 
-def write_choices(problem: MergeProblem, data: Sequence[UnmergedData], path: Path) -> None:
-    """Write the operator of each image and log the shares."""
+def image_numbers(problem: MergeProblem, data: Sequence[UnmergedData]) -> NDArray:
+    """Give the number that each image has in its file, (G,)."""
+    first = np.unique(problem.table.observations.image.numpy(), return_index=True)[1]
+    numbers = np.concatenate([d.metadata.get("BATCH", d.image) for d in data])
+    return numbers[problem.source[first]]
+
+
+def write_choices(problem: MergeProblem, number: NDArray, path: Path) -> None:
+    """Write the operator of each image, ``number`` (G,) in its file, and log the shares."""
     o = problem.table.observations
     first = np.unique(o.image.numpy(), return_index=True)[1]
-    numbers = np.concatenate([d.metadata.get("BATCH", d.image) for d in data])
     names = [problem.names[k] for k in o.dataset.numpy()[first]]
-    write_indexing(path, problem.ambiguity, numbers[problem.source[first]], names)
+    write_indexing(path, problem.ambiguity, number, names)
 
 
 def write_indexing(

@@ -25,7 +25,6 @@ from merge.intensities.output import (
 from merge.intensities.row_sums import RowSums
 from merge.intensities.stream import ObservationStream
 from merge.io.mtz import MergedTable, merged_table, write_merged_mtz
-from merge.io.observations import UnmergedData
 from merge.statistics import (
     ReflectionSums,
     average_over_repeats,
@@ -48,7 +47,7 @@ def write_dataset(
     config: IntensityMergeConfig,
     dataset: int,
     out: Path,
-    data: UnmergedData,
+    wavelength: float | None,
 ) -> Path:
     """Write the merged MTZ and the statistics of one dataset; returns the MTZ's path."""
     names, asu = problem.names, problem.unique.asus[dataset]
@@ -68,7 +67,6 @@ def write_dataset(
     )
     stem = "" if len(names) == 1 else f"{names[dataset]}_"
     path = out / f"{stem}merged.mtz"
-    wavelength = None if data.wavelength is None else float(np.median(data.wavelength))
     normalised = merged.normalised.numpy()[rows]
     _write_mtz(path, asu, table, normalised, wavelength, config)
     evidence = _observations(asu, scaled, rows)

@@ -183,9 +183,9 @@ class ObservationScale(nn.Module):
             log_scale = log_scale + self.log_image_scale[image]
             log_scale = log_scale - 0.5 * self.b_factor[image] * terms.inv_d2
         if self.spectrum is not None:
-            log_scale = log_scale + hat_design(terms.wavelength, self.spectrum_knots) @ (
-                self.spectrum
-            )
+            knots = self.spectrum_knots
+            parts = [hat_design(w, knots) @ self.spectrum for w in blocks(terms.wavelength)]
+            log_scale = log_scale + torch.cat(parts)
         if self.log_width is not None:
             log_scale = log_scale - 0.5 * terms.ewald_offset**2 * (-2 * self.log_width).exp()
         if self.network is None:

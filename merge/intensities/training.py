@@ -14,6 +14,7 @@ from merge.intensities.adam import Adam
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import Expectation, IntensityMerger
 from merge.intensities.row_newton import RowNewton
+from merge.intensities.scale import BLOCK
 from merge.intensities.table import Batch, ObservationTable
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             residual = used * o.intensity / scale(everything)[0][first].exp()
         if scale.spectrum is not None:
             knots = scale.spectrum_knots
-            nearest = (wavelength[:, None] - knots).abs().argmin(1)
+            nearest = torch.cat(
+                [(w[:, None] - knots).abs().argmin(1) for w in wavelength.split(BLOCK)]
+            )
             scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
         expected = _merge_once(merger, table, row, first, expected)[row]
 

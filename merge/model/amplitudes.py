@@ -18,6 +18,7 @@ from merge.model.merger import Merger
 from merge.types import MergeBatch
 
 N_NODES = 256
+ROWS_AT_A_TIME = 1024  # of the quadrature
 N_SIGMA = 7.0
 #: Least weight that the best observation of a reflection keeps: sigma grows thirtyfold at most.
 LEAST_TRUST = 1e-3
@@ -96,6 +97,19 @@ def french_wilson(
     -------
     mean, standard_deviation : Tensor, (R,)
     """
+    given = (intensity, sigma, expected, is_centric)
+    # Made before the first part: small results among freed large ones would break up the heap.
+    found = torch.empty(2, len(intensity), dtype=expected.dtype, device=expected.device)
+    parts = zip(*(x.split(ROWS_AT_A_TIME) for x in given), strict=True)
+    for part, into in zip(parts, found.split(ROWS_AT_A_TIME, dim=1), strict=True):
+        into[0], into[1] = _french_wilson(*part)
+    return found[0], found[1]
+
+
+def _french_wilson(
+    intensity: Tensor, sigma: Tensor, expected: Tensor, is_centric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Posterior of some rows, by quadrature."""
     # an acentric exp(-I / E) prior moves a Gaussian by -sigma^2 / E, and spreads no wider
     slope = torch.where(is_centric, 0.5, 1.0).to(expected.dtype) / expected
     centre = intensity - sigma**2 * slope
