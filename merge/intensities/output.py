@@ -10,7 +10,7 @@ from torch import Tensor
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import ObservationTable
 from merge.intensities.tree_width import tree_width
-from merge.model.amplitudes import french_wilson
+from merge.model.french_wilson import french_wilson
 
 
 @dataclass(frozen=True)

@@ -314,7 +314,8 @@ def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> Ada
 def set_rate(optimizer: Adam, share: float) -> None:
     """Rise over the first 5 %, then cosine to a hundredth."""
     rise = min(1.0, (share + 1e-3) / 0.05)
-    optimizer.rate = rise * (0.505 + 0.495 * math.cos(math.pi * share))
+    decay = 0.505 + 0.495 * math.cos(math.pi * share)
+    optimizer.rates = [rate * rise * decay for rate in optimizer.start_rates]
 
 
 def _shells(inv_d2: Tensor, n: int = 20) -> Tensor:
