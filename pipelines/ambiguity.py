@@ -16,8 +16,7 @@ from integrator.crystal.ambiguity import IndexingOperators, indexing_operators
 from merge.intensities.ambiguity_choice import Ambiguity
 from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
-from merge.io.observations import UnmergedData
-from merge.io.unmerged_store import UnmergedStore
+from merge.io.observations import CrystalForm, UnmergedData
 from pipelines.reference_amplitudes import reference_intensities
 from pipelines.rundir import write_rows
 
@@ -28,7 +27,7 @@ SURE = 0.99
 
 
 def ambiguous_operators(
-    data: Sequence[UnmergedData | UnmergedStore], config: IntensityMergeConfig
+    data: Sequence[CrystalForm], config: IntensityMergeConfig
 ) -> IndexingOperators | None:
     """Ways in which the images can be indexed; None where there is but one, or none is wanted."""
     if not config.stills or config.resolve_ambiguity == "none":

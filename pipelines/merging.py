@@ -25,7 +25,7 @@ from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_dataset
 from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows
-from pipelines.stream_merging import is_streamed, merge_store
+from pipelines.stream_merging import is_streamed, merge_stores
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
         config = saved.configured(config)
     torch.manual_seed(config.seed)
     if is_streamed(inputs.paths, config):
-        written = [merge_store(inputs, config, device, saved)]
+        written = merge_stores(inputs, config, device, saved)
     else:
         written = _merge_in_memory(inputs, config, device, saved)
     inputs.close_folder()
