@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ def write_dataset(
         n_obs,
         halves,
     )
-    stem = "" if len(names) == 1 else f"{names[dataset]}_"
+    stem = _stem(names, dataset)
     path = out / f"{stem}merged.mtz"
     normalised = merged.normalised.numpy()[rows]
     _write_mtz(path, asu, table, normalised, wavelength, config)
@@ -106,7 +107,7 @@ def write_stream(
         for half in (0, 1)
     }
     columns = ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity", "n_obs")
-    paths = []
+    paths, all_names = [], [store.name for store in stream.stores]
     for k, (asu, store) in enumerate(zip(stream.unique.asus, stream.stores, strict=True)):
         rows = stream.unique.rows(k)
         table = merged_table(
@@ -114,7 +115,7 @@ def write_stream(
             *(getattr(merged, name).numpy()[rows] for name in columns),
             {name: tuple(x[rows] for x in half) for name, half in halves.items()},
         )
-        stem = "" if len(stream.stores) == 1 else f"{store.name}_"
+        stem = _stem(all_names, k)
         paths.append(out / f"{stem}merged.mtz")
         normalised = merged.normalised.numpy()[rows]
         _write_mtz(paths[-1], asu, table, normalised, stream.wavelength(k), config)
@@ -122,6 +123,14 @@ def write_stream(
         evidence = _reflection_sums(asu, sums, merged, rows)
         _write_statistics(asu, evidence, table, out / f"{stem}statistics.csv", store.name, pair)
     return paths
+
+
+def _stem(names: Sequence[str], dataset: int) -> str:
+    """Begin the names of a dataset's files; with its number where another has the same name."""
+    if len(names) == 1:
+        return ""
+    name = names[dataset]
+    return f"{name}_" if names.count(name) == 1 else f"{name}_{dataset}_"
 
 
 def _write_mtz(
