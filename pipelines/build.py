@@ -15,7 +15,7 @@ from integrator.io.shoebox_store import ShoeboxStore
 from integrator.model.build import build_integrator, start_from_strong_spots, sweep_widths
 from integrator.types import Flag, ReflectionMetadata
 from merge.model.merger import Merger
-from merge.model.scale import scale_features
+from merge.model.scale_features import scale_features
 from pipelines.checks import crystal_form
 from pipelines.config import RunConfig
 from pipelines.joint import JointModel

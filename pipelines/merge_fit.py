@@ -147,6 +147,8 @@ class MergeFit:
         table = self.problem.table.to(self.device)
         adopt(merger, table, self.training, self.with_scales)
         self._fit(table, SHORT)
+        if self.with_scales and config.scale_has_falloff:
+            merger.give_falloff_to_scale(config.wilson_b)
         return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
 
     def _start(self) -> None:

@@ -129,6 +129,7 @@ def _fit_scales(
     saved: SavedScale | None,
 ) -> IntensityMerger:
     merger = IntensityMerger(stream.unique, stream.sample, config).to(device)
+    merger.scale.forget_images()
     sample = stream.sample.to(device)
     if saved is not None:
         saved.load_into(merger)

@@ -22,6 +22,7 @@ from integrator.io.dials import (
 from integrator.io.intensity_file import is_intensity_file
 from merge.io.mtz import batch_offsets
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
+from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA, zeta
 from merge.io.unmerged_data import read_unmerged
 
 Array = NDArray[np.float64]
@@ -94,10 +95,10 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
     partiality. The columns ``lp`` and ``qe`` are applied where they exist. What DIALS flags as not
     integrated, or bad for scaling, is left out.
 
-    Metadata: ``xobs yobs BATCH``; of sweeps ``XDET YDET ROT LP`` and the unit vectors
-    ``s0c_x`` to ``s1c_z`` of both beams in the frame of the crystal; of stills ``ewald_offset``
-    [1/A] and ``panel``; and what the table has of ``zeta background.mean partiality
-    profile.correlation qe``.
+    Metadata: ``xobs yobs BATCH``; of sweeps ``XDET YDET ROT LP`` and
+    :data:`~merge.io.sweep_columns.SWEEP_COLUMNS`; of stills ``ewald_offset`` [1/A] and ``panel``;
+    and what the table has of ``zeta background.mean partiality profile.correlation
+    qe``.
 
     Parameters
     ----------
@@ -193,6 +194,7 @@ def _of_sweeps(
     table.require(["xyzcal.px", "s1"], "says where a reflection is on its sweep")
     x, y, z = table["xyzcal.px"].T
     rot, batch, beams = np.empty(len(z)), np.empty(len(z)), np.empty((len(z), 6))
+    width, along_axis = np.empty(len(z)), np.empty(len(z))
     offsets = batch_offsets(models)
     for i, model in enumerate(models):
         rows = number == i
@@ -200,12 +202,15 @@ def _of_sweeps(
         # a centroid may be predicted just outside the scan
         batch[rows] = offsets[i] + np.clip(np.floor(z[rows]) + first, first, last)
         rot[rows] = model.scan.phi_deg(z[rows])
-        beams[rows] = _beams_in_crystal(model, table["s1"][rows], rot[rows])
-    names = [f"{beam}c_{axis}" for beam in ("s0", "s1") for axis in "xyz"]
+        s1 = table["s1"][rows]
+        beams[rows] = _beams_in_crystal(model, s1, rot[rows])
+        width[rows] = abs(model.scan.oscillation[1])
+        along_axis[rows] = zeta(model.beam.s0, s1, model.goniometer.lab_axis)
     metadata = {"BATCH": batch, "XDET": x, "YDET": y, "ROT": rot}
     if "lp" in table:
         metadata["LP"] = table["lp"]
-    return metadata | dict(zip(names, beams.T, strict=True))
+    metadata |= {SWEEP: number.astype(float), FRAME: z, FRAME_WIDTH: width, ZETA: along_axis}
+    return metadata | dict(zip(BEAMS, beams.T, strict=True))
 
 
 def _beams_in_crystal(model: Experiment, s1: Array, phi: Array) -> Array:

@@ -15,6 +15,7 @@ from integrator.shoebox.extract import describe_experiment
 from integrator.types import Flag
 from merge.intensities.photon_counts import PHOTON_VARIANCE
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
+from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
 from merge.io.unmerged_mtz import BATCH_STEP
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ def read_photon_table(path: str | Path, experiments: str | Path | None = None) -
 
     Intensities are maximum-likelihood photons (before Lorentz and polarization factors), sigmas
     those of their background, and the metadata ``photon_variance`` what each expected photon adds:
-    :mod:`merge.intensities.photon_counts`. Other metadata: ``BATCH XDET YDET ROT LP``.
+    :mod:`merge.intensities.photon_counts`. Other metadata: ``BATCH XDET YDET ROT LP`` and
+    :data:`~merge.io.sweep_columns.SWEEP_COLUMNS`.
 
     Parameters
     ----------
@@ -58,7 +60,7 @@ def read_photon_table(path: str | Path, experiments: str | Path | None = None) -
             "integration again"
         )
     logger.info("%s: %d of %d observations are used", path, good.sum(), len(good))
-    metadata = _metadata(columns, records)
+    metadata = _metadata(columns, records) | _places(columns, records)
     metadata[PHOTON_VARIANCE] = 1.0 / np.maximum(t, 1e-6)
     cells = [records[k]["unit_cell"] for k in np.unique(number)]
     space_group = gemmi.SpaceGroup(records[0]["space_group"])
@@ -112,3 +114,23 @@ def _metadata(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, 
         last = end + offset
     lp = columns["lp"].astype(float)
     return {"BATCH": batch, "XDET": x, "YDET": y, "ROT": rot, "LP": lp}
+
+
+def _places(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, np.ndarray]:
+    """Sweep columns of each observation, (N,) each.
+
+    The table has the width of each rocking curve, proportional to 1 / zeta, and not zeta itself:
+    the narrowest one is near zeta = 1.
+    """
+    number = columns["experiment"]
+    widths = np.array([abs(record["oscillation_deg"][1]) for record in records])
+    variance = columns["frame_sigma"].astype(float) ** 2 - 1 / 12  # without the frame's own width
+    rocking = np.sqrt(np.maximum(variance, 1e-6)) * widths[number]
+    beams = np.concatenate([columns["s0_crystal"], columns["s1_crystal"]], axis=1).astype(float)
+    places = {
+        SWEEP: number.astype(float),
+        FRAME: columns["xyz_px"][:, 2].astype(float),
+        FRAME_WIDTH: widths[number],
+        ZETA: rocking.min() / rocking,
+    }
+    return places | dict(zip(BEAMS, beams.T, strict=True))

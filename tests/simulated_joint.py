@@ -13,7 +13,7 @@ from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.types import Flag, ShoeboxBatch
 from merge.config import MergeConfig
 from merge.model.merger import Merger, merge_batch
-from merge.model.scale import scale_features
+from merge.model.scale_features import scale_features
 from pipelines.joint import JointModel
 
 SPOT = Spot(sigma_x_px=0.8, sigma_y_px=0.8, sigma_m_deg=0.08, box=(7, 9, 9))

@@ -18,7 +18,7 @@ from integrator.types import IntensityTable
 from merge.config import MergeConfig
 from merge.model.fisher import fisher_parameters, fisher_step
 from merge.model.merger import Merger, merge_batch
-from merge.model.scale import scale_features
+from merge.model.scale_features import scale_features
 from merge.types import MergeBatch
 
 CELL = gemmi.UnitCell(31, 36, 41, 90, 90, 90)

@@ -28,9 +28,11 @@ from merge.intensities.overloads import is_overloaded
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.photon_counts import observed_sigma
 from merge.intensities.standard import Standard
+from merge.intensities.sweep_table import SweepTable, sweep_table
 from merge.intensities.table import Observations, ObservationTable, Terms
 from merge.intensities.unique import UniqueRows
 from merge.io.observations import UnmergedData, check_one_crystal_form
+from merge.io.sweep_columns import has_sweeps
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ def build_problem(
         order = order[np.lexsort((columns.dataset[order], cluster[order], unit[order]))]
     standard = standard or measure_standard(columns, given, order)
     table = _table(columns, given, standard, unit, cluster, order, unique, config)
+    table = replace(table, sweeps=_sweeps(data, columns, order, config))
     problem = MergeProblem(unique, table, tuple(d.name for d in data), order)
     if alternatives is None:
         return problem
@@ -163,6 +166,25 @@ def _units(
         "%.0f %% of the observations are paired across datasets", 100 * np.mean(n_paired > 1)
     )
     return np.unique(columns.frame, return_inverse=True)[1], cluster
+
+
+def _sweeps(
+    data: Sequence[UnmergedData],
+    columns: Columns,
+    order: NDArray[np.int64],
+    config: IntensityMergeConfig,
+) -> SweepTable | None:
+    """Places on sweeps, where all files know them and the scale is to use them."""
+    if config.stills or config.laue or not config.physical_scale or columns.position is None:
+        return None
+    metadata = [d.metadata for d in data]
+    if not has_sweeps(metadata):
+        logger.info(
+            "the files do not say where observations lie on their sweeps (orientation and phi in "
+            "batch headers): the scale is left to the network"
+        )
+        return None
+    return sweep_table(metadata, columns.position, columns.inv_d2, order)
 
 
 def _table(

@@ -22,7 +22,13 @@ class IntensityMergeConfig:
     laue_lp: bool = False
     # High-resolution limit [A]; that of the data when null.
     d_min: float | None = None
-    # Columns that the scale network sees beside resolution; all known ones when null.
+    # Rotation data: scale of each frame, B and absorption as physics knows them, where the files
+    # say where observations lie on their sweeps; false leaves all to the scale network.
+    physical_scale: bool = True
+    # Highest order of the spherical harmonics of the absorption surface; 0 for none.
+    absorption_order: int = 4
+    # Columns that the scale network sees beside resolution; when null all known ones, and none
+    # (no network) beside a physical scale.
     metadata: tuple[str, ...] | None = None
     # Spots above the level where sigma / I rises again, which only saturation explains: auto
     # leaves them out.
@@ -71,6 +77,15 @@ class IntensityMergeConfig:
     network_depth: int = 2
     # Length of the description of an image that the scale network sees.
     embedding_size: int = 8
+    # Stills in memory: each image departs from what the encoder says of it by parameters of its
+    # own; images never trained on have none.
+    image_parameters: bool = True
+    # What keeps the mean falloff of intensities with resolution: the amplitudes or the scale. They
+    # cannot be told apart by the data; auto: the scale for Laue, where spectrum, Lorentz factor
+    # and detector fall off too, else the amplitudes.
+    falloff: Literal["auto", "amplitudes", "scale"] = "auto"
+    # Where the scale keeps it: B of the amplitudes in the files [A^2], F ~ exp(-B / (4 d^2)).
+    wilson_b: float = 0.0
     # Share of the images, and of the observations on the others, that are held out to predict.
     held_out: float = 0.05
     # Passes over the data.
@@ -93,6 +108,11 @@ class IntensityMergeConfig:
     # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
     device: str = "auto"
 
+    @property
+    def scale_has_falloff(self) -> bool:
+        """Whether the scale keeps the falloff with resolution."""
+        return self.falloff == "scale" or (self.falloff == "auto" and self.laue)
+
     def __post_init__(self) -> None:
         """Check ranges."""
         for name in ("d_min", "dof", "learning_rate", "network_learning_rate"):
@@ -101,7 +121,12 @@ class IntensityMergeConfig:
                 raise ValueError(f"`{name}` must be positive, got {value}")
         least = {"n_correlation_shells": 1, "n_wilson_knots": 2, "n_spectrum_knots": 2}
         least |= {"network_width": 0, "network_depth": 1, "embedding_size": 1, "epochs": 1}
-        least |= {"n_reference_shells": 1, "stream_above": 0, "stream_training": 1}
+        least |= {
+            "absorption_order": 0,
+            "n_reference_shells": 1,
+            "stream_above": 0,
+            "stream_training": 1,
+        }
         least |= {"batch_size": 1, "half_set_repeats": 1, "seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)

@@ -121,6 +121,16 @@ class IntensityMerger(nn.Module):
         # of all observations, where q(F) alone is fitted
         self.fixed_scale: tuple[Tensor, ErrorsByPlace] | None = None
         self.count(table)
+        self.eval()
+
+    @contextmanager
+    def training_mode(self) -> Iterator[None]:
+        """Train: some images do without parameters of their own, another draw each step."""
+        self.train()
+        try:
+            yield
+        finally:
+            self.eval()
 
     @contextmanager
     def with_fixed_scale(self, everything: Batch) -> Iterator[None]:
@@ -171,6 +181,20 @@ class IntensityMerger(nn.Module):
         for rows, parent in self.levels:
             step[rows] = value[rows] - value[parent]
         self.log_spread_step.copy_(step)
+
+    @torch.no_grad()
+    def give_falloff_to_scale(self, wilson_b: float) -> None:
+        """Let K keep what Sigma falls off with resolution beyond that of ``wilson_b`` [A^2].
+
+        K F^2, divergences and the mean of log Sigma over its knots stay as they are.
+        """
+        wilson = self.prior.wilson
+        excess = wilson.log_sigma + 0.5 * wilson_b * wilson.knots
+        excess -= excess.mean()
+        self.scale.falloff_knots.copy_(wilson.knots)
+        self.scale.falloff += excess
+        self.set_log_spread(self.log_spread - wilson.design @ excess)
+        wilson.log_sigma -= excess
 
     def inference(self) -> Nakagami:
         """q(F) of every row, (R,)."""

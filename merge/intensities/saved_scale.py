@@ -30,12 +30,14 @@ FORMAT, VERSION = "braggflux scale model", 1
 FILE_NAME = "scale_model.pt"
 #: Modules that are saved.
 PARTS = ("scale", "likelihood")
+#: Of single images of stills: any other images have none.
+OF_STILLS = "scale.deviation"
 #: Settings that do not shape scales and error model: free to differ.
 FREE = {
     *("anomalous", "d_min", "metadata", "overloads", "pairing", "photon_counts"),
     *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities"),
     *("prior", "correlation", "sigma", "n_correlation_shells", "n_reference_shells"),
-    *("n_wilson_knots", "anisotropic", "held_out", "epochs", "batch_size"),
+    *("anisotropic", "held_out", "epochs", "batch_size"),
     *("stream_above", "stream_training", "learning_rate", "network_learning_rate"),
     *("half_set_repeats", "seed", "device"),
 }
@@ -112,13 +114,18 @@ class SavedScale:
                 state = {
                     k.removeprefix(start): v for k, v in self.state.items() if k.startswith(start)
                 }
-                getattr(merger, part).load_state_dict(state)
+                module = getattr(merger, part)
+                if self.settings["stills"]:
+                    state = module.state_dict() | state
+                module.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{self.path} does not fit these data or this version ({reason}); fit the scales "
                 "again, without --freeze-scales"
             ) from error
+        if merger.scale.sweep is not None:
+            merger.scale.sweep.restore_centres()
         for name, value in self.error_units.items():
             setattr(merger.likelihood, name, value)
 
@@ -140,6 +147,7 @@ def save_scale(
         f"{part}.{k}": v.detach().cpu()
         for part in PARTS
         for k, v in getattr(merger, part).state_dict().items()
+        if not (config.stills and f"{part}.{k}" == OF_STILLS)
     }
     likelihood = merger.likelihood
     content = {

@@ -1,14 +1,18 @@
 r"""Scale of an observation: I = K F^2.
 
     log K = base + g_image - B_image / (2 d^2) + spectrum(wavelength) - e^2 / (2 w^2) + network
+            + falloff(1 / d^2)
 
 * ``base``: -log(L/P) where it was not applied, and for stills the mean level of the image;
 * ``g``, ``B``: scale and resolution falloff of each image of a scan, smooth along it; stills have
-  neither, a new still needs no parameters of its own;
+  neither, a new still needs no parameters of its own. Where a sweep knows how its observations lie
+  on it, the terms of :mod:`merge.intensities.sweep_scale` take their place and the network's;
 * ``spectrum``: log of the intensity of a polychromatic beam, piecewise linear and smooth;
 * ``e``: distance from the Ewald sphere (partiality of stills), with a learned width ``w``;
 * ``network``: residual blocks that see the metadata of the observation and a description of its
-  image, learned (scans) or computed from its reflections by the image encoder (stills). Further
+  image, learned (scans) or computed from its reflections by the image encoder (stills), from
+  which an image departs by parameters of its own once it was trained on. In training some images
+  do without, and the network is told: it must know how good its word is for a new image. Further
   outputs: for stills and Laue the relative error that remains, which no mean can hold; for Laue
   the log-odds that there is no spot at all (shadow of the beam stop's arm, dead modules), and
   where datasets share orientations the log of the error in common at a place, relative to its
@@ -21,13 +25,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.networks import ImageEncoder, ResidualNetwork, blocks
+from merge.intensities.sweep_table import SweepTable
 from merge.intensities.table import Batch, ObservationTable
 from merge.model.prior import hat_design
+
+if TYPE_CHECKING:
+    from merge.intensities.sweep_scale import SweepScale
 
 SCALE_SD = 1.0  # prior of a mean log-scale
 STEP = 0.1  # start of its change from image to image
@@ -35,8 +45,13 @@ B_SD, B_STEP = 10.0, 1.0  # [A^2]
 SPECTRUM_BEND = 0.5  # second difference of the log-spectrum
 WEIGHT_SD = 1.0
 DEVIATION_SD = 0.5  # of an image from the others of its unit
+IMAGES_WITHOUT = 0.2  # share of the images that do without parameters of their own in a step
 BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
-BLOCK = 8192  # observations that pass the networks together where nothing is learned
+
+
+def interpolated(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Interpolate between knots, (N,); where nothing is learned, no matrix of all rows is made."""
+    return torch.cat([hat_design(part, knots) @ values for part in blocks(x)])
 
 
 @dataclass(frozen=True)
@@ -57,67 +72,6 @@ class ErrorsByPlace:
     log_common: Tensor | None = None
 
 
-def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Split rows, (N, ...), where nothing is learned: each part fits the cache."""
-    return (x,) if torch.is_grad_enabled() else x.split(BLOCK)
-
-
-class ResidualNetwork(nn.Module):
-    """Feed-forward blocks with skip connections; the output starts at zero.
-
-    Parameters
-    ----------
-    n_in, width, depth, n_out : int
-    """
-
-    def __init__(self, n_in: int, width: int, depth: int, n_out: int) -> None:
-        super().__init__()
-        self.first = nn.Linear(n_in, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(depth)
-        )
-        for block in self.blocks:
-            nn.init.zeros_(block[-1].weight)
-            nn.init.zeros_(block[-1].bias)
-        self.last = nn.Linear(width, n_out)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, n_in) to (N, n_out)."""
-        return torch.cat([self.last(nn.functional.silu(self.hidden(part))) for part in blocks(x)])
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """Activations before the last layer, (..., width)."""
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return x
-
-
-class ImageEncoder(nn.Module):
-    """Description of an image from the set of its reflections, whatever their order.
-
-    Every reflection passes the same residual blocks; the mean over the image passes a linear map.
-    """
-
-    def __init__(self, n_in: int, width: int, depth: int, n_out: int) -> None:
-        super().__init__()
-        self.blocks = ResidualNetwork(n_in, width, depth, 1)
-        del self.blocks.last
-        self.head = nn.Linear(width, n_out)
-
-    def forward(self, x: Tensor, image: Tensor, is_seen: Tensor, n_images: int) -> Tensor:
-        """Pool (N, n_in) over the seen reflections of each image: (n_images, n_out)."""
-        total = x.new_zeros(n_images, self.head.in_features)
-        for part, into, seen in zip(blocks(x), blocks(image), blocks(is_seen), strict=True):
-            hidden = nn.functional.silu(self.blocks.hidden(part)) * seen[:, None]
-            total = total.index_add(0, into, hidden)
-        count = x.new_zeros(n_images).index_add_(0, image, is_seen.to(x.dtype))
-        return self.head(total / count.clamp_min(1.0)[:, None])
-
-
 class ObservationScale(nn.Module):
     """Scale model of all datasets.
 
@@ -130,7 +84,9 @@ class ObservationScale(nn.Module):
     def __init__(self, table: ObservationTable, config: IntensityMergeConfig) -> None:
         super().__init__()
         self.images_of_dataset = table.images_of_dataset
-        n_images = 0 if config.stills else sum(table.images_of_dataset)
+        self.sweep = _sweep_scale(table.sweeps, config)
+        has_images = not config.stills and self.sweep is None
+        n_images = sum(table.images_of_dataset) if has_images else 0
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(*shape, dtype=torch.float64))
@@ -145,6 +101,9 @@ class ObservationScale(nn.Module):
             )
             self.register_buffer("spectrum_knots", knots.double())
             self.spectrum = zeros(config.n_spectrum_knots)
+        self.register_buffer("falloff_knots", torch.zeros(config.n_wilson_knots).double())
+        self.register_buffer("falloff", torch.zeros(config.n_wilson_knots).double())
+        self.keeps_falloff = config.scale_has_falloff
         self.log_width = None
         if bool((table.terms.ewald_offset != 0).any()):
             self.log_width = nn.Parameter(torch.tensor(math.log(2.0), dtype=torch.float64))
@@ -152,13 +111,18 @@ class ObservationScale(nn.Module):
 
     def _build_networks(self, table: ObservationTable, config: IntensityMergeConfig) -> None:
         self.network = self.encoder = self.embedding = self.deviation = None
-        if not config.network_width:
+        if not config.network_width or (self.sweep is not None and config.metadata is None):
             return
         n_features = table.terms.features.shape[1]
         size, width, depth = config.embedding_size, config.network_width, config.network_depth
         if config.stills:
             n_signal = table.observations.signal.shape[1]
             self.encoder = ImageEncoder(n_features + n_signal, width, depth, size)
+            if config.image_parameters:
+                self.deviation = nn.Parameter(torch.zeros(sum(table.images_of_dataset), size))
+                size += 1
+        elif self.sweep is not None:  # images have scales of their own already
+            size = 0
         else:
             n_images = sum(table.images_of_dataset)
             self.embedding = nn.Parameter(0.1 * torch.randn(table.n_units, size))
@@ -179,19 +143,21 @@ class ObservationScale(nn.Module):
         terms, observations = batch.terms, batch.observations
         log_scale = terms.base_log_scale
         image = observations.image[terms.observation]
+        if self.sweep is not None:
+            log_scale = log_scale + self.sweep(batch.rows[terms.observation])
         if len(self.log_image_scale):
             log_scale = log_scale + self.log_image_scale[image]
             log_scale = log_scale - 0.5 * self.b_factor[image] * terms.inv_d2
         if self.spectrum is not None:
-            knots = self.spectrum_knots
-            parts = [hat_design(w, knots) @ self.spectrum for w in blocks(terms.wavelength)]
-            log_scale = log_scale + torch.cat(parts)
+            spectrum = interpolated(terms.wavelength, self.spectrum_knots, self.spectrum)
+            log_scale = log_scale + spectrum
+        if self.keeps_falloff and bool(self.falloff_knots.any()):
+            log_scale = log_scale + interpolated(terms.inv_d2, self.falloff_knots, self.falloff)
         if self.log_width is not None:
             log_scale = log_scale - 0.5 * terms.ewald_offset**2 * (-2 * self.log_width).exp()
         if self.network is None:
             return log_scale, ErrorsByPlace()
-        described = self.describe(batch)[terms.observation]
-        out = self.network(torch.cat([terms.features, described], -1)).double()
+        out = self.network(self._seen_by_network(batch)).double()
         log_scale = log_scale + out[:, 0].clamp(-10.0, 10.0)
         relative = blank_log_odds = log_common = None
         rest = list(batch.of_first_terms(out[:, 1:]).unbind(1))
@@ -203,6 +169,19 @@ class ObservationScale(nn.Module):
             log_common = rest.pop(0).clamp(-5.0, 5.0)
         return log_scale, ErrorsByPlace(relative, blank_log_odds, log_common)
 
+    def _seen_by_network(self, batch: Batch) -> Tensor:
+        """Features of each term and the description of its image, (T, n_in)."""
+        features = batch.terms.features
+        if self.encoder is None and self.embedding is None:
+            return features
+        return torch.cat([features, self.describe(batch)[batch.terms.observation]], -1)
+
+    def image_scales(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-scales of single images (none for stills), and that of each observation, (N,)."""
+        if self.sweep is not None:
+            return self.sweep.log_frame_scale, self.sweep.centre_frame()[batch.rows]
+        return self.log_image_scale, batch.observations.image
+
     def describe(self, batch: Batch) -> Tensor:
         """Describe the image of each observation, (N, size)."""
         if self.encoder is None:
@@ -213,7 +192,23 @@ class ObservationScale(nn.Module):
             raise ValueError("stills have no harmonics")
         signal = torch.cat([features, batch.observations.signal], -1)
         seen = batch.observations.is_seen
-        return self.encoder(signal, batch.image, seen, batch.n_images)[batch.image]
+        described = self.encoder(signal, batch.image, seen, batch.n_images)[batch.image]
+        if self.deviation is None:
+            return described
+        if not len(self.deviation):
+            return torch.cat([described, torch.zeros_like(described[:, :1])], -1)
+        own = self.deviation[batch.observations.image]
+        if self.training:
+            with_own = torch.rand(batch.n_images, device=own.device) >= IMAGES_WITHOUT
+            has_own = with_own[batch.image, None].to(own.dtype)
+        else:
+            has_own = (own != 0).any(-1, keepdim=True).to(own.dtype)
+        return torch.cat([described + has_own * own, has_own], -1)
+
+    def forget_images(self) -> None:
+        """Do without parameters of single images: of stills that are too many for them."""
+        if self.encoder is not None and self.deviation is not None:
+            self.deviation = nn.Parameter(self.deviation.detach()[:0])
 
     @torch.no_grad()
     def describe_unseen(self, unit: Tensor, is_used: Tensor) -> None:
@@ -242,6 +237,8 @@ class ObservationScale(nn.Module):
             total = total + 0.5 * (g.mean() / SCALE_SD) ** 2
             total = total + 0.5 * (b.diff() ** 2).sum() / B_STEP**2 + 0.5 * (b.mean() / B_SD) ** 2
         total = total + 0.5 * (step - math.log(STEP)) ** 2
+        if self.sweep is not None:
+            total = total + self.sweep.penalty()
         if self.spectrum is not None:
             bend = self.spectrum.diff().diff() if len(self.spectrum) > 2 else self.spectrum
             total = total + 0.5 * (bend**2).sum() / SPECTRUM_BEND**2
@@ -251,5 +248,15 @@ class ObservationScale(nn.Module):
                 total = total + 0.5 * (p**2).sum() / WEIGHT_SD**2
         if self.embedding is not None:
             total = total + 0.5 * (self.embedding**2).sum()
+        if self.deviation is not None:
             total = total + 0.5 * (self.deviation**2).sum() / DEVIATION_SD**2
         return total
+
+
+def _sweep_scale(table: SweepTable | None, config: IntensityMergeConfig) -> SweepScale | None:
+    if table is None:
+        return None
+    # not at the top: its harmonics need scipy, which stills and Laue do without
+    from merge.intensities.sweep_scale import SweepScale
+
+    return SweepScale(table, config)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from integrator.types import TensorRecord
 from merge.intensities.standard import Standard
+from merge.intensities.sweep_table import SweepTable
 
 MIN_BATCHES = 8
 
@@ -88,13 +89,14 @@ class Terms(TensorRecord):
 class Batch:
     """Some units of a table, with local numbers.
 
-    ``terms.observation``, ``image`` and ``cluster`` count from 0 within the batch; ``cluster`` and
-    ``observation_of_term`` are None where every observation is alone in its cluster, or has one
-    term.
+    ``rows`` are those of the observations in the table. ``terms.observation``, ``image`` and
+    ``cluster`` count from 0 within the batch; ``cluster`` and ``observation_of_term`` are None
+    where every observation is alone in its cluster, or has one term.
     """
 
     observations: Observations
     terms: Terms
+    rows: Tensor
     image: Tensor
     n_images: int
     cluster: Tensor | None
@@ -139,6 +141,8 @@ class ObservationTable:
         Intensities of the files are divided by it.
     feature_names : tuple of str
     standard : Standard
+    sweeps : SweepTable or None
+        Of rotation data with a physical scale.
     """
 
     observations: Observations
@@ -149,6 +153,7 @@ class ObservationTable:
     unit_intensity: float
     feature_names: tuple[str, ...]
     standard: Standard
+    sweeps: SweepTable | None = None
 
     @property
     def n_units(self) -> int:
@@ -168,7 +173,8 @@ class ObservationTable:
 
     def everything(self) -> Batch:
         """Return the whole table as one batch."""
-        return self._batch(self.observations, self.terms)
+        n, device = len(self.observations), self.first_observation.device
+        return self._batch(self.observations, self.terms, torch.arange(n, device=device))
 
     def batch(self, units: Tensor) -> Batch:
         """Batch of the given units, (U',), each once."""
@@ -179,7 +185,7 @@ class ObservationTable:
         position = torch.searchsorted(rows, terms.observation)
         values = {f.name: getattr(terms, f.name) for f in fields(Terms)}
         terms = Terms(**values | {"observation": position})
-        return self._batch(self.observations[rows], terms)
+        return self._batch(self.observations[rows], terms, rows)
 
     def unit_batches(self, batch_size: int | None, generator: torch.Generator) -> list[Tensor]:
         """Random units of at most about ``batch_size`` observations each; every unit once.
@@ -203,7 +209,7 @@ class ObservationTable:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return ObservationTable(**own | {"observations": Observations(**values)})
 
-    def _batch(self, observations: Observations, terms: Terms) -> Batch:
+    def _batch(self, observations: Observations, terms: Terms, rows: Tensor) -> Batch:
         images, image = torch.unique(observations.image, return_inverse=True)
         cluster = None
         if self.has_clusters:
@@ -213,6 +219,7 @@ class ObservationTable:
         return Batch(
             observations,
             terms,
+            rows,
             image,
             len(images),
             cluster,

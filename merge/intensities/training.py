@@ -13,8 +13,8 @@ from torch import Tensor
 from merge.intensities.adam import Adam
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import Expectation, IntensityMerger
+from merge.intensities.networks import BLOCK
 from merge.intensities.row_newton import RowNewton
-from merge.intensities.scale import BLOCK
 from merge.intensities.table import Batch, ObservationTable
 
 logger = logging.getLogger(__name__)
@@ -48,10 +48,11 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
     for _ in range(N_START_ROUNDS):
         log_k = scale(everything)[0][first]
         residual = used * o.intensity / log_k.exp()
-        if len(scale.log_image_scale):
-            n = len(scale.log_image_scale)
-            scale.log_image_scale += _log_ratio(residual, used * expected, o.image, n)
-            scale.log_image_scale -= scale.log_image_scale.mean()
+        log_image_scale, image = scale.image_scales(everything)
+        if len(log_image_scale):
+            n = len(log_image_scale)
+            log_image_scale += _log_ratio(residual, used * expected, image, n)
+            log_image_scale -= log_image_scale.mean()
             residual = used * o.intensity / scale(everything)[0][first].exp()
         if scale.spectrum is not None:
             knots = scale.spectrum_knots
@@ -60,6 +61,8 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             )
             scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
         expected = _merge_once(merger, table, row, first, expected)[row]
+    if scale.sweep is not None:
+        scale.sweep.start_drift()
 
 
 @torch.no_grad()
@@ -147,12 +150,12 @@ def adopt(
     e = merger.generative(batch, merger.inference())
     known = (merger.n_obs > 0)[row]
     used = training.observations.is_used
-    scale = merger.scale.log_image_scale
+    scale, image = merger.scale.image_scales(batch)
     if len(scale) and with_scales:
         n = len(scale)
-        new = o.image.new_zeros(n).index_add_(0, o.image, used.long()) == 0
+        new = image.new_zeros(n).index_add_(0, image, used.long()) == 0
         precision = known / (e.variance + e.spread)
-        change = _log_ratio(precision * e.mean * o.intensity, precision * e.mean**2, o.image, n)
+        change = _log_ratio(precision * e.mean * o.intensity, precision * e.mean**2, image, n)
         scale[new] += change[new]
         e = merger.generative(batch, merger.inference())
     n_rows = len(merger.group)
@@ -243,7 +246,8 @@ def fit(
         for k, units in enumerate(batches):
             batch = table.batch(units) if everything is None else everything
             share = (epoch - 1 + k / len(batches)) / epochs
-            elbo += _step(merger, batch, optimizer, amplitudes, share)
+            with merger.training_mode():
+                elbo += _step(merger, batch, optimizer, amplitudes, share)
         amplitudes.end_pass(DAMPING)
         if observer is not None:
             observer(epoch, elbo)
@@ -298,7 +302,9 @@ def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> Ada
         for p in module.parameters()
     ]
     if scale.embedding is not None:
-        networks += [scale.embedding, scale.deviation]
+        networks += [scale.embedding]
+    if scale.deviation is not None:
+        networks += [scale.deviation]
     errors = [p for p in merger.likelihood.parameters() if p.requires_grad]
     amplitudes = [merger.log_spread_step, merger.log_concentration]
     known = {id(p) for p in (*networks, *errors, *amplitudes)}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from integrator.errors import UserError
 from merge.io.observations import UnmergedData, make_unmerged
+from merge.io.sweep_columns import sweep_columns
 from merge.io.unmerged_mtz import load_mtz
 
 Array = NDArray[np.float64]
@@ -40,7 +41,8 @@ def read_mtz(path: str | Path) -> UnmergedData:
 
     Rows that the file flags as rejected (FLAG, of MOSFLM and XDS) or without a positive sigma are
     left out. Images are the batches. Metadata are all other columns under their own labels,
-    BATCH included.
+    BATCH included, and :data:`~merge.io.sweep_columns.SWEEP_COLUMNS` where the batch headers of a
+    sweep give them.
 
     Parameters
     ----------
@@ -84,6 +86,7 @@ def observations_of(mtz: gemmi.Mtz, path: Path) -> UnmergedData:
     is_partial = (np.broadcast_to(isym, keep.shape)[keep].astype(int) & PARTIAL_FLAG) != 0
     if is_partial.any() and "NPART" not in columns:  # AIMLESS, which writes NPART, has summed
         table = table.sum_partials(is_partial, (batch_label, intensity_label, sigma_label), path)
+    of_sweep = sweep_columns(mtz, table.miller_index, table.columns, batch_label)
     batch = table.columns.pop(batch_label)
     wavelength = next((n for n in table.columns if n.upper() in WAVELENGTH_LABELS), None)
     return make_unmerged(
@@ -93,7 +96,7 @@ def observations_of(mtz: gemmi.Mtz, path: Path) -> UnmergedData:
         sigma=table.columns.pop(sigma_label),
         image_label=batch,
         wavelength=None if wavelength is None else table.columns.pop(wavelength),
-        metadata=table.columns | {"BATCH": batch},
+        metadata=table.columns | of_sweep | {"BATCH": batch},
         cell=mtz.cell,
         space_group=mtz.spacegroup,
         name=path.stem,

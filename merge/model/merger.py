@@ -22,7 +22,8 @@ from merge.model.anisotropy import anisotropic_design, invariant_tensors
 from merge.model.friedel import estimate_one_minus_r2, mean_half_set_covariance
 from merge.model.likelihood import observation_likelihood
 from merge.model.prior import DoubleWilsonPrior, WilsonPrior
-from merge.model.scale import ScaleFeatures, ScaleModel
+from merge.model.scale import ScaleModel
+from merge.model.scale_features import ScaleFeatures
 from merge.types import MergeBatch, MergeLoss
 
 

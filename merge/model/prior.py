@@ -56,6 +56,7 @@ class WilsonPrior(nn.Module):
         self.register_buffer("is_centric", is_centric)
         # knots at equal numbers of reflections: each is determined alike
         knots = torch.quantile(inv_d2.double(), torch.linspace(0, 1, n_knots, dtype=torch.float64))
+        self.register_buffer("knots", knots, persistent=False)
         self.register_buffer("design", hat_design(inv_d2.double(), knots))
         self.log_sigma = nn.Parameter(torch.zeros(n_knots, dtype=torch.float64))
         self.anisotropy, self.b_unit = None, 1.0

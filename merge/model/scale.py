@@ -22,150 +22,16 @@ Terms other than lp have Gaussian priors; ``penalty`` is minus their log.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from scipy.special import erf, factorial, lpmv
 from torch import Tensor, nn
 
-from integrator.types import IntensityTable, ReflectionMetadata
 from merge.config import MergeConfig
-from merge.model.prior import hat_design
+from merge.model.scale_features import ScaleFeatures
 
-#: Frames on each side of the centroid whose scales are averaged, at most.
-MAX_FRAMES_EACH_SIDE = 11
 N_DETECTOR_FEATURES = 3
 #: Start of the learned standard deviations of flicker and drift, in the log.
 START_SD = 0.03
-
-
-@dataclass(frozen=True)
-class ScaleFeatures:
-    """What the scale depends on, computed once per observation (N rows).
-
-    Parameters
-    ----------
-    log_lp : Tensor, (N,)
-    frame : Tensor, (N, M) int64
-        Rows of the per-frame scale, counted through all experiments.
-    frame_weight : Tensor, (N, M)
-        Share of the rocking curve in each frame; rows sum to 1.
-    b_design : Tensor, (N, n_knots)
-        Interpolation of B times ``-1 / (2 d^2)``, both centred.
-    harmonics : Tensor, (N, n_lm)
-    position : Tensor, (N, 5)
-        Detector position (3), scan position and resolution, scaled to about [-1, 1].
-    b_mean : Tensor, (n_knots,)
-        What the interpolation of B was centred by.
-    n_frames, n_knots, n_drift_knots : tuple of int
-        Frames, knots of B and knots of the drift of each experiment.
-    """
-
-    log_lp: Tensor
-    frame: Tensor
-    frame_weight: Tensor
-    b_design: Tensor
-    harmonics: Tensor
-    position: Tensor
-    b_mean: Tensor
-    n_frames: tuple[int, ...]
-    n_knots: tuple[int, ...]
-    n_drift_knots: tuple[int, ...]
-
-    def to(self, device: torch.device | str) -> ScaleFeatures:
-        """Copy to a device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return ScaleFeatures(**moved)
-
-
-def scale_features(
-    table: IntensityTable | ReflectionMetadata,
-    n_frames: list[int],
-    frame_width_deg: list[float],
-    config: MergeConfig,
-) -> ScaleFeatures:
-    """Compute :class:`ScaleFeatures` of every observation of a table."""
-    experiment = table.experiment
-    first = torch.as_tensor(np.concatenate([[0], np.cumsum(n_frames)[:-1]]))[experiment]
-    count = torch.as_tensor(n_frames)[experiment]
-    z = table.xyz_px[:, 2].double()
-    # frame_sigma holds the frame's own width (1/12); the rocking curve itself is narrower
-    rocking = (table.frame_sigma.double() ** 2 - 1 / 12).clamp_min(1e-4).sqrt()
-    each_side = min(max(int(torch.ceil(5 * rocking.max())), 2), MAX_FRAMES_EACH_SIDE)
-    offsets = torch.arange(-each_side, each_side + 1)
-    frame = z.floor().long()[:, None] + offsets
-    lower = (frame - z[:, None]) / rocking[:, None]
-    upper = lower + 1 / rocking[:, None]
-    weight = torch.as_tensor(erf(upper.numpy() / 2**0.5) - erf(lower.numpy() / 2**0.5))
-    inside = (frame >= 0) & (frame < count[:, None])
-    weight = torch.where(inside, weight, 0.0)
-    # a centroid just outside the scan: all weight on the nearest frame
-    nearest = (frame - z[:, None]).abs().argmin(1, keepdim=True)
-    weight.scatter_add_(1, nearest, torch.full_like(z, 1e-9)[:, None])
-    frame = torch.minimum(frame.clamp_min(0), count[:, None] - 1)
-    weight = weight / weight.sum(1, keepdim=True)
-
-    widths = torch.as_tensor(frame_width_deg, dtype=torch.float64)[experiment]
-    spans = [abs(n * width) for n, width in zip(n_frames, frame_width_deg, strict=True)]
-    n_knots = tuple(max(2, round(s / config.b_factor_spacing_deg) + 1) for s in spans)
-    n_drift_knots = tuple(max(2, round(s / config.drift_spacing_deg) + 1) for s in spans)
-    design = _b_design((z * widths).abs(), experiment, spans, n_knots)
-    directions = [-table.s0_crystal.double(), table.s1_crystal.double()]
-    harmonics = sum(real_harmonics(v, config.absorption_order) for v in directions) / 2
-    inv_d2 = table.d.double() ** -2
-    return ScaleFeatures(
-        log_lp=table.lp.double().log(),
-        frame=frame + first[:, None],
-        frame_weight=weight,
-        # Centred: otherwise every change of B needs all frame scales and all F to follow.
-        b_design=(design - design.mean(0)) * (-0.5 * (inv_d2 - inv_d2.mean()))[:, None],
-        harmonics=harmonics - harmonics.mean(0),
-        position=_scaled_position(table, count),
-        b_mean=design.mean(0),
-        n_frames=tuple(n_frames),
-        n_knots=n_knots,
-        n_drift_knots=n_drift_knots,
-    )
-
-
-def _b_design(
-    angle: Tensor, experiment: Tensor, spans: list[float], n_knots: tuple[int, ...]
-) -> Tensor:
-    """Interpolation on the B knots of every experiment, (N, sum of n_knots)."""
-    blocks = []
-    for k, (span, n) in enumerate(zip(spans, n_knots, strict=True)):
-        knots = torch.linspace(0, span, n, dtype=torch.float64)
-        blocks.append(torch.where((experiment == k)[:, None], hat_design(angle, knots), 0.0))
-    return torch.cat(blocks, 1)
-
-
-def _scaled_position(table: IntensityTable | ReflectionMetadata, n_frames: Tensor) -> Tensor:
-    xy = table.xyz_mm[:, :2].double()
-    centre = (xy.max(0).values + xy.min(0).values) / 2
-    half = ((xy.max(0).values - xy.min(0).values) / 2).clamp_min(1e-6)
-    scan = 2 * table.xyz_px[:, 2].double() / n_frames - 1
-    inv_d2 = table.d.double() ** -2
-    resolution = 2 * inv_d2 / inv_d2.max() - 1
-    x, y = ((xy - centre) / half).unbind(-1)
-    return torch.stack([x, y, x**2 + y**2 - 1, scan, resolution], -1)
-
-
-def real_harmonics(directions: Tensor, order: int) -> Tensor:
-    """Real spherical harmonics of orders 1 to ``order`` of unit vectors (N, 3): (N, n_lm)."""
-    v = directions.detach().cpu().numpy()
-    azimuth = np.arctan2(v[:, 1], v[:, 0])
-    columns = []
-    for l in range(1, order + 1):
-        for m in range(-l, l + 1):
-            k = abs(m)
-            norm = np.sqrt((2 * l + 1) / (4 * np.pi) * factorial(l - k) / factorial(l + k))
-            legendre = norm * lpmv(k, l, np.clip(v[:, 2], -1, 1))
-            turn = np.cos(k * azimuth) if m >= 0 else np.sin(k * azimuth)
-            columns.append(legendre * turn * (np.sqrt(2) if m else 1.0))
-    if not columns:
-        return torch.zeros(len(v), 0, dtype=torch.float64)
-    return torch.as_tensor(np.stack(columns, 1))
 
 
 def _interpolate(knots: Tensor, n: int) -> Tensor:
@@ -191,16 +57,9 @@ class ScaleModel(nn.Module):
 
     def __init__(self, features: ScaleFeatures, config: MergeConfig) -> None:
         super().__init__()
-        for name in (
-            "log_lp",
-            "frame",
-            "frame_weight",
-            "b_design",
-            "harmonics",
-            "position",
-            "b_mean",
-        ):
+        for name in ("log_lp", "frame", "frame_weight", "b_design", "harmonics", "position"):
             self.register_buffer(name, getattr(features, name), persistent=False)
+        self.register_buffer("b_mean", features.centres.b, persistent=False)
         self.n_frames, self.n_knots = features.n_frames, features.n_knots
         self.physical = config.physical_scale
         zeros = lambda n: nn.Parameter(torch.zeros(n, dtype=torch.float64))  # noqa: E731
@@ -230,16 +89,21 @@ class ScaleModel(nn.Module):
         """Log K of the observations in rows ``index``, (B,)."""
         log_scale = -self.log_lp[index]
         if self.physical:
-            frames = self.log_frame_scale.exp()[self.frame[index]]
             log_scale = (
                 log_scale
-                + (self.frame_weight[index] * frames).sum(-1).log()
-                + self.b_design[index] @ self.b_factor
-                + self.harmonics[index] @ self.absorption
+                + self.log_mean_frame_scale(index)
+                + self.b_design[index].double() @ self.b_factor
+                + self.harmonics[index].double() @ self.absorption
             )
         if self.network is not None:
-            log_scale = log_scale + self.network(self.position[index, : self.n_inputs])[:, 0]
+            position = self.position[index, : self.n_inputs].double()
+            log_scale = log_scale + self.network(position)[:, 0]
         return log_scale
+
+    def log_mean_frame_scale(self, index: Tensor) -> Tensor:
+        """Log of the frames' scales, averaged over the rocking curve, (B,)."""
+        frames = self.log_frame_scale.exp()[self.frame[index]]
+        return (self.frame_weight[index] * frames).sum(-1).log()
 
     @torch.no_grad()
     def fresh_crystal_factor(self, inv_d2: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from merge.intensities.correlation import GRID, best_line, bounded_scores
 from merge.intensities.held_out import split
 from merge.intensities.likelihood import IntensityLikelihood
 from merge.intensities.merger import IntensityMerger
+from merge.intensities.networks import ImageEncoder
 from merge.intensities.output import merged_rows, scaled_observations
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.prior import TreePrior
-from merge.intensities.scale import ImageEncoder
 from merge.intensities.training import fit, start
 from merge.intensities.tree_width import tree_width
 from merge.intensities.unique import UniqueRows, check_parents
@@ -280,6 +280,80 @@ def test_encoder_ignores_the_order_of_reflections():
     changed = x.clone()
     changed[~seen] += 1.0
     torch.testing.assert_close(encoder(x, image, seen, 3), encoder(changed, image, seen, 3))
+
+
+def test_an_image_that_was_never_trained_on_has_no_parameters_of_its_own():
+    rng = np.random.default_rng(3)
+    data, *_ = simulated(rng)
+    config = IntensityMergeConfig(stills=True, epochs=4)
+    problem = build_problem([data], config)
+    masks = split(problem.table, 0.1, True, seed=0)
+    table = problem.table.with_masks(masks.is_used, masks.is_seen)
+    merger = IntensityMerger(problem.unique, table, config)
+    start(merger, table)
+    fit(merger, table, config)
+    scale, o = merger.scale, table.observations
+    held = torch.unique(o.image[masks.by_image])
+    assert len(held) == 2
+    with torch.no_grad():
+        assert not scale.deviation[held].any()
+        others = torch.ones(len(scale.deviation), dtype=torch.bool)
+        others[held] = False
+        assert scale.deviation[others].any(1).all()
+        before = scale(table.everything())[0]
+        again = scale(table.everything())[0]
+        torch.testing.assert_close(before, again, rtol=0, atol=0)
+        with merger.training_mode():  # another draw of images that do without each time
+            assert (scale(table.everything())[0] != before).any()
+        scale.forget_images()
+        alone = scale(table.everything())[0]
+    of_held = torch.isin(o.image, held)
+    torch.testing.assert_close(alone[of_held], before[of_held], rtol=0, atol=1e-6)
+    assert (alone[~of_held] != before[~of_held]).any()
+
+
+@pytest.mark.parametrize("wilson_b", [0.0, 12.0])
+def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
+    rng = np.random.default_rng(5)
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, D_MIN, False)
+    f = np.sqrt(rng.exponential(1e4 * np.exp(-30 / (2 * asu.d**2))))
+    wavelength = rng.uniform(0.95, 1.05, 20 * 150)
+    data, *_ = simulated(rng, f=f, asu=asu, wavelength=wavelength)
+    config = IntensityMergeConfig(laue=True, epochs=3, anisotropic=False)
+    problem = build_problem([data], config)
+    merger = IntensityMerger(problem.unique, problem.table, config)
+    start(merger, problem.table)
+    fit(merger, problem.table, config)
+    with torch.no_grad():
+        everything = problem.table.everything()
+        before = merger.loss(everything, merger.inference())
+        scaled = scaled_observations(merger, problem.table)
+        rows = merged_rows(merger, problem.table, scaled)
+        assert merger.prior.wilson.log_sigma.std() > 0.1
+        merger.give_falloff_to_scale(wilson_b)
+        after = merger.loss(everything, merger.inference())
+    for name in ("log_likelihood", "kl_structure_factor"):
+        value, expected = (float(getattr(x, name)) for x in (after, before))
+        assert value == pytest.approx(expected, rel=1e-9), name
+    d = torch.as_tensor(problem.unique.d)
+    sigma = merger.prior.wilson.wilson_sigma().detach()
+    torch.testing.assert_close(
+        (sigma / sigma[0]).log(), -0.5 * wilson_b * (d**-2 - d[0] ** -2), rtol=0, atol=1e-9
+    )
+    scaled = scaled_observations(merger, problem.table)
+    now = merged_rows(merger, problem.table, scaled)
+    torch.testing.assert_close(now.normalised, rows.normalised)
+    ratio = (now.amplitude / rows.amplitude).square()
+    seen = rows.n_obs > 0
+    torch.testing.assert_close((now.intensity / rows.intensity)[seen], ratio[seen])
+    assert ratio.std() > 0.05
+
+
+def test_the_scale_keeps_the_falloff_of_laue_data_alone_unless_told():
+    assert IntensityMergeConfig(laue=True).scale_has_falloff
+    assert not IntensityMergeConfig(stills=True).scale_has_falloff
+    assert IntensityMergeConfig(falloff="scale").scale_has_falloff
+    assert not IntensityMergeConfig(laue=True, falloff="amplitudes").scale_has_falloff
 
 
 def test_pairs_need_the_same_place():

@@ -11,7 +11,8 @@ from simulated_merge import DAMAGE, FRAME_WIDTH, simulate
 
 from merge.config import MergeConfig
 from merge.model.amplitudes import merged_amplitudes
-from merge.model.scale import ScaleModel, real_harmonics, scale_features
+from merge.model.scale import ScaleModel
+from merge.model.scale_features import real_harmonics, scale_features
 
 
 @pytest.fixture(scope="module")

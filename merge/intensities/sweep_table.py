@@ -1,0 +1,107 @@
+"""Where the observations of rotation data lie on their sweeps: what their scale depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from integrator.types import TensorRecord
+from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
+
+Array = NDArray[np.float64]
+
+MIN_ZETA = 0.05
+
+
+@dataclass(frozen=True)
+class SweepTable(TensorRecord):
+    """Places of all observations of a table, in its order, (N,) or (N, 3) each.
+
+    Parameters
+    ----------
+    experiment : Tensor, int64
+        Sweep, counted through all datasets.
+    xyz_px, xyz_mm : Tensor
+        (fast, slow, frame) from the start of the sweep; in pixels both.
+    degrees : Tensor
+        Rotation across one frame times ``|zeta|`` [deg]: a mosaic spread of so much is one frame.
+    s0_crystal, s1_crystal : Tensor
+    d : Tensor
+        [A]
+    n_frames : tuple of int
+        Of each sweep.
+    frame_width_deg : tuple of float
+        [deg]
+    """
+
+    experiment: Tensor
+    xyz_px: Tensor
+    xyz_mm: Tensor
+    degrees: Tensor
+    s0_crystal: Tensor
+    s1_crystal: Tensor
+    d: Tensor
+    n_frames: tuple[int, ...]
+    frame_width_deg: tuple[float, ...]
+
+    @property
+    def lp(self) -> Tensor:
+        """1: what is known of the scale is known already."""
+        return torch.ones_like(self.d)
+
+    @property
+    def frame_sigma(self) -> Tensor:
+        """Of a rocking curve within one frame."""
+        return torch.full_like(self.d, 12**-0.5)
+
+
+def sweep_table(
+    metadata: Sequence[Mapping[str, Array]],
+    position: Array,
+    inv_d2: Array,
+    order: NDArray[np.int64],
+) -> SweepTable:
+    """Take the places from the metadata of all datasets.
+
+    Parameters
+    ----------
+    metadata : sequence of mapping
+        With :data:`~merge.io.sweep_columns.SWEEP_COLUMNS`.
+    position : (N0, 2)
+        Of the spots on the detector [px].
+    inv_d2 : (N0,)
+        [1/A^2]
+    order : (N,)
+        Observations of the table.
+    """
+
+    def joined(name: str) -> Array:
+        return np.concatenate([np.asarray(d[name], float) for d in metadata])[order]
+
+    dataset = np.repeat(np.arange(len(metadata)), [len(d[SWEEP]) for d in metadata])[order]
+    pair = np.stack([dataset, joined(SWEEP).astype(np.int64)])
+    experiment = np.unique(pair, axis=1, return_inverse=True)[1].ravel()
+    frame, width = joined(FRAME), joined(FRAME_WIDTH)
+    n_sweeps = int(experiment.max()) + 1
+    last = np.zeros(n_sweeps)
+    np.maximum.at(last, experiment, frame)
+    widths = np.zeros(n_sweeps)
+    widths[experiment] = width
+    xyz = torch.as_tensor(np.column_stack([position[order], frame]))
+    beams = torch.as_tensor(np.stack([joined(name) for name in BEAMS], axis=1))
+    return SweepTable(
+        torch.as_tensor(experiment),
+        xyz,
+        xyz,
+        torch.as_tensor(width * np.maximum(np.abs(joined(ZETA)), MIN_ZETA)),
+        beams[:, :3],
+        beams[:, 3:],
+        torch.as_tensor(inv_d2[order] ** -0.5),
+        tuple(int(n) for n in np.floor(last) + 1),
+        tuple(widths.tolist()),
+    )
