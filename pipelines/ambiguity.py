@@ -16,8 +16,7 @@ from integrator.crystal.ambiguity import IndexingOperators, indexing_operators
 from merge.intensities.ambiguity_choice import Ambiguity
 from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
-from merge.io.observations import UnmergedData
-from merge.io.unmerged_store import UnmergedStore
+from merge.io.observations import CrystalForm, UnmergedData
 from pipelines.reference_amplitudes import reference_intensities
 from pipelines.rundir import write_rows
 
@@ -28,7 +27,7 @@ SURE = 0.99
 
 
 def ambiguous_operators(
-    data: Sequence[UnmergedData | UnmergedStore], config: IntensityMergeConfig
+    data: Sequence[CrystalForm], config: IntensityMergeConfig
 ) -> IndexingOperators | None:
     """Ways in which the images can be indexed; None where there is but one, or none is wanted."""
     if not config.stills or config.resolve_ambiguity == "none":
@@ -74,13 +73,19 @@ def summary(ambiguity: Ambiguity) -> dict[str, Any]:
     }
 
 
-def write_choices(problem: MergeProblem, data: Sequence[UnmergedData], path: Path) -> None:
-    """Write the operator of each image and log the shares."""
+def image_numbers(problem: MergeProblem, data: Sequence[UnmergedData]) -> NDArray:
+    """Give the number that each image has in its file, (G,)."""
+    first = np.unique(problem.table.observations.image.numpy(), return_index=True)[1]
+    numbers = np.concatenate([d.metadata.get("BATCH", d.image) for d in data])
+    return numbers[problem.source[first]]
+
+
+def write_choices(problem: MergeProblem, number: NDArray, path: Path) -> None:
+    """Write the operator of each image, ``number`` (G,) in its file, and log the shares."""
     o = problem.table.observations
     first = np.unique(o.image.numpy(), return_index=True)[1]
-    numbers = np.concatenate([d.metadata.get("BATCH", d.image) for d in data])
     names = [problem.names[k] for k in o.dataset.numpy()[first]]
-    write_indexing(path, problem.ambiguity, numbers[problem.source[first]], names)
+    write_indexing(path, problem.ambiguity, number, names)
 
 
 def write_indexing(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +13,14 @@ import gemmi
 from integrator.errors import UserError
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.saved_scale import scale_file
+from merge.io.friedel_store import FriedelStore
+from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData, combine_friedel
+from merge.io.reindexed_store import reindex_store
+from merge.io.reindexing import reindex
+from merge.io.unmerged_store import UnmergedStore
 from pipelines import log, provenance, schema
-from pipelines.reindexing import apply_reindex, parse_reindex
+from pipelines.reindexing import Dataset, apply_reindex, parse_reindex
 from pipelines.rundir import write_text
 from pipelines.unmerged_dials import read_inputs
 
@@ -57,9 +64,28 @@ class MergeInputs:
         ------
         UserError
         """
-        operators = parse_reindex(self.reindex)
         data = read_inputs(self.paths, space_group=parse_space_group(self.space_group))
-        data = apply_reindex(data, operators)
+        return self._as_asked(data, reindex, combine_friedel)
+
+    @contextmanager
+    def open(self) -> Iterator[list[ObservationStore]]:
+        """Open stores, reindexed, Friedel halves joined as they are read.
+
+        Raises
+        ------
+        UserError
+        """
+        with ExitStack() as opened:
+            stores = [opened.enter_context(UnmergedStore(path)) for path in self.paths]
+            yield self._as_asked(stores, reindex_store, FriedelStore)
+
+    def _as_asked(
+        self,
+        data: Sequence[Dataset],
+        reindex: Callable[[Dataset, str], Dataset],
+        combine_friedel: Callable[[Dataset, Dataset], Dataset],
+    ) -> list[Dataset]:
+        data = apply_reindex(data, parse_reindex(self.reindex), reindex)
         if not self.is_friedel:
             return data
         if len(data) != 2:

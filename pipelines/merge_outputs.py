@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,6 @@ from merge.intensities.output import (
 from merge.intensities.row_sums import RowSums
 from merge.intensities.stream import ObservationStream
 from merge.io.mtz import MergedTable, merged_table, write_merged_mtz
-from merge.io.observations import UnmergedData
 from merge.statistics import (
     ReflectionSums,
     average_over_repeats,
@@ -48,7 +48,7 @@ def write_dataset(
     config: IntensityMergeConfig,
     dataset: int,
     out: Path,
-    data: UnmergedData,
+    wavelength: float | None,
 ) -> Path:
     """Write the merged MTZ and the statistics of one dataset; returns the MTZ's path."""
     names, asu = problem.names, problem.unique.asus[dataset]
@@ -66,9 +66,8 @@ def write_dataset(
         n_obs,
         halves,
     )
-    stem = "" if len(names) == 1 else f"{names[dataset]}_"
+    stem = _stem(names, dataset)
     path = out / f"{stem}merged.mtz"
-    wavelength = None if data.wavelength is None else float(np.median(data.wavelength))
     normalised = merged.normalised.numpy()[rows]
     _write_mtz(path, asu, table, normalised, wavelength, config)
     evidence = _observations(asu, scaled, rows)
@@ -82,12 +81,12 @@ def write_stream(
     sums: RowSums,
     config: IntensityMergeConfig,
     out: Path,
-) -> Path:
-    """Write the merged MTZ and the statistics of a store; returns the MTZ's path.
+) -> list[Path]:
+    """Write a merged MTZ and the statistics of each store; returns the MTZs' paths.
 
     The halves are random halves of the images. R factors are about <F^2> of q(F), mates apart.
     """
-    asu, unit = stream.unique.asus[0], stream.standard.unit_intensity
+    unit = stream.standard.unit_intensity
 
     def in_units_of_the_file(half: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         mean, sigma = sums.mean(half)
@@ -107,15 +106,31 @@ def write_stream(
         )
         for half in (0, 1)
     }
-    names = ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity", "n_obs")
-    table = merged_table(asu, *(getattr(merged, n).numpy() for n in names), halves)
-    path = out / "merged.mtz"
-    wavelength = stream.wavelength()
-    _write_mtz(path, asu, table, merged.normalised.numpy(), wavelength, config)
-    pair = tuple(HalfSet.of(asu, *(x.numpy() for x in half)) for half in intensities)
-    evidence = _reflection_sums(asu, sums, merged)
-    _write_statistics(asu, evidence, table, out / "statistics.csv", stream.store.name, pair)
-    return path
+    columns = ("amplitude", "sigma_amplitude", "intensity", "sigma_intensity", "n_obs")
+    paths, all_names = [], [store.name for store in stream.stores]
+    for k, (asu, store) in enumerate(zip(stream.unique.asus, stream.stores, strict=True)):
+        rows = stream.unique.rows(k)
+        table = merged_table(
+            asu,
+            *(getattr(merged, name).numpy()[rows] for name in columns),
+            {name: tuple(x[rows] for x in half) for name, half in halves.items()},
+        )
+        stem = _stem(all_names, k)
+        paths.append(out / f"{stem}merged.mtz")
+        normalised = merged.normalised.numpy()[rows]
+        _write_mtz(paths[-1], asu, table, normalised, stream.wavelength(k), config)
+        pair = tuple(HalfSet.of(asu, *(x.numpy()[rows] for x in half)) for half in intensities)
+        evidence = _reflection_sums(asu, sums, merged, rows)
+        _write_statistics(asu, evidence, table, out / f"{stem}statistics.csv", store.name, pair)
+    return paths
+
+
+def _stem(names: Sequence[str], dataset: int) -> str:
+    """Begin the names of a dataset's files; with its number where another has the same name."""
+    if len(names) == 1:
+        return ""
+    name = names[dataset]
+    return f"{name}_" if names.count(name) == 1 else f"{name}_{dataset}_"
 
 
 def _write_mtz(
@@ -138,23 +153,25 @@ def _write_mtz(
     )
 
 
-def _reflection_sums(asu: ReciprocalAsu, sums: RowSums, merged: MergedRows) -> ReflectionSums:
-    """Join the Friedel mates of the sums over rows."""
+def _reflection_sums(
+    asu: ReciprocalAsu, sums: RowSums, merged: MergedRows, rows: slice
+) -> ReflectionSums:
+    """Join the Friedel mates of the sums over the rows of one dataset."""
     plus, minus = friedel_rows(asu)
 
     def both(values: np.ndarray) -> np.ndarray:
         return values[plus] + np.where(minus >= 0, values[minus], 0)
 
-    n = merged.n_obs.numpy()
-    half = HalfSet.of(asu, merged.intensity.numpy(), merged.sigma_intensity.numpy())
+    n = merged.n_obs.numpy()[rows]
+    half = HalfSet.of(asu, merged.intensity.numpy()[rows], merged.sigma_intensity.numpy()[rows])
     return ReflectionSums(
         half.mean,
         half.sigma,
         both(n),
         n[plus],
         np.where(minus >= 0, n[minus], 0),
-        both(sums["deviation"].cpu().numpy()),
-        both(sums["intensity"].cpu().numpy()),
+        both(sums["deviation"].cpu().numpy()[rows]),
+        both(sums["intensity"].cpu().numpy()[rows]),
     )
 
 

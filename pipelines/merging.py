@@ -5,12 +5,19 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from merge.intensities.build import MergeProblem, build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
-from pipelines.ambiguity import ambiguous_operators, wanted_indexing, write_choices
+from merge.io.observations import UnmergedData
+from pipelines.ambiguity import (
+    ambiguous_operators,
+    image_numbers,
+    wanted_indexing,
+    write_choices,
+)
 from pipelines.device import choose_device
 from pipelines.merge_fit import Knowledge, MergeFit, is_coupled
 from pipelines.merge_inputs import MergeInputs
@@ -18,7 +25,7 @@ from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_dataset
 from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows
-from pipelines.stream_merging import is_streamed, merge_store
+from pipelines.stream_merging import is_streamed, merge_stores
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +49,7 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
         config = saved.configured(config)
     torch.manual_seed(config.seed)
     if is_streamed(inputs.paths, config):
-        written = [merge_store(inputs, config, device, saved)]
+        written = merge_stores(inputs, config, device, saved)
     else:
         written = _merge_in_memory(inputs, config, device, saved)
     inputs.close_folder()
@@ -59,6 +66,8 @@ def _merge_in_memory(
     operators = ambiguous_operators(data, config)
     standard = None if saved is None else saved.standard
     problem = build_problem(data, config, inputs.parents, operators, standard)
+    number, wavelength = image_numbers(problem, data), [_wavelength(d) for d in data]
+    del data  # nearly as large as the table
     is_coupled(problem.unique, config)
     if saved is not None:
         saved.check(problem.table)
@@ -74,9 +83,14 @@ def _merge_in_memory(
         write_rows(out / f"{name}.csv", rows, rows[0])
     write_metrics(out / "metrics.json", merger, fitted.predictions, problem.ambiguity)
     if problem.ambiguity is not None:
-        write_choices(problem, data, out / "indexing.csv")
+        write_choices(problem, number, out / "indexing.csv")
     save_scale(out / FILE_NAME, merger, problem.table, config)
-    return [write_dataset(problem, merger, config, k, out, d) for k, d in enumerate(data)]
+    return [write_dataset(problem, merger, config, k, out, w) for k, w in enumerate(wavelength)]
+
+
+def _wavelength(data: UnmergedData) -> float | None:
+    """Median over all observations [A], where there are any."""
+    return None if data.wavelength is None else float(np.median(data.wavelength))
 
 
 def _log_size(problem: MergeProblem) -> None:

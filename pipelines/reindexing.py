@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from integrator.errors import UserError
-from merge.io.observations import UnmergedData
-from merge.io.reindexing import reindex
+
+Dataset = TypeVar("Dataset")
 
 
 def parse_reindex(texts: Sequence[str]) -> tuple[tuple[int | None, str], ...]:
@@ -30,9 +31,11 @@ def parse_reindex(texts: Sequence[str]) -> tuple[tuple[int | None, str], ...]:
 
 
 def apply_reindex(
-    data: Sequence[UnmergedData], operators: Sequence[tuple[int | None, str]]
-) -> list[UnmergedData]:
-    """Reindex the named datasets, one operator after the other.
+    data: Sequence[Dataset],
+    operators: Sequence[tuple[int | None, str]],
+    reindex: Callable[[Dataset, str], Dataset],
+) -> list[Dataset]:
+    """Reindex the named datasets, in memory or on disk, one operator after the other.
 
     Raises
     ------

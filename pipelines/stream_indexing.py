@@ -1,9 +1,9 @@
-"""Indexing of the stills of a store: one choice for each image, made before they are merged."""
+"""Indexing of the stills of stores: one choice for each image, made before they are merged."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge.intensities.ambiguity_choice import Ambiguity
-from merge.intensities.ambiguity_store import resolve_store
+from merge.intensities.ambiguity_store import resolve_stores
 from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
+from merge.io.observation_store import ObservationStore
 from merge.io.reindexed_store import ReindexedStore
-from merge.io.unmerged_store import UnmergedStore
 from pipelines import log
 from pipelines.ambiguity import ambiguous_operators, wanted_indexing
 from pipelines.merge_inputs import MergeInputs
@@ -24,17 +24,20 @@ from pipelines.reference_amplitudes import reference_amplitudes
 
 @dataclass(frozen=True)
 class StoreIndexing:
-    """Operator of each image, and the number that it has in its file, (n_images,)."""
+    """Operator of each image, and the number that it has in its file, (n_images,).
+
+    Images are counted through all stores.
+    """
 
     ambiguity: Ambiguity
     number: NDArray[np.int64]
 
 
 def resolve_indexing(
-    inputs: MergeInputs, config: IntensityMergeConfig, store: UnmergedStore
+    inputs: MergeInputs, config: IntensityMergeConfig, stores: Sequence[ObservationStore]
 ) -> StoreIndexing | None:
     """Choose the operator of each image; None where there is no choice."""
-    operators = ambiguous_operators([store], config)
+    operators = ambiguous_operators(stores, config)
     if operators is None:
         return None
 
@@ -45,12 +48,17 @@ def resolve_indexing(
         return wanted_indexing(config, problem, f_calc)
 
     with log.progress("indexing") as advance:
-        return StoreIndexing(*resolve_store(store, config, operators, wanted, advance))
+        return StoreIndexing(*resolve_stores(stores, config, operators, wanted, advance))
 
 
-def open_indexed(path: Path, indexing: StoreIndexing | None) -> UnmergedStore:
-    """Open a store under the indices that were chosen."""
+def indexed(
+    stores: Sequence[ObservationStore], indexing: StoreIndexing | None
+) -> list[ObservationStore]:
+    """Read stores under the indices that were chosen."""
     if indexing is None:
-        return UnmergedStore(path)
+        return list(stores)
     chosen = indexing.ambiguity
-    return ReindexedStore(path, chosen.operators.matrices, chosen.choice.numpy())
+    edges = np.cumsum([store.n_images for store in stores])[:-1]
+    choices = np.split(chosen.choice.numpy(), edges)
+    matrices = chosen.operators.matrices
+    return [ReindexedStore(s, matrices, choice) for s, choice in zip(stores, choices, strict=True)]

@@ -1,4 +1,4 @@
-"""Merging stills from a store that is not held in memory."""
+"""Merging stills from stores that are not held in memory."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from merge.intensities.stream_training import (
     predict_held_out,
 )
 from merge.intensities.training import start, start_amplitudes
+from merge.io.observation_store import ObservationStore
 from merge.io.unmerged_store import SUFFIX, UnmergedStore
 from pipelines import log
 from pipelines.ambiguity import write_indexing
@@ -37,44 +38,48 @@ from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_stream
 from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows
-from pipelines.stream_indexing import open_indexed, resolve_indexing
+from pipelines.stream_indexing import indexed, resolve_indexing
 
 logger = logging.getLogger(__name__)
 
 
 def is_streamed(paths: Sequence[Path], config: IntensityMergeConfig) -> bool:
-    """Stills in one store too large for memory."""
-    if not config.stills or len(paths) != 1 or paths[0].suffix != SUFFIX:
+    """Stills in stores that together are too large for memory."""
+    if not config.stills or any(path.suffix != SUFFIX for path in paths):
         return False
-    if not paths[0].is_file() or is_intensity_file(paths[0]):
+    if any(not path.is_file() or is_intensity_file(path) for path in paths):
         return False
-    with UnmergedStore(paths[0]) as store:
-        return len(store) > config.stream_above
+    n_obs = 0
+    for path in paths:
+        with UnmergedStore(path) as store:
+            n_obs += len(store)
+    return n_obs > config.stream_above
 
 
-def merge_store(
+def merge_stores(
     inputs: MergeInputs,
     config: IntensityMergeConfig,
     device: torch.device,
     saved: SavedScale | None = None,
-) -> Path:
+) -> list[Path]:
     """Fit scales to a part of the data (or take ``saved`` ones), then amplitudes to all.
 
     Returns
     -------
-    Path
-        Merged MTZ file.
+    list of Path
+        Merged MTZ files in the order of the datasets.
 
     Raises
     ------
     UserError
         Something was asked for that needs all observations in memory.
     """
-    with UnmergedStore(inputs.paths[0]) as store:
-        _check(inputs, config, store)
-        indexing = resolve_indexing(inputs, config, store)
-    with open_indexed(inputs.paths[0], indexing) as store:
-        stream = ObservationStream(store, config, None if saved is None else saved.standard)
+    with inputs.open() as stores:
+        _check(config, stores)
+        indexing = resolve_indexing(inputs, config, stores)
+        stores = indexed(stores, indexing)
+        standard = None if saved is None else saved.standard
+        stream = ObservationStream(stores, config, standard, inputs.parents)
         couples = is_coupled(stream.unique, config)
         f_calc = None
         if inputs.reference is not None:
@@ -82,7 +87,7 @@ def merge_store(
         inputs.open_folder(config)
         logger.info(
             "%d observations on %d images in %d batches, %d unique reflections; metadata %s",
-            *(len(store), store.n_images, stream.n_batches, len(stream.unique)),
+            *(len(stream), sum(s.n_images for s in stores), stream.n_batches, len(stream.unique)),
             " ".join(stream.standard.names),
         )
         merger = _fit_scales(stream, config, device, saved)
@@ -100,28 +105,21 @@ def merge_store(
         ambiguity = None if indexing is None else indexing.ambiguity
         write_metrics(inputs.out / "metrics.json", merger, predictions, ambiguity)
         if indexing is not None:
-            names = [store.name] * store.n_images
+            names = [store.name for store in stores for _ in range(store.n_images)]
             write_indexing(inputs.out / "indexing.csv", ambiguity, indexing.number, names)
         save_scale(inputs.out / FILE_NAME, merger, stream.sample, config)
         return write_stream(merger, stream, sums, config, inputs.out)
 
 
-def _check(inputs: MergeInputs, config: IntensityMergeConfig, store: UnmergedStore) -> None:
+def _check(config: IntensityMergeConfig, stores: Sequence[ObservationStore]) -> None:
     """Refuse what is done in memory only."""
-    asked = [
-        name
-        for name, is_asked in (
-            ("--reindex", bool(inputs.reindex)),
-            ("--parents", inputs.parents is not None),
-            ("--friedel", inputs.is_friedel),
-            ("--half-set-repeats", config.half_set_repeats > 1),
+    if config.half_set_repeats > 1:
+        n_obs, names = sum(len(s) for s in stores), " ".join(str(s.path) for s in stores)
+        raise UserError(
+            f"the {n_obs} observations of {names} are read batch by batch, which "
+            "--half-set-repeats does not allow; leave it out, or hold all in memory with "
+            f"--set stream_above={n_obs}"
         )
-        if is_asked
-    ]
-    remedy = f"hold all in memory with --set stream_above={len(store)}"
-    size = f"the {len(store)} observations of {store.path} are read batch by batch"
-    if asked:
-        raise UserError(f"{size}, which {asked[0]} does not allow; leave it out, or {remedy}")
 
 
 def _fit_scales(

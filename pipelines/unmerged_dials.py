@@ -9,7 +9,6 @@ from pathlib import Path
 import gemmi
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from integrator.crystal.geometry import Experiment
 from integrator.errors import UserError
@@ -25,7 +24,6 @@ from merge.io.mtz import batch_offsets
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA, zeta
 from merge.io.unmerged_data import read_unmerged
-from pipelines.unmerged_photons import read_photon_table
 
 Array = NDArray[np.float64]
 
@@ -78,6 +76,9 @@ def read_inputs(
             if has_namesake:
                 experiments = by_stem[path.with_suffix("")]
         if path in counts:
+            # 28 MiB: it takes the description of sweeps from the cutting of boxes
+            from pipelines.unmerged_photons import read_photon_table
+
             datasets.append(read_photon_table(path, experiments))
         elif path.suffix == ".refl":
             datasets.append(read_dials(path, experiments))
@@ -214,6 +215,8 @@ def _of_sweeps(
 
 def _beams_in_crystal(model: Experiment, s1: Array, phi: Array) -> Array:
     """Return unit vectors of both beams with the rotation undone, (n, 6)."""
+    from scipy.spatial.transform import Rotation  # 14 MiB that MTZ files do without
+
     gonio = model.goniometer
     turn = Rotation.from_rotvec(np.radians(phi)[:, None] * gonio.rotation_axis)
     undo = Rotation.from_matrix(gonio.fixed_rotation).inv() * turn.inv()

@@ -13,7 +13,6 @@ from typing import Any
 import gemmi
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from integrator.crystal.geometry import Beam, Crystal, Goniometer, Panel, Scan
 
@@ -166,6 +165,8 @@ def decode_goniometer(block: Block) -> Goniometer:
 
 def _compose(axes: NDArray[np.float64], angles_deg: Sequence[float]) -> NDArray[np.float64]:
     """Rotate about each axis in turn, the first one first."""
+    from scipy.spatial.transform import Rotation  # 14 MiB that reading other files does without
+
     total = np.eye(3)
     for axis, angle in zip(axes, angles_deg, strict=True):
         vector = np.radians(angle) * axis / np.linalg.norm(axis)

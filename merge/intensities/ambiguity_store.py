@@ -1,13 +1,13 @@
-"""Indexing ambiguity of stills in a store: some images agree, all are compared with them.
+"""Indexing ambiguity of stills in stores: some images agree, all are compared with them.
 
 The first choice (:mod:`merge.intensities.ambiguity_seed`) is made for a sample of images in
-memory; then one pass over the store compares every image with what the sample agreed on. Memory is
+memory; then one pass over the stores compares every image with what it agreed on. Memory is
 that of the sample, one block, and a few bytes per image. The choice is not revised in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,8 +24,8 @@ from merge.intensities.build import MergeProblem, build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.held_out import Split
 from merge.intensities.stream import joined
+from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData
-from merge.io.unmerged_store import UnmergedStore
 
 SAMPLE = 4000  # images
 PIECE = 50  # images of the sample that are read together
@@ -34,18 +34,18 @@ BLOCK = 2000  # images
 Progress = Callable[[int, int], None]
 
 
-def resolve_store(
-    store: UnmergedStore,
+def resolve_stores(
+    stores: Sequence[ObservationStore],
     config: IntensityMergeConfig,
     operators: IndexingOperators,
     wanted: Callable[[MergeProblem], Tensor | None],
     progress: Progress | None = None,
 ) -> tuple[Ambiguity, NDArray[np.int64]]:
-    """Choose the operator of each image of a store.
+    """Choose the operator of each image, counted through all stores.
 
     Parameters
     ----------
-    store : UnmergedStore
+    stores : sequence of ObservationStore
     config : IntensityMergeConfig
     operators : IndexingOperators
     wanted : callable
@@ -61,30 +61,37 @@ def resolve_store(
         Number of each image as its file has it.
     """
     config = replace(config, overloads="keep", metadata=None)
-    problem = build_problem([_sample(store, config.seed)], config, operators=operators)
+    edges = np.concatenate([[0], np.cumsum([store.n_images for store in stores])])
+    n, n_operators = int(edges[-1]), len(operators)
+    sample = [_sample(s, config.seed, round(SAMPLE * s.n_images / n)) for s in stores]
+    problem = build_problem(sample, config, operators=operators)
     problem = seeded(problem, _no_masks(problem), config, wanted(problem))
-    n, n_operators = store.n_images, len(operators)
     agreed = agreement(
         standard_intensities(problem, _no_masks(problem)),
         torch.nn.functional.one_hot(problem.ambiguity.choice, n_operators).double(),
     )
-    choice, number = np.zeros(n, dtype=np.int64), np.arange(n)
+    choice = np.zeros(n, dtype=np.int64)
+    number = np.concatenate([np.arange(store.n_images) for store in stores])
     confidence = np.full(n, 1.0 / n_operators)
-    for first, block in store.blocks(BLOCK):
-        images = slice(first, first + block.n_images)
-        if "BATCH" in block.metadata:
-            rows = np.minimum(block.image_starts[:-1], len(block) - 1)
-            number[images] = block.metadata["BATCH"][rows]
+    step = max(1, BLOCK // len(stores))
+    for first in range(0, max(store.n_images for store in stores), step):
+        ranges = [(min(first, s.n_images), min(first + step, s.n_images)) for s in stores]
+        data = [store.read(*part) for store, part in zip(stores, ranges, strict=True)]
+        images = [
+            d.image + low + edge for d, (low, _), edge in zip(data, ranges, edges, strict=False)
+        ]
+        for own, d in zip(images, data, strict=True):
+            number[own] = d.metadata.get("BATCH", number[own])
         try:
-            part = build_problem([block], config, operators=operators, unique=problem.unique)
+            part = build_problem(data, config, operators=operators, unique=problem.unique)
         except UserError:  # nothing of these images is inside the resolution limit
             continue
         probability = agreed.compare(standard_intensities(part, _no_masks(part)))
         best, chosen = probability.max(1)
-        present = first + np.unique(block.image[part.source])
+        present = np.unique(np.concatenate(images)[part.source])
         choice[present], confidence[present] = chosen.numpy(), best.numpy()
         if progress is not None:
-            progress(images.stop, n)
+            progress(sum(high for _, high in ranges), n)
     found = replace(
         problem.ambiguity,
         rows=problem.ambiguity.rows[:0],
@@ -94,10 +101,10 @@ def resolve_store(
     return found, number
 
 
-def _sample(store: UnmergedStore, seed: int) -> UnmergedData:
-    """Read random pieces of the store."""
+def _sample(store: ObservationStore, seed: int, n_images: int) -> UnmergedData:
+    """Read random pieces of the store, about ``n_images`` in all."""
     starts = np.arange(0, store.n_images, PIECE)
-    chosen = np.random.default_rng(seed).permutation(starts)[: -(-SAMPLE // PIECE)]
+    chosen = np.random.default_rng(seed).permutation(starts)[: -(-n_images // PIECE)]
     pieces = [store.read(k, min(k + PIECE, store.n_images)) for k in np.sort(chosen)]
     return joined([p for p in pieces if len(p)])
 

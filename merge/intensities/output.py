@@ -10,9 +10,7 @@ from torch import Tensor
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.table import ObservationTable
 from merge.intensities.tree_width import tree_width
-from merge.model.amplitudes import french_wilson
-
-ROWS_AT_A_TIME = 1024
+from merge.model.french_wilson import french_wilson
 
 
 @dataclass(frozen=True)
@@ -134,10 +132,4 @@ def amplitudes_of_means(
 ) -> tuple[Tensor, Tensor]:
     """<F> and its sigma from mean intensities with Wilson's prior alone, (R,) each."""
     expected = merger.prior.wilson.p_structure_factor().spread * unit_intensity
-    given = (mean, sigma, expected, merger.prior.wilson.is_centric)
-    # a quadrature of hundreds of nodes each: some rows at a time
-    parts = [
-        french_wilson(*part)
-        for part in zip(*(x.split(ROWS_AT_A_TIME) for x in given), strict=True)
-    ]
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+    return french_wilson(mean, sigma, expected, merger.prior.wilson.is_centric)

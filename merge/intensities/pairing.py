@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 Array = NDArray[np.float64]
 
@@ -34,6 +33,9 @@ def paired_clusters(
     position : (N, 2)
         Of the spot on the detector, any unit.
     """
+    # 14 MiB that most merges do without
+    from scipy.spatial import cKDTree
+
     span = np.ptp(position, axis=0).max() or 1.0
     # other images and other indices are out of reach whatever their spots
     apart = np.column_stack([frame, miller_index]).astype(float)

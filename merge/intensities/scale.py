@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.networks import ImageEncoder, ResidualNetwork
+from merge.intensities.networks import ImageEncoder, ResidualNetwork, blocks
 from merge.intensities.sweep_table import SweepTable
 from merge.intensities.table import Batch, ObservationTable
 from merge.model.prior import hat_design
@@ -47,6 +47,11 @@ WEIGHT_SD = 1.0
 DEVIATION_SD = 0.5  # of an image from the others of its unit
 IMAGES_WITHOUT = 0.2  # share of the images that do without parameters of their own in a step
 BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
+
+
+def interpolated(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Interpolate between knots, (N,); where nothing is learned, no matrix of all rows is made."""
+    return torch.cat([hat_design(part, knots) @ values for part in blocks(x)])
 
 
 @dataclass(frozen=True)
@@ -144,11 +149,10 @@ class ObservationScale(nn.Module):
             log_scale = log_scale + self.log_image_scale[image]
             log_scale = log_scale - 0.5 * self.b_factor[image] * terms.inv_d2
         if self.spectrum is not None:
-            log_scale = log_scale + hat_design(terms.wavelength, self.spectrum_knots) @ (
-                self.spectrum
-            )
+            spectrum = interpolated(terms.wavelength, self.spectrum_knots, self.spectrum)
+            log_scale = log_scale + spectrum
         if self.keeps_falloff and bool(self.falloff_knots.any()):
-            log_scale = log_scale + hat_design(terms.inv_d2, self.falloff_knots) @ self.falloff
+            log_scale = log_scale + interpolated(terms.inv_d2, self.falloff_knots, self.falloff)
         if self.log_width is not None:
             log_scale = log_scale - 0.5 * terms.ewald_offset**2 * (-2 * self.log_width).exp()
         if self.network is None:

@@ -1,6 +1,7 @@
-"""Stills of a store, batch after batch: data larger than memory.
+"""Stills of stores, batch after batch: data larger than memory.
 
-A batch is a contiguous range of images, one piece of the file; batches come in random order.
+Each store is a dataset. A batch is a contiguous range of images of each, one piece of a file, so
+that every batch holds all datasets in their proportion; batches come in random order.
 What the model needs to know of all data beforehand comes from a first look through the indices
 (resolution, observations of each unique reflection) and from a sample of the batches (units of the
 metadata, starting values). In memory are the rows of unique reflections, the sample, one batch,
@@ -29,8 +30,8 @@ from merge.intensities.held_out import Split, split
 from merge.intensities.standard import Standard
 from merge.intensities.table import MIN_BATCHES, Batch, ObservationTable
 from merge.intensities.unique import UniqueRows
-from merge.io.observations import UnmergedData
-from merge.io.unmerged_store import UnmergedStore
+from merge.io.observation_store import ObservationStore
+from merge.io.observations import UnmergedData, check_one_crystal_form
 
 MAX_CARRIERS = 64
 SAMPLE = 250_000  # observations
@@ -39,17 +40,22 @@ LARGEST_BATCH = 1 << 17
 
 
 class ObservationStream:
-    """Batches of a store.
+    """Batches of stores.
 
     Parameters
     ----------
-    store : UnmergedStore
+    stores : sequence of ObservationStore
+        One per dataset.
     config : IntensityMergeConfig
     standard : Standard, optional
         Of a scale model that is used again.
+    parents : sequence of int or None, optional
+        Of each dataset.
 
     Attributes
     ----------
+    edges : ndarray, (n_batches + 1, n_datasets) int64
+        First image of each batch in each store.
     unique : UniqueRows
     sample : ObservationTable
         Some of the observations, in memory.
@@ -63,25 +69,36 @@ class ObservationStream:
     """
 
     def __init__(
-        self, store: UnmergedStore, config: IntensityMergeConfig, standard: Standard | None = None
+        self,
+        stores: Sequence[ObservationStore],
+        config: IntensityMergeConfig,
+        standard: Standard | None = None,
+        parents: Sequence[int | None] | None = None,
     ) -> None:
         if not config.stills:
             raise UserError(
                 "data are read batch by batch only with --stills: scans have parameters of each "
                 "image; raise stream_above to hold them in memory"
             )
-        self.store = store
+        check_one_crystal_form(stores)
+        self.stores = tuple(stores)
         # a batch alone is too little to tell a level of saturation by
         self.config = replace(config, overloads="keep")
-        self.edges = _edges(store.image_starts, config.batch_size or LARGEST_BATCH)
-        asu = ReciprocalAsu(store.cell, store.space_group, self._d_min(), config.anomalous)
-        couple = config.prior == "double-wilson" and asu.anomalous
-        self.unique = UniqueRows([asu], None, couple)
+        self.edges = _edges(self.stores, config.batch_size or LARGEST_BATCH)
+        asus = [
+            ReciprocalAsu(s.cell, s.space_group, self._d_min(s), config.anomalous) for s in stores
+        ]
+        couple = config.prior == "double-wilson" and asus[0].anomalous
+        self.unique = UniqueRows(asus, parents, couple)
         order = np.random.default_rng(config.seed).permutation(self.n_batches)
         self.carriers = tuple(order[:MAX_CARRIERS].tolist()) if config.held_out else ()
         self.sample = self._sample(order, standard)
         self.standard = self.sample.standard
         self.n_obs, self.filled = self._count()
+
+    def __len__(self) -> int:
+        """Return the number of observations, held-out ones included."""
+        return sum(len(store) for store in self.stores)
 
     @property
     def n_batches(self) -> int:
@@ -106,8 +123,8 @@ class ObservationStream:
 
     def split(self, number: int) -> tuple[ObservationTable, Split | None]:
         """Read one batch, and what is held out in it if it is a carrier."""
-        data = self.store.read(self.edges[number], self.edges[number + 1])
-        problem = build_problem([data], self.config, standard=self.standard, unique=self.unique)
+        data = self._read(number)
+        problem = build_problem(data, self.config, standard=self.standard, unique=self.unique)
         if number not in self.carriers:
             return problem.table, None
         seed = [self.config.seed, number]
@@ -119,47 +136,48 @@ class ObservationStream:
         while True:
             yield from filled[torch.randperm(len(filled), generator=generator)].tolist()
 
-    def wavelength(self) -> float | None:
+    def wavelength(self, dataset: int) -> float | None:
         """Median over the first images [A], as far as the store has it."""
-        if not self.store.has_wavelength:
+        store = self.stores[dataset]
+        if not store.has_wavelength:
             return None
-        first = self.store.read(0, int(self.edges[1]))
+        first = store.read(0, max(1, int(self.edges[1, dataset])))
         return float(np.median(first.wavelength))
 
-    def _d_min(self) -> float:
+    def _read(self, number: int) -> list[UnmergedData]:
+        ranges = zip(self.stores, self.edges[number], self.edges[number + 1], strict=True)
+        return [store.read(int(first), int(last)) for store, first, last in ranges]
+
+    def _d_min(self, store: ObservationStore) -> float:
         """Resolution limit: as configured, or that of the data."""
         largest = 0.0
-        for rows in self._blocks():
-            index = self.store.column("miller_index", rows)
-            largest = max(largest, float(inv_d2(index, self.store.cell).max()))
+        for rows in store.row_blocks(ROWS_AT_A_TIME):
+            index = store.column("miller_index", rows)
+            largest = max(largest, float(inv_d2(index, store.cell).max()))
         # a hair beyond: the reflection that sets the limit is inside
         return max(largest**-0.5 * (1 - 1e-6), self.config.d_min or 0.0)
 
-    def _blocks(self) -> Iterator[slice]:
-        starts = range(0, len(self.store), ROWS_AT_A_TIME)
-        return (slice(b, min(b + ROWS_AT_A_TIME, len(self.store))) for b in starts)
-
     def _sample(self, order: NDArray[np.int64], standard: Standard | None) -> ObservationTable:
         """Read some batches as one table, not the carriers while there are others."""
-        n = max(1, round(SAMPLE * self.n_batches / len(self.store)))
+        n = max(1, round(SAMPLE * self.n_batches / len(self)))
         chosen = np.sort(order[::-1][:n])
-        parts = [self.store.read(self.edges[k], self.edges[k + 1]) for k in chosen]
-        data = joined(parts)
-        return build_problem([data], self.config, standard=standard, unique=self.unique).table
+        parts = zip(*(self._read(k) for k in chosen), strict=True)
+        data = [joined(of_store) for of_store in parts]
+        return build_problem(data, self.config, standard=standard, unique=self.unique).table
 
     def _count(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Training observations of each unique reflection, and which batches have any."""
         n_obs = np.zeros(len(self.unique), dtype=np.int64)
-        first = self.store.image_starts[self.edges]
         n_kept = np.zeros(self.n_batches, dtype=np.int64)
-        for rows in self._blocks():
-            row = self.unique.asus[0].refl_id(self.store.column("miller_index", rows))
-            kept = is_kept(
-                row, self.store.column("intensity", rows), self.store.column("sigma", rows)
-            )
-            n_obs += np.bincount(row[kept], minlength=len(n_obs))
-            batch = np.searchsorted(first, np.arange(rows.start, rows.stop)[kept], "right") - 1
-            n_kept += np.bincount(batch, minlength=self.n_batches)
+        for k, store in enumerate(self.stores):
+            own = n_obs[self.unique.rows(k)]
+            first = store.image_starts[self.edges[:, k]]
+            for rows in store.row_blocks(ROWS_AT_A_TIME):
+                row = self.unique.asus[k].refl_id(store.column("miller_index", rows))
+                kept = is_kept(row, store.column("intensity", rows), store.column("sigma", rows))
+                own += np.bincount(row[kept], minlength=len(own))
+                batch = np.searchsorted(first, np.arange(rows.start, rows.stop)[kept], "right")
+                n_kept += np.bincount(batch - 1, minlength=self.n_batches)
         for k in self.carriers:
             if n_kept[k]:
                 table, masks = self.split(k)
@@ -168,12 +186,15 @@ class ObservationStream:
         return n_obs, n_kept > 0
 
 
-def _edges(image_starts: NDArray[np.int64], batch_size: int) -> NDArray[np.int64]:
-    """First image of each batch and, at the end, the number of images."""
-    n_obs, n_images = int(image_starts[-1]), len(image_starts) - 1
+def _edges(stores: Sequence[ObservationStore], batch_size: int) -> NDArray[np.int64]:
+    """First image of each batch and, at the end, the number of images, of each store."""
+    n_obs, n_images = sum(len(s) for s in stores), max(s.n_images for s in stores)
     n = min(max(MIN_BATCHES, round(n_obs / batch_size)), n_images)
-    inner = np.searchsorted(image_starts, np.linspace(0, n_obs, n + 1)[1:-1])
-    return np.unique(np.concatenate([[0], inner, [n_images]]))
+    columns = []
+    for store in stores:
+        inner = np.searchsorted(store.image_starts, np.linspace(0, len(store), n + 1)[1:-1])
+        columns.append(np.concatenate([[0], inner, [store.n_images]]))
+    return np.unique(np.stack(columns, -1), axis=0)
 
 
 def joined(parts: Sequence[UnmergedData]) -> UnmergedData:

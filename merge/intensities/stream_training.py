@@ -60,7 +60,7 @@ def fit_stream(
     for step in range(n_steps):
         batch = stream.batch(next(numbers)).to(merger.device)
         is_row_step = (step + 1) % ROWS_EVERY == 0 or step + 1 == n_steps
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         q = merger.inference()
         terms = merger.loss(batch, q, with_prior=False)
         pending = [
@@ -81,14 +81,14 @@ def fit_stream(
     seconds = time.monotonic() - began
     logger.info(
         "trained on %.3g observations (%.2f passes) in %.0f s, %.3g per second",
-        *(n_seen, n_seen / max(len(stream.store), 1), seconds, n_seen / max(seconds, 1e-9)),
+        *(n_seen, n_seen / max(len(stream), 1), seconds, n_seen / max(seconds, 1e-9)),
     )
 
 
 def n_training_batches(stream: ObservationStream, config: IntensityMergeConfig) -> int:
     """Count the batches that :func:`fit_stream` reads."""
     n_filled = int(stream.filled.sum())
-    mean_size = len(stream.store) / stream.n_batches
+    mean_size = len(stream) / stream.n_batches
     return max(1, min(math.ceil(config.stream_training / mean_size), config.epochs * n_filled))
 
 

@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from merge.intensities.adam import Adam
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import Expectation, IntensityMerger
+from merge.intensities.networks import BLOCK
 from merge.intensities.row_newton import RowNewton
 from merge.intensities.table import Batch, ObservationTable
 
@@ -54,7 +56,9 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             residual = used * o.intensity / scale(everything)[0][first].exp()
         if scale.spectrum is not None:
             knots = scale.spectrum_knots
-            nearest = (wavelength[:, None] - knots).abs().argmin(1)
+            nearest = torch.cat(
+                [(w[:, None] - knots).abs().argmin(1) for w in wavelength.split(BLOCK)]
+            )
             scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
         expected = _merge_once(merger, table, row, first, expected)[row]
     if scale.sweep is not None:
@@ -270,7 +274,7 @@ def _fit_amplitudes(
 def _step(
     merger: IntensityMerger,
     batch: Batch,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Adam | None,
     amplitudes: RowNewton,
     share: float,
 ) -> float:
@@ -281,14 +285,14 @@ def _step(
         (-terms.elbo).backward(inputs=parameters)
     else:
         set_rate(optimizer, share)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         (-terms.elbo).backward()
         optimizer.step()
     amplitudes.step(terms.information, terms.row_weight, DAMPING)
     return float(terms.elbo.detach())
 
 
-def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> torch.optim.Optimizer:
+def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> Adam:
     """Adam for all but the amplitudes, with a rate of its own for each kind of parameter."""
     scale = merger.scale
     networks = [
@@ -305,20 +309,19 @@ def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> tor
     amplitudes = [merger.log_spread_step, merger.log_concentration]
     known = {id(p) for p in (*networks, *errors, *amplitudes)}
     rest = [p for p in merger.parameters() if id(p) not in known and p.requires_grad]
-    groups = [{"params": rest, "start": config.learning_rate}]
-    if errors:
-        groups.append({"params": errors, "start": ERROR_RATE * config.learning_rate})
-    if networks:
-        groups.append({"params": networks, "start": config.network_learning_rate})
-    return torch.optim.Adam(groups, betas=BETAS, lr=config.learning_rate)
+    groups = [
+        (rest, config.learning_rate),
+        (errors, ERROR_RATE * config.learning_rate),
+        (networks, config.network_learning_rate),
+    ]
+    return Adam(groups, BETAS)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+def set_rate(optimizer: Adam, share: float) -> None:
     """Rise over the first 5 %, then cosine to a hundredth."""
     rise = min(1.0, (share + 1e-3) / 0.05)
     decay = 0.505 + 0.495 * math.cos(math.pi * share)
-    for group in optimizer.param_groups:
-        group["lr"] = group["start"] * rise * decay
+    optimizer.rates = [rate * rise * decay for rate in optimizer.start_rates]
 
 
 def _shells(inv_d2: Tensor, n: int = 20) -> Tensor:

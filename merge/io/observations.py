@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import gemmi
 import numpy as np
@@ -168,14 +169,22 @@ def _why_unusable(source: str, intensity: Array, sigma: Array) -> str:
     return f"{source}: {what}; merging needs sigma > 0: integrate again or give another file"
 
 
+class CrystalForm(Protocol):
+    """What tells crystal forms apart: of observations in memory or on disk."""
+
+    name: str
+    cell: gemmi.UnitCell
+    space_group: gemmi.SpaceGroup
+
+
 def check_one_crystal_form(
-    datasets: Sequence[UnmergedData], tolerance: float = CELL_TOLERANCE
+    datasets: Sequence[CrystalForm], tolerance: float = CELL_TOLERANCE
 ) -> None:
     """Make sure that datasets may share structure factors.
 
     Parameters
     ----------
-    datasets : sequence of UnmergedData
+    datasets : sequence of CrystalForm
         Compared with the first.
     tolerance : float
         Allowed relative difference of a, b, c and difference of the angles in radians.
@@ -253,7 +262,12 @@ def combine_friedel(plus: UnmergedData, minus: UnmergedData) -> UnmergedData:
         The crystal forms differ, or a file holds both mates.
     """
     check_one_crystal_form([plus, minus])
-    halves = [_as_half(plus, +1), _as_half(minus, -1)]
+    return join_halves(_as_half(plus, +1), _as_half(minus, -1))
+
+
+def join_halves(*halves: UnmergedData) -> UnmergedData:
+    """Join Friedel halves whose indices are as observed; see :func:`combine_friedel`."""
+    plus, minus = halves
     has_batch = all("BATCH" in half.metadata for half in halves)
     has_wavelength = all(half.wavelength is not None for half in halves)
     shared = [key for key in plus.metadata if key in minus.metadata]
@@ -271,28 +285,43 @@ def combine_friedel(plus: UnmergedData, minus: UnmergedData) -> UnmergedData:
         wavelength=joined(lambda half: half.wavelength) if has_wavelength else None,
         cell=plus.cell,
         space_group=plus.space_group,
-        name=_common_name(plus.name, minus.name),
+        name=common_name(plus.name, minus.name),
         has_lp_applied=plus.has_lp_applied and minus.has_lp_applied,
     )
 
 
 def _as_half(data: UnmergedData, sign: int) -> UnmergedData:
     """Return ``data`` with all acentric indices on the side ``sign`` of Friedel's law."""
-    acentric = ~is_centric(data.miller_index, data.space_group)
-    found = to_asu(data.miller_index, data.space_group).friedel_sign[acentric]
+    if is_other_half(data.miller_index, data.space_group, sign, data.name):
+        return replace(data, miller_index=-data.miller_index)
+    return data
+
+
+def is_other_half(
+    miller_index: NDArray[np.int32], space_group: gemmi.SpaceGroup, sign: int, name: str
+) -> bool:
+    """Whether all acentric indices, (N, 3), are on the other side of Friedel's law than ``sign``.
+
+    Raises
+    ------
+    UserError
+        Some are, some are not.
+    """
+    acentric = ~is_centric(miller_index, space_group)
+    found = to_asu(miller_index, space_group).friedel_sign[acentric]
     n_right = int(np.count_nonzero(found == sign))
     if n_right == len(found):
-        return data
+        return False
     if n_right == 0:
-        return replace(data, miller_index=-data.miller_index)
+        return True
     raise UserError(
-        f"{data.name} holds {n_right} observations of F({'+' if sign > 0 else '-'}) and "
+        f"{name} holds {n_right} observations of F({'+' if sign > 0 else '-'}) and "
         f"{len(found) - n_right} of its Friedel mate; --friedel takes two files of one mate each: "
         "give a file with both as one input, without --friedel"
     )
 
 
-def _common_name(first: str, second: str) -> str:
+def common_name(first: str, second: str) -> str:
     """Return the words that two names share; the first name when they share none."""
     words = [re.split(r"[_\-.]+", name) for name in (first, second)]
     if len(words[0]) != len(words[1]):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from merge.io.observation_store import ObservationStore, StoreView
 from merge.io.observations import UnmergedData
-from merge.io.unmerged_store import UnmergedStore
+from merge.io.reindexing import reindexed_form
 
 
-class ReindexedStore(UnmergedStore):
+class ReindexedStore(StoreView):
     """Read images with an operator for each.
 
     Parameters
     ----------
-    path : str or Path
+    source : ObservationStore
+        Closed with this one.
     matrices : ndarray, (A, 3, 3) int
         Operators: ``h' = h R``.
     choice : ndarray, (n_images,) int
@@ -25,21 +26,20 @@ class ReindexedStore(UnmergedStore):
     """
 
     def __init__(
-        self, path: str | Path, matrices: NDArray[np.int32], choice: NDArray[np.int64]
+        self, source: ObservationStore, matrices: NDArray[np.int32], choice: NDArray[np.int64]
     ) -> None:
-        super().__init__(path)
+        super().__init__(source)
         self._matrices, self._choice = matrices, choice
 
     def read(self, first: int = 0, last: int | None = None) -> UnmergedData:
-        """Read images ``first`` to ``last`` - 1, as :meth:`UnmergedStore.read`."""
-        data = super().read(first, last)
-        return replace(
-            data, miller_index=self._turned(data.miller_index, self._choice[first + data.image])
-        )
+        """Read images ``first`` to ``last`` - 1, as :meth:`ObservationStore.read`."""
+        data = self._source.read(first, last)
+        index = self._turned(data.miller_index, self._choice[first + data.image])
+        return replace(data, miller_index=index, cell=self.cell)
 
     def column(self, name: str, rows: slice) -> NDArray:
-        """Read some rows of a column, as :meth:`UnmergedStore.column`."""
-        values = super().column(name, rows)
+        """Read some rows of a column, as :meth:`ObservationStore.column`."""
+        values = self._source.column(name, rows)
         if name != "miller_index":
             return values
         image = np.searchsorted(self.image_starts, np.arange(rows.start, rows.stop), "right") - 1
@@ -47,3 +47,16 @@ class ReindexedStore(UnmergedStore):
 
     def _turned(self, index: NDArray[np.int32], choice: NDArray[np.int64]) -> NDArray[np.int32]:
         return np.einsum("ni,nij->nj", index, self._matrices[choice]).astype(np.int32)
+
+
+def reindex_store(source: ObservationStore, operator: str) -> ReindexedStore:
+    """Apply one operator to all images, and to the cell, as :func:`merge.io.reindexing.reindex`.
+
+    Raises
+    ------
+    UserError
+    """
+    rotation, cell = reindexed_form(source, operator)
+    store = ReindexedStore(source, rotation[None], np.zeros(source.n_images, dtype=np.int64))
+    store.cell = cell
+    return store

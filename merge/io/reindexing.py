@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from integrator.crystal.cell import reciprocal_metric
 from integrator.crystal.symmetry import is_absent, rotations
 from integrator.errors import UserError
-from merge.io.observations import UnmergedData, cell_of_metric, cell_text
+from merge.io.observations import CrystalForm, UnmergedData, cell_of_metric, cell_text
 
 
 def reindex(data: UnmergedData, operator: str) -> UnmergedData:
@@ -22,6 +22,18 @@ def reindex(data: UnmergedData, operator: str) -> UnmergedData:
     data : UnmergedData
     operator : str
         New indices in terms of the old, for example ``"k,h,-l"``.
+
+    Raises
+    ------
+    UserError
+        As :func:`reindexed_form`.
+    """
+    rotation, cell = reindexed_form(data, operator)
+    return replace(data, miller_index=data.miller_index @ rotation, cell=cell)
+
+
+def reindexed_form(data: CrystalForm, operator: str) -> tuple[NDArray[np.int32], gemmi.UnitCell]:
+    """Matrix R of ``h' = h R``, (3, 3), and the cell after it.
 
     Raises
     ------
@@ -43,7 +55,7 @@ def reindex(data: UnmergedData, operator: str) -> UnmergedData:
             f"the reindexing operator {operator} moves the symmetry axes of {data.name} away from "
             f"where {data.space_group.xhm()} has them; give one that keeps the space group"
         )
-    return replace(data, miller_index=data.miller_index @ rotation, cell=cell)
+    return rotation, cell
 
 
 def _keeps_symmetry(rotation: NDArray[np.int32], space_group: gemmi.SpaceGroup) -> bool:

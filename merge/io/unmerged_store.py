@@ -7,17 +7,21 @@ numbers (8 bytes per image) are in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gemmi
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from integrator.atomic import replacing
 from integrator.errors import UserError
+from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData
+
+if TYPE_CHECKING:
+    import h5py
 
 FORMAT, VERSION = "braggflux unmerged", 1
 SUFFIX = ".h5"
@@ -50,6 +54,8 @@ def write_unmerged_store(
     UserError
         There are no observations, or the file cannot be written.
     """
+    import h5py  # only here and below: 10 MiB that a merge of other files does without
+
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         starts, cells, weights = [0], [], []
         first: UnmergedData | None = None
@@ -111,23 +117,13 @@ def _append(file: h5py.File, data: UnmergedData) -> None:
         dataset[n:] = column
 
 
-class UnmergedStore:
+class UnmergedStore(ObservationStore):
     """Read observations of an image range from disk.
 
     Parameters
     ----------
     path : str or Path
         As :func:`write_unmerged_store` writes it.
-
-    Attributes
-    ----------
-    image_starts : ndarray, (n_images + 1,) int64
-        First row of each image and, at the end, N.
-    n_images : int
-    metadata_names : tuple of str
-    has_wavelength : bool
-    cell, space_group, name, has_lp_applied
-        As in :class:`~merge.io.observations.UnmergedData`.
 
     Raises
     ------
@@ -136,6 +132,8 @@ class UnmergedStore:
     """
 
     def __init__(self, path: str | Path) -> None:
+        import h5py
+
         self.path = Path(path)
         try:
             self._file = h5py.File(self.path, "r")
@@ -157,32 +155,15 @@ class UnmergedStore:
         self.name = str(attributes["name"])
         self.has_lp_applied = bool(attributes["has_lp_applied"])
         self.image_starts: NDArray[np.int64] = self._file["image_starts"][()]
-        self.n_images = len(self.image_starts) - 1
         self.metadata_names = tuple(self._file["metadata"])
         self.has_wavelength = "wavelength" in self._file
-
-    def __len__(self) -> int:
-        """Return the number of observations, N."""
-        return int(self.image_starts[-1])
-
-    def __enter__(self) -> UnmergedStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
 
     def read(self, first: int = 0, last: int | None = None) -> UnmergedData:
-        """Read images ``first`` to ``last`` - 1 (to the end when None), numbered from 0 again.
-
-        Raises
-        ------
-        IndexError
-            The range is not within the images of the store.
-        """
+        """Read images as :meth:`ObservationStore.read`."""
         last = self.n_images if last is None else last
         if not 0 <= first <= last <= self.n_images:
             raise IndexError(f"images {first} to {last} of {self.n_images}")
@@ -206,10 +187,5 @@ class UnmergedStore:
         )
 
     def column(self, name: str, rows: slice) -> NDArray:
-        """Read some rows of ``miller_index``, ``intensity`` or ``sigma`` as they are stored."""
+        """Read some rows of a column as they are stored."""
         return self._file[name][rows]
-
-    def blocks(self, n_images: int) -> Iterator[tuple[int, UnmergedData]]:
-        """Go through the store ``n_images`` at a time: (number of the first image, its block)."""
-        for first in range(0, self.n_images, n_images):
-            yield first, self.read(first, min(first + n_images, self.n_images))

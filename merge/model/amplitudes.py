@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from merge.model.french_wilson import french_wilson
 from merge.model.merger import Merger
 from merge.types import MergeBatch
 
-N_NODES = 256
-N_SIGMA = 7.0
 #: Least weight that the best observation of a reflection keeps: sigma grows thirtyfold at most.
 LEAST_TRUST = 1e-3
 
@@ -79,35 +78,3 @@ def relative_responsibility(good: Tensor, refl_id: Tensor, n_rows: int) -> tuple
     good = good.clamp_min(1e-30)
     best = good.new_zeros(n_rows).scatter_reduce_(0, refl_id, good, "amax")[refl_id]
     return good / best, best
-
-
-def french_wilson(
-    intensity: Tensor, sigma: Tensor, expected: Tensor, is_centric: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation of F given an intensity and its sigma.
-
-    Parameters
-    ----------
-    intensity, sigma, expected : Tensor, (R,)
-        Measured intensity, its standard deviation, and epsilon Sigma of Wilson's prior.
-    is_centric : Tensor, (R,) bool
-
-    Returns
-    -------
-    mean, standard_deviation : Tensor, (R,)
-    """
-    # an acentric exp(-I / E) prior moves a Gaussian by -sigma^2 / E, and spreads no wider
-    slope = torch.where(is_centric, 0.5, 1.0).to(expected.dtype) / expected
-    centre = intensity - sigma**2 * slope
-    upper = (centre.clamp_min(0.0) + N_SIGMA * sigma).sqrt()
-    # far below zero the posterior decays as exp(-I |centre| / sigma^2): look at that range only
-    decay = N_SIGMA**2 * sigma**2 / centre.abs().clamp_min(1e-30)
-    upper = torch.where(centre < -N_SIGMA * sigma, torch.minimum(upper, decay.sqrt()), upper)
-    lower = (centre - N_SIGMA * sigma).clamp_min(0.0).sqrt()
-    share = (torch.arange(N_NODES, dtype=expected.dtype, device=expected.device) + 0.5) / N_NODES
-    f = lower[:, None] + (upper - lower)[:, None] * share
-    log_p = -0.5 * ((f**2 - centre[:, None]) / sigma[:, None]) ** 2
-    log_p = log_p + torch.where(is_centric[:, None], 0.0, 1.0) * f.log()
-    p = torch.softmax(log_p, -1)
-    mean = (p * f).sum(-1)
-    return mean, (p * (f - mean[:, None]) ** 2).sum(-1).sqrt()

@@ -51,13 +51,13 @@ def simulation(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stream(simulation):
-    return ObservationStream(simulation[0], CONFIG)
+    return ObservationStream([simulation[0]], CONFIG)
 
 
 def whole_table(stream):
     """All observations in memory, with what the stream holds out held out."""
     problem = build_problem(
-        [stream.store.read()], CONFIG, standard=stream.standard, unique=stream.unique
+        [stream.stores[0].read()], CONFIG, standard=stream.standard, unique=stream.unique
     )
     used, seen = [], []
     for k in range(stream.n_batches):
@@ -79,9 +79,9 @@ def started(stream, table):
 def test_batches_are_whole_images_and_cover_the_store(stream):
     table = whole_table(stream)
     assert stream.n_batches >= 8
-    images = np.diff(stream.edges)
+    images = np.diff(stream.edges, axis=0)
     assert images.min() > 0
-    assert images.sum() == stream.store.n_images
+    assert images.sum() == stream.stores[0].n_images
     assert len(table.observations) == sum(
         len(stream.batch(k).observations) for k in range(stream.n_batches)
     )
@@ -196,7 +196,7 @@ def test_less_than_a_pass_recovers_the_truth(simulation, stream):
 
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, simulation):
     def merge(store):
-        stream = ObservationStream(store, replace(CONFIG, stream_training=3000))
+        stream = ObservationStream([store], replace(CONFIG, stream_training=3000))
         merger = IntensityMerger(stream.unique, stream.sample, CONFIG)
         start(merger, stream.sample)
         fit_stream(merger, stream, replace(CONFIG, stream_training=3000))
@@ -213,7 +213,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path, simulation):
 
 def test_scans_are_not_streamed(simulation):
     with pytest.raises(UserError, match="only with --stills"):
-        ObservationStream(simulation[0], replace(CONFIG, stills=False))
+        ObservationStream([simulation[0]], replace(CONFIG, stills=False))
 
 
 def test_joined_blocks_are_the_store(simulation):

@@ -146,7 +146,7 @@ def test_a_store_under_other_indices(data):
         choice = np.random.default_rng(0).integers(0, 2, store.n_images)
         plain = store.read(20, 60)
     matrices = np.stack([np.eye(3, dtype=int), FLIP])
-    with ReindexedStore(data.observations, matrices, choice) as store:
+    with ReindexedStore(UnmergedStore(data.observations), matrices, choice) as store:
         turned = store.read(20, 60)
         rows = slice(store.image_starts[20], store.image_starts[60])
         index = store.column("miller_index", rows)

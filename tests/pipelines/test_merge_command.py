@@ -196,6 +196,17 @@ def test_friedel_halves_of_stills(tmp_path, truth):
     assert np.isfinite(table.f_minus).sum() > 100
 
 
+def test_datasets_of_one_name_do_not_overwrite_each_other(tmp_path, truth):
+    paths = []
+    for seed, folder in enumerate(("dark", "light")):
+        (tmp_path / folder).mkdir()
+        paths.append(write_mtz(tmp_path / folder / "scaled.mtz", *observed(truth, seed, 8)))
+    assert run(*paths, "--out", tmp_path / "out", *FAST) == 0
+    written = {p.name for p in (tmp_path / "out").glob("scaled*")}
+    kinds = ("merged.mtz", "statistics.csv")
+    assert written == {f"scaled_{k}_{kind}" for k in (0, 1) for kind in kinds}
+
+
 def without(columns, *names):
     return {k: v for k, v in columns.items() if k not in names}
 
