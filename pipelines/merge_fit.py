@@ -21,6 +21,7 @@ from merge.intensities.ambiguity import reassigned, refined, seeded
 from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import choose_correlation
+from merge.intensities.falloff import settle_falloff
 from merge.intensities.held_out import predict, split
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.saved_scale import SavedScale
@@ -147,8 +148,8 @@ class MergeFit:
         table = self.problem.table.to(self.device)
         adopt(merger, table, self.training, self.with_scales)
         self._fit(table, SHORT)
-        if self.with_scales and config.scale_has_falloff:
-            merger.give_falloff_to_scale(config.wilson_b)
+        if self.with_scales:
+            settle_falloff(merger, table, config)
         return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
 
     def _start(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from integrator.errors import UserError
 from integrator.io.intensity_file import is_intensity_file
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.falloff import settle_falloff
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.row_problem import solve_rows
 from merge.intensities.row_sums import RowSums
@@ -139,6 +140,7 @@ def _fit_scales(
     n_steps = n_training_batches(stream, config)
     with log.progress("merging") as advance:
         fit_stream(merger, stream, config, lambda step, _: advance(step, n_steps))
+    settle_falloff(merger, sample, config)
     return merger
 
 

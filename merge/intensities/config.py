@@ -80,10 +80,10 @@ class IntensityMergeConfig:
     # Stills in memory: each image departs from what the encoder says of it by parameters of its
     # own; images never trained on have none.
     image_parameters: bool = True
-    # What keeps the mean falloff of intensities with resolution: the amplitudes or the scale. They
-    # cannot be told apart by the data; auto: the scale for Laue, where spectrum, Lorentz factor
-    # and detector fall off too, else the amplitudes.
-    falloff: Literal["auto", "amplitudes", "scale"] = "auto"
+    # What keeps the mean falloff of intensities with resolution, which the data cannot say: scale;
+    # amplitudes, as far as the fit left it to them; sphere: the scale has none where a lattice
+    # point lies on the Ewald sphere. auto: scale for Laue, sphere for stills, else amplitudes.
+    falloff: Literal["auto", "amplitudes", "scale", "sphere"] = "auto"
     # Where the scale keeps it: B of the amplitudes in the files [A^2], F ~ exp(-B / (4 d^2)).
     wilson_b: float = 0.0
     # Share of the images, and of the observations on the others, that are held out to predict.
@@ -107,11 +107,6 @@ class IntensityMergeConfig:
     seed: int = 0
     # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
     device: str = "auto"
-
-    @property
-    def scale_has_falloff(self) -> bool:
-        """Whether the scale keeps the falloff with resolution."""
-        return self.falloff == "scale" or (self.falloff == "auto" and self.laue)
 
     def __post_init__(self) -> None:
         """Check ranges."""

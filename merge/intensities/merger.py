@@ -182,20 +182,6 @@ class IntensityMerger(nn.Module):
             step[rows] = value[rows] - value[parent]
         self.log_spread_step.copy_(step)
 
-    @torch.no_grad()
-    def give_falloff_to_scale(self, wilson_b: float) -> None:
-        """Let K keep what Sigma falls off with resolution beyond that of ``wilson_b`` [A^2].
-
-        K F^2, divergences and the mean of log Sigma over its knots stay as they are.
-        """
-        wilson = self.prior.wilson
-        excess = wilson.log_sigma + 0.5 * wilson_b * wilson.knots
-        excess -= excess.mean()
-        self.scale.falloff_knots.copy_(wilson.knots)
-        self.scale.falloff += excess
-        self.set_log_spread(self.log_spread - wilson.design @ excess)
-        wilson.log_sigma -= excess
-
     def inference(self) -> Nakagami:
         """q(F) of every row, (R,)."""
         return Nakagami(

@@ -24,13 +24,14 @@ All have Gaussian priors; K is positive by construction.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.metadata import EWALD_OFFSETS
 from merge.intensities.networks import ImageEncoder, ResidualNetwork, blocks
 from merge.intensities.sweep_table import SweepTable
 from merge.intensities.table import Batch, ObservationTable
@@ -103,7 +104,10 @@ class ObservationScale(nn.Module):
             self.spectrum = zeros(config.n_spectrum_knots)
         self.register_buffer("falloff_knots", torch.zeros(config.n_wilson_knots).double())
         self.register_buffer("falloff", torch.zeros(config.n_wilson_knots).double())
-        self.keeps_falloff = config.scale_has_falloff
+        names = table.feature_names
+        offsets = [names.index(n) for n in EWALD_OFFSETS if n in names]
+        # of the distances and, last of all features, their sizes
+        self.offset_columns = [*offsets, *range(-len(offsets), 0)]
         self.log_width = None
         if bool((table.terms.ewald_offset != 0).any()):
             self.log_width = nn.Parameter(torch.tensor(math.log(2.0), dtype=torch.float64))
@@ -138,8 +142,13 @@ class ObservationScale(nn.Module):
         self.has_relative = has_errors
         self.network = ResidualNetwork(n_features + size, width, depth, n_out)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, ErrorsByPlace]:
-        """Log K of each term, (T,), and what the network says of the errors."""
+    def forward(
+        self, batch: Batch, described: Tensor | None = None
+    ) -> tuple[Tensor, ErrorsByPlace]:
+        """Log K of each term, (T,), and what the network says of the errors.
+
+        ``described``, (N, size), describes the images in place of what the batch says of them.
+        """
         terms, observations = batch.terms, batch.observations
         log_scale = terms.base_log_scale
         image = observations.image[terms.observation]
@@ -151,13 +160,13 @@ class ObservationScale(nn.Module):
         if self.spectrum is not None:
             spectrum = interpolated(terms.wavelength, self.spectrum_knots, self.spectrum)
             log_scale = log_scale + spectrum
-        if self.keeps_falloff and bool(self.falloff_knots.any()):
+        if bool(self.falloff_knots.any()):
             log_scale = log_scale + interpolated(terms.inv_d2, self.falloff_knots, self.falloff)
         if self.log_width is not None:
             log_scale = log_scale - 0.5 * terms.ewald_offset**2 * (-2 * self.log_width).exp()
         if self.network is None:
             return log_scale, ErrorsByPlace()
-        out = self.network(self._seen_by_network(batch)).double()
+        out = self.network(self._seen_by_network(batch, described)).double()
         log_scale = log_scale + out[:, 0].clamp(-10.0, 10.0)
         relative = blank_log_odds = log_common = None
         rest = list(batch.of_first_terms(out[:, 1:]).unbind(1))
@@ -169,12 +178,25 @@ class ObservationScale(nn.Module):
             log_common = rest.pop(0).clamp(-5.0, 5.0)
         return log_scale, ErrorsByPlace(relative, blank_log_odds, log_common)
 
-    def _seen_by_network(self, batch: Batch) -> Tensor:
+    def on_the_sphere(self, batch: Batch) -> Tensor:
+        """Log K of each term if its lattice point lay on the Ewald sphere, (T,)."""
+        terms = batch.terms
+        features = terms.features.clone()
+        features[:, self.offset_columns] = 0.0
+        moved = replace(
+            terms, features=features, ewald_offset=torch.zeros_like(terms.ewald_offset)
+        )
+        described = self.describe(batch) if self.encoder is not None else None
+        return self(replace(batch, terms=moved), described)[0]
+
+    def _seen_by_network(self, batch: Batch, described: Tensor | None) -> Tensor:
         """Features of each term and the description of its image, (T, n_in)."""
         features = batch.terms.features
         if self.encoder is None and self.embedding is None:
             return features
-        return torch.cat([features, self.describe(batch)[batch.terms.observation]], -1)
+        if described is None:
+            described = self.describe(batch)
+        return torch.cat([features, described[batch.terms.observation]], -1)
 
     def image_scales(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-scales of single images (none for stills), and that of each observation, (N,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gemmi
@@ -16,6 +17,7 @@ from integrator.errors import UserError
 from merge.intensities.build import build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import GRID, best_line, bounded_scores
+from merge.intensities.falloff import settle_falloff
 from merge.intensities.held_out import split
 from merge.intensities.likelihood import IntensityLikelihood
 from merge.intensities.merger import IntensityMerger
@@ -319,7 +321,7 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
     f = np.sqrt(rng.exponential(1e4 * np.exp(-30 / (2 * asu.d**2))))
     wavelength = rng.uniform(0.95, 1.05, 20 * 150)
     data, *_ = simulated(rng, f=f, asu=asu, wavelength=wavelength)
-    config = IntensityMergeConfig(laue=True, epochs=3, anisotropic=False)
+    config = IntensityMergeConfig(laue=True, epochs=3, anisotropic=False, wilson_b=wilson_b)
     problem = build_problem([data], config)
     merger = IntensityMerger(problem.unique, problem.table, config)
     start(merger, problem.table)
@@ -330,7 +332,7 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
         scaled = scaled_observations(merger, problem.table)
         rows = merged_rows(merger, problem.table, scaled)
         assert merger.prior.wilson.log_sigma.std() > 0.1
-        merger.give_falloff_to_scale(wilson_b)
+        settle_falloff(merger, problem.table, config)
         after = merger.loss(everything, merger.inference())
     for name in ("log_likelihood", "kl_structure_factor"):
         value, expected = (float(getattr(x, name)) for x in (after, before))
@@ -349,11 +351,58 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
     assert ratio.std() > 0.05
 
 
-def test_the_scale_keeps_the_falloff_of_laue_data_alone_unless_told():
-    assert IntensityMergeConfig(laue=True).scale_has_falloff
-    assert not IntensityMergeConfig(stills=True).scale_has_falloff
-    assert IntensityMergeConfig(falloff="scale").scale_has_falloff
-    assert not IntensityMergeConfig(laue=True, falloff="amplitudes").scale_has_falloff
+def test_falloff_of_stills_is_that_of_points_on_the_ewald_sphere():
+    """Points grow with 1/d, so that a cut at one distance loses more of the inner reflections."""
+    rng = np.random.default_rng(7)
+    asu = ReciprocalAsu(CELL, SPACE_GROUP, 3.0, False)
+    f = np.sqrt(rng.exponential(1e4 * np.exp(-30 / (2 * asu.d**2))))
+    image = np.repeat(np.arange(60), 300)
+    row = rng.integers(0, len(asu), len(image))
+    offset = rng.uniform(-1, 1, len(image)) * 2e-4
+    width = 2e-4 * 3.0 / asu.d[row]
+    partiality = np.exp(-0.5 * (offset / width) ** 2)
+    sigma = np.full(len(image), 20.0)
+    scale = np.exp(0.2 * rng.standard_normal(60))[image]
+    data = make_unmerged(
+        source="a",
+        miller_index=asu.miller_index[row],
+        intensity=scale * partiality * f[row] ** 2 + sigma * rng.standard_normal(len(image)),
+        sigma=sigma,
+        image_label=image,
+        metadata={"ewald_offset": offset, "BATCH": image},
+        wavelength=None,
+        cell=CELL,
+        space_group=SPACE_GROUP,
+        name="a",
+        has_lp_applied=True,
+    )
+    config = IntensityMergeConfig(stills=True, epochs=30, batch_size=2000, anisotropic=False)
+    torch.manual_seed(0)
+    problem = build_problem([data], config)
+    merger = IntensityMerger(problem.unique, problem.table, config)
+    start(merger, problem.table)
+    fit(merger, problem.table, config)
+    merger.requires_grad_(False)
+    everything = problem.table.everything()
+
+    def error():
+        """Of the logarithm of F against resolution, largest less smallest."""
+        found = merger.inference().mean.numpy()
+        true = f[asu.refl_id(problem.unique.asus[0].miller_index)]
+        shells = np.array_split(np.argsort(problem.unique.d), 8)
+        ratio = [np.log((found[s] ** 2).mean() / (true[s] ** 2).mean()) / 2 for s in shells]
+        return np.ptp(ratio)
+
+    before, wrong = merger.loss(everything, merger.inference()), error()
+    settle_falloff(merger, problem.table, replace(config, falloff="amplitudes"))
+    assert error() == wrong
+    settle_falloff(merger, problem.table, config)
+    after = merger.loss(everything, merger.inference())
+    for name in ("log_likelihood", "kl_structure_factor"):
+        value, expected = (float(getattr(x, name)) for x in (after, before))
+        assert value == pytest.approx(expected, rel=1e-9), name
+    assert wrong > 0.2
+    assert error() < 0.1
 
 
 def test_pairs_need_the_same_place():
