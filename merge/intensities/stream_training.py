@@ -8,6 +8,7 @@ and at the end one look at all observations, scales frozen, gives q(F), intensit
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -19,6 +20,7 @@ import torch
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.held_out import Prediction, observed_and_expected
 from merge.intensities.merger import IntensityMerger
+from merge.intensities.read_ahead import read_ahead
 from merge.intensities.row_filter import RowFilter
 from merge.intensities.row_sums import RowSums
 from merge.intensities.stream import ObservationStream
@@ -57,8 +59,9 @@ def fit_stream(
     numbers = stream.numbers(torch.Generator().manual_seed(config.seed))
     pending = [torch.zeros_like(merger.log_concentration) for _ in range(2)]
     began, n_seen = time.monotonic(), 0
-    for step in range(n_steps):
-        batch = stream.batch(next(numbers)).to(merger.device)
+    batches = read_ahead(stream.batch, itertools.islice(numbers, n_steps))
+    for step, (_, batch) in enumerate(batches):
+        batch = batch.to(merger.device)
         is_row_step = (step + 1) % ROWS_EVERY == 0 or step + 1 == n_steps
         optimizer.zero_grad()
         q = merger.inference()
@@ -94,8 +97,8 @@ def n_training_batches(stream: ObservationStream, config: IntensityMergeConfig) 
 
 def all_batches(stream: ObservationStream, merger: IntensityMerger) -> Iterator[tuple[int, Batch]]:
     """Every batch with its number, in the order of the file."""
-    for k in np.flatnonzero(stream.filled).tolist():
-        yield k, stream.batch(k).to(merger.device)
+    for k, batch in read_ahead(stream.batch, np.flatnonzero(stream.filled).tolist()):
+        yield k, batch.to(merger.device)
 
 
 def held_out_batches(
