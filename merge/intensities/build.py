@@ -175,13 +175,13 @@ def _sweeps(
     config: IntensityMergeConfig,
 ) -> SweepTable | None:
     """Places on sweeps, where all files know them and the scale is to use them."""
-    if config.stills or config.laue or not config.physical_scale or columns.position is None:
+    if config.stills or config.laue or not config.physical_scale:
         return None
     metadata = [d.metadata for d in data]
-    if not has_sweeps(metadata):
+    if columns.position is None or not has_sweeps(metadata):
         logger.info(
-            "the files do not say where observations lie on their sweeps (orientation and phi in "
-            "batch headers): the scale is left to the network"
+            "the files do not say where observations lie on their sweeps (spot positions, "
+            "orientation and phi in batch headers): the scale is left to the network"
         )
         return None
     return sweep_table(metadata, columns.position, columns.inv_d2, order)

@@ -86,7 +86,9 @@ def sweep_columns(
         return {}
     s1 /= length[:, None]
     sweep, first = _sweeps(numbers, values[:, _PHI], width)
-    frame = numbers[which] - first[which] + (phi - values[which, _PHI]) / width[which]
+    # phi may be counted from another turn than the header's
+    beyond = (phi - values[which, _PHI] + 180.0) % 360.0 - 180.0
+    frame = numbers[which] - first[which] + beyond / width[which]
     beams = np.concatenate([turn.inv().apply(v) for v in (s0, s1)], axis=1)
     found = [sweep[which].astype(float), frame, np.abs(width)[which], zeta(s0, s1, axis), *beams.T]
     return dict(zip(SWEEP_COLUMNS, found, strict=True))

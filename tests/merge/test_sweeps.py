@@ -148,16 +148,18 @@ def test_two_datasets_have_sweeps_of_their_own(sweep):
     assert torch.equal(table.sweeps.experiment, table.observations.dataset)
 
 
-@pytest.mark.parametrize("missing", ["switched off", "no columns"])
+@pytest.mark.parametrize("missing", ["switched off", "no columns", "no positions"])
 def test_without_places_the_network_has_the_scale(sweep, missing, caplog):
     data, config = observed(sweep), IntensityMergeConfig()
     if missing == "no columns":
         del data.metadata[ZETA]
+    elif missing == "no positions":
+        del data.metadata["XDET"]
     else:
         config = replace(config, physical_scale=False)
     with caplog.at_level("INFO"):
         problem = build_problem([data], config)
-    assert ("left to the network" in caplog.text) == (missing == "no columns")
+    assert ("left to the network" in caplog.text) == (missing != "switched off")
     scale = IntensityMerger(problem.unique, problem.table, config).scale
     assert scale.sweep is None
     assert scale.network is not None
@@ -238,6 +240,10 @@ def test_batch_headers_give_the_beams_in_the_crystal(tmp_path, sign):
     xyz = np.column_stack([np.zeros(n), np.zeros(n), z])
     table = mtz_io.UnmergedTable(hkl, number, np.arange(n) + 1.0, np.ones(n), xyz, np.ones(n))
     mtz_io.write_unmerged_mtz(tmp_path / "u.mtz", table, experiments)
+    mtz = gemmi.read_mtz_file(str(tmp_path / "u.mtz"))
+    rot = mtz.column_with_label("ROT")
+    rot.array[:] = rot.array + 360.0 * (rot.array > 110.0)  # a turn later than the header says
+    (tmp_path / "u.mtz").write_bytes(mtz.write_to_bytes())
     data = read_mtz(tmp_path / "u.mtz")
     assert set(SWEEP_COLUMNS) <= set(data.metadata)
     rows = np.round(data.intensity).astype(int) - 1
