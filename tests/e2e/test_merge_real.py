@@ -27,9 +27,9 @@ def test_photoactive_yellow_protein(shared, tmp_path):
     merged = [tmp_path / "out" / f"{name}_iso_uc_merged.mtz" for name in ("off", "2ms")]
     scorer = shared / "tools" / "pyp_difference_map.py"
     result = score(scorer, *merged, "--refs", data)
-    # 2026-11-22: 0.442 and 0.518; settings differ among each other by 0.02
-    assert result["cc_roi"] > 0.37
-    assert result["cc_roi_weighted"] > 0.46
+    # 2026-11-26: 0.533, 0.533, 0.511 and 0.528, 0.528, 0.529 in three seeds; published 0.510, 0.518
+    assert result["cc_roi"] > 0.49
+    assert result["cc_roi_weighted"] > 0.51
 
 
 def test_thermolysin_stills(shared, tmp_path):
@@ -40,5 +40,5 @@ def test_thermolysin_stills(shared, tmp_path):
     scorer = shared / "tools" / "anomalous_peaks.py"
     merged = tmp_path / "out" / "merged.mtz"
     zinc = score(scorer, merged, data / "2tli.pdb", "--sites", "ZN", "--json")["peaks"]
-    # 2026-11-22: 9.28; careless 0.5.4 has 6.9
-    assert max(zinc.values()) > 7.6
+    # 2026-11-26: 10.2, 10.1, 10.2 in three seeds of 100 epochs; careless 0.5.4 has 6.9
+    assert max(zinc.values()) > 9.0
