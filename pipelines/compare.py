@@ -33,6 +33,7 @@ from pipelines.comparison_rows import (
 from pipelines.matching import match_observations
 from pipelines.report.terminal import write_table
 from pipelines.rundir import REFERENCE, RunDirectory, write_rows
+from pipelines.unmerged_dials import MIN_PARTIALITY
 
 Array = NDArray[np.float64]
 
@@ -142,10 +143,14 @@ def _against_dials(title: str, ours: ReflectionTable, dials: ReflectionTable) ->
     value, sigma = _intensity(ours.select(a))
     dials_value, dials_sigma = _intensity(dials.select(b))
     strength = dials_value / dials_sigma
+    # what dials.scale does not use either: of a reflection that was recorded for a thousandth,
+    # profile fitting may give anything, and one such value decides a correlation
+    partiality = dials.columns.get("partiality", np.ones(len(dials)))[b]
+    is_recorded = partiality >= MIN_PARTIALITY
     rows = []
     bins = [(_range_name(x, y), x, y) for x, y in pairwise(STRENGTH_EDGES)]
     for name, x, y in [*bins, ("all > 3", 3.0, np.inf)]:
-        q = (strength > x) & (strength <= y)
+        q = is_recorded & (strength > x) & (strength <= y)
         n = int(q.sum())
         if n < MIN_PAIRS:
             rows.append(missing_row(title, "cc", BOTH, TOO_FEW, name, n))
