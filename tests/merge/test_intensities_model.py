@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import gemmi
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from simulated_intensities import CELL, SPACE_GROUP, simulated
 
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.distributions.nakagami import Nakagami
@@ -17,7 +17,6 @@ from integrator.errors import UserError
 from merge.intensities.build import build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import GRID, best_line, bounded_scores
-from merge.intensities.falloff import settle_falloff
 from merge.intensities.held_out import split
 from merge.intensities.likelihood import IntensityLikelihood
 from merge.intensities.merger import IntensityMerger
@@ -29,36 +28,6 @@ from merge.intensities.training import fit, start
 from merge.intensities.tree_width import tree_width
 from merge.intensities.unique import UniqueRows, check_parents
 from merge.io.observations import make_unmerged
-
-CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
-SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
-D_MIN = 4.0
-
-
-def simulated(rng, n_images=20, n_per_image=150, f=None, asu=None, name="a", wavelength=None):
-    """Observations of known F with a scale of each image and known Gaussian errors."""
-    asu = asu or ReciprocalAsu(CELL, SPACE_GROUP, D_MIN, False)
-    f = np.sqrt(rng.exponential(1000.0, len(asu))) if f is None else f
-    image = np.repeat(np.arange(n_images), n_per_image)
-    row = rng.integers(0, len(asu), len(image))
-    scale = np.exp(0.3 * np.sin(image / 3.0))
-    sigma = 20.0 + 0.0 * image
-    intensity = scale * f[row] ** 2 + sigma * rng.standard_normal(len(image))
-    xy = rng.uniform(0, 1000, (len(image), 2))
-    data = make_unmerged(
-        source=name,
-        miller_index=asu.miller_index[row],
-        intensity=intensity,
-        sigma=sigma,
-        image_label=image,
-        metadata={"X": xy[:, 0], "Y": xy[:, 1], "BATCH": image},
-        wavelength=wavelength,
-        cell=CELL,
-        space_group=SPACE_GROUP,
-        name=name,
-        has_lp_applied=True,
-    )
-    return data, f, asu
 
 
 @pytest.mark.parametrize("kind", ["scan", "stills", "paired"])
@@ -312,97 +281,6 @@ def test_an_image_that_was_never_trained_on_has_no_parameters_of_its_own():
     of_held = torch.isin(o.image, held)
     torch.testing.assert_close(alone[of_held], before[of_held], rtol=0, atol=1e-6)
     assert (alone[~of_held] != before[~of_held]).any()
-
-
-@pytest.mark.parametrize("wilson_b", [0.0, 12.0])
-def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
-    rng = np.random.default_rng(5)
-    asu = ReciprocalAsu(CELL, SPACE_GROUP, D_MIN, False)
-    f = np.sqrt(rng.exponential(1e4 * np.exp(-30 / (2 * asu.d**2))))
-    wavelength = rng.uniform(0.95, 1.05, 20 * 150)
-    data, *_ = simulated(rng, f=f, asu=asu, wavelength=wavelength)
-    config = IntensityMergeConfig(laue=True, epochs=3, anisotropic=False, wilson_b=wilson_b)
-    problem = build_problem([data], config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
-    start(merger, problem.table)
-    fit(merger, problem.table, config)
-    with torch.no_grad():
-        everything = problem.table.everything()
-        before = merger.loss(everything, merger.inference())
-        scaled = scaled_observations(merger, problem.table)
-        rows = merged_rows(merger, problem.table, scaled)
-        assert merger.prior.wilson.log_sigma.std() > 0.1
-        settle_falloff(merger, problem.table, config)
-        after = merger.loss(everything, merger.inference())
-    for name in ("log_likelihood", "kl_structure_factor"):
-        value, expected = (float(getattr(x, name)) for x in (after, before))
-        assert value == pytest.approx(expected, rel=1e-9), name
-    d = torch.as_tensor(problem.unique.d)
-    sigma = merger.prior.wilson.wilson_sigma().detach()
-    torch.testing.assert_close(
-        (sigma / sigma[0]).log(), -0.5 * wilson_b * (d**-2 - d[0] ** -2), rtol=0, atol=1e-9
-    )
-    scaled = scaled_observations(merger, problem.table)
-    now = merged_rows(merger, problem.table, scaled)
-    torch.testing.assert_close(now.normalised, rows.normalised)
-    ratio = (now.amplitude / rows.amplitude).square()
-    seen = rows.n_obs > 0
-    torch.testing.assert_close((now.intensity / rows.intensity)[seen], ratio[seen])
-    assert ratio.std() > 0.05
-
-
-def test_falloff_of_stills_is_that_of_points_on_the_ewald_sphere():
-    """Points grow with 1/d, so that a cut at one distance loses more of the inner reflections."""
-    rng = np.random.default_rng(7)
-    asu = ReciprocalAsu(CELL, SPACE_GROUP, 3.0, False)
-    f = np.sqrt(rng.exponential(1e4 * np.exp(-30 / (2 * asu.d**2))))
-    image = np.repeat(np.arange(60), 300)
-    row = rng.integers(0, len(asu), len(image))
-    offset = rng.uniform(-1, 1, len(image)) * 2e-4
-    width = 2e-4 * 3.0 / asu.d[row]
-    partiality = np.exp(-0.5 * (offset / width) ** 2)
-    sigma = np.full(len(image), 20.0)
-    scale = np.exp(0.2 * rng.standard_normal(60))[image]
-    data = make_unmerged(
-        source="a",
-        miller_index=asu.miller_index[row],
-        intensity=scale * partiality * f[row] ** 2 + sigma * rng.standard_normal(len(image)),
-        sigma=sigma,
-        image_label=image,
-        metadata={"ewald_offset": offset, "BATCH": image},
-        wavelength=None,
-        cell=CELL,
-        space_group=SPACE_GROUP,
-        name="a",
-        has_lp_applied=True,
-    )
-    config = IntensityMergeConfig(stills=True, epochs=30, batch_size=2000, anisotropic=False)
-    torch.manual_seed(0)
-    problem = build_problem([data], config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
-    start(merger, problem.table)
-    fit(merger, problem.table, config)
-    merger.requires_grad_(False)
-    everything = problem.table.everything()
-
-    def error():
-        """Of the logarithm of F against resolution, largest less smallest."""
-        found = merger.inference().mean.numpy()
-        true = f[asu.refl_id(problem.unique.asus[0].miller_index)]
-        shells = np.array_split(np.argsort(problem.unique.d), 8)
-        ratio = [np.log((found[s] ** 2).mean() / (true[s] ** 2).mean()) / 2 for s in shells]
-        return np.ptp(ratio)
-
-    before, wrong = merger.loss(everything, merger.inference()), error()
-    settle_falloff(merger, problem.table, replace(config, falloff="amplitudes"))
-    assert error() == wrong
-    settle_falloff(merger, problem.table, config)
-    after = merger.loss(everything, merger.inference())
-    for name in ("log_likelihood", "kl_structure_factor"):
-        value, expected = (float(getattr(x, name)) for x in (after, before))
-        assert value == pytest.approx(expected, rel=1e-9), name
-    assert wrong > 0.2
-    assert error() < 0.1
 
 
 def test_pairs_need_the_same_place():
