@@ -16,6 +16,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTHON ?=
 PYTEST_ARGS ?=
+# Each worker holds its own torch, a GB at worst; a file's tests share what its fixtures made.
+PYTEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO ?= demo
 
 BIN := $(VENV)/bin
@@ -85,7 +87,7 @@ $(DEMO)/frames/model.pdb: | $(STAMP)
 	"$(BIN)/braggflux" simulate --out "$(DEMO)/frames" --preset $(DEMO_NAME)
 
 test: $(STAMP)
-	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+	"$(BIN)/python" -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .
