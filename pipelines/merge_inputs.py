@@ -42,7 +42,7 @@ class MergeInputs:
         For files that hold none (streams).
     reindex : tuple of str
         Operators (:func:`pipelines.reindexing.parse_reindex`).
-    reference : Path, optional
+    prior_model : Path, optional
         Model or merged MTZ whose amplitudes the data resemble.
     freeze_scales : Path, optional
         Earlier merge whose scales are used.
@@ -54,7 +54,7 @@ class MergeInputs:
     is_friedel: bool = False
     space_group: str | None = None
     reindex: tuple[str, ...] = ()
-    reference: Path | None = None
+    prior_model: Path | None = None
     freeze_scales: Path | None = None
 
     def read(self) -> list[UnmergedData]:
@@ -101,7 +101,7 @@ class MergeInputs:
         write_text(self.out / "config.yaml", schema.annotated_yaml(config))
         files = {f"input {i + 1}": path for i, path in enumerate(self.paths)}
         more = {
-            "reference": self.reference,
+            "prior_model": self.prior_model,
             "reference_intensities": config.reference_intensities,
             "freeze_scales": None
             if self.freeze_scales is None

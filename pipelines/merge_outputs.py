@@ -54,7 +54,7 @@ def write_dataset(
     names, asu = problem.names, problem.unique.asus[dataset]
     rows = problem.unique.rows(dataset)
     scaled = scaled_observations(merger, problem.table)
-    merged = merged_rows(merger, problem.table, scaled, is_marginal=config.sigma == "amplitude")
+    merged = merged_rows(merger, problem.table, scaled, is_marginal=config.sigma != "difference")
     halves = _half_sets(problem, merger, config, scaled, rows)
     n_obs = merged.n_obs.numpy()[rows]
     table = merged_table(
@@ -97,7 +97,7 @@ def write_stream(
         unit,
         *in_units_of_the_file(None),
         sums["n"].cpu().long(),
-        config.sigma == "amplitude",
+        config.sigma != "difference",
     )
     intensities = [in_units_of_the_file(half) for half in (0, 1)]
     halves = {

@@ -23,6 +23,7 @@ from pipelines.merge_fit import Knowledge, MergeFit, is_coupled
 from pipelines.merge_inputs import MergeInputs
 from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_dataset
+from pipelines.merge_settings import say_what_data_leave_idle, settled
 from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows
 from pipelines.stream_merging import is_streamed, merge_stores
@@ -42,6 +43,12 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
     ------
     UserError
     """
+    config = settled(
+        config,
+        inputs.parents,
+        has_model=inputs.prior_model is not None,
+        has_scales=inputs.freeze_scales is not None,
+    )
     device = choose_device(config.device)
     saved = None
     if inputs.freeze_scales is not None:
@@ -67,13 +74,14 @@ def _merge_in_memory(
     standard = None if saved is None else saved.standard
     problem = build_problem(data, config, inputs.parents, operators, standard)
     number, wavelength = image_numbers(problem, data), [_wavelength(d) for d in data]
+    say_what_data_leave_idle(config, problem, data)
     del data  # nearly as large as the table
     is_coupled(problem.unique, config)
     if saved is not None:
         saved.check(problem.table)
     f_calc = None
-    if inputs.reference is not None:
-        f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, problem.unique.asus))
+    if inputs.prior_model is not None:
+        f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, problem.unique.asus))
     known = Knowledge(saved, f_calc, wanted_indexing(config, problem, f_calc))
     inputs.open_folder(config)
     _log_size(problem)

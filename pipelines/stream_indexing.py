@@ -43,8 +43,8 @@ def resolve_indexing(
 
     def wanted(problem: MergeProblem) -> Tensor | None:
         f_calc = None
-        if inputs.reference is not None:
-            f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, problem.unique.asus))
+        if inputs.prior_model is not None:
+            f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, problem.unique.asus))
         return wanted_indexing(config, problem, f_calc)
 
     with log.progress("indexing") as advance:

@@ -83,8 +83,8 @@ def merge_stores(
         stream = ObservationStream(stores, config, standard, inputs.parents)
         couples = is_coupled(stream.unique, config)
         f_calc = None
-        if inputs.reference is not None:
-            f_calc = torch.as_tensor(reference_amplitudes(inputs.reference, stream.unique.asus))
+        if inputs.prior_model is not None:
+            f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, stream.unique.asus))
         inputs.open_folder(config)
         logger.info(
             "%d observations on %d images in %d batches, %d unique reflections; metadata %s",

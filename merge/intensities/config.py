@@ -52,18 +52,20 @@ class IntensityMergeConfig:
     # Obliquity [deg] up to which a two-fold axis of the lattice may be mistaken for symmetry.
     ambiguity_tolerance: float = 0.5
     # Model or merged MTZ of the same crystal form: of ambiguous indexings, its own is taken; that
-    # of --reference when null.
+    # of --prior-model when null.
     reference_intensities: Path | None = None
-    # wilson: every amplitude for itself; double-wilson: given its parent (or Bijvoet mate).
-    prior: Literal["wilson", "double-wilson"] = "wilson"
+    # wilson: every amplitude for itself; double-wilson: given its parent (or Bijvoet mate). auto:
+    # double-wilson where --parents or a correlation is given.
+    prior: Literal["auto", "wilson", "double-wilson"] = "auto"
     # Correlation r of an amplitude with its parent; by shell from held-out data when null.
     correlation: float | None = None
     # SIGF of coupled amplitudes: amplitude is right for F alone; difference leaves out what
-    # relatives have in common, for programs that weigh differences as if F were independent.
-    sigma: Literal["amplitude", "difference"] = "amplitude"
+    # relatives have in common, for programs that weigh differences as if F were independent. auto:
+    # difference where --parents are given.
+    sigma: Literal["auto", "amplitude", "difference"] = "auto"
     # Resolution shells of r.
     n_correlation_shells: int = 10
-    # Resolution shells of sigma_A, the correlation of amplitudes with those of --reference.
+    # Resolution shells of sigma_A, the correlation of amplitudes with those of --prior-model.
     n_reference_shells: int = 10
     # Knots of the learned mean intensity against resolution.
     n_wilson_knots: int = 12

@@ -11,6 +11,7 @@ is asked for; stills have no parameters of single images and may be any number.
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.standard import Standard
 from merge.intensities.table import ObservationTable
+
+logger = logging.getLogger(__name__)
 
 FORMAT, VERSION = "braggflux scale model", 1
 FILE_NAME = "scale_model.pt"
@@ -81,8 +84,15 @@ class SavedScale:
                     f"{self.path} was fitted {'with' if saved else 'without'} --{name}; merge "
                     f"{'with' if saved else 'without'} it, or leave --freeze-scales out"
                 )
-        known = {f.name for f in fields(config)}
-        return replace(config, **{k: v for k, v in self.settings.items() if k in known})
+        known = {f.name: f.default for f in fields(config)}
+        saved = {k: v for k, v in self.settings.items() if k in known}
+        for name, value in saved.items():
+            given = getattr(config, name)
+            if given not in (value, known[name]):
+                logger.warning(
+                    "without effect: %s=%s (%s was fitted with %s)", name, given, self.path, value
+                )
+        return replace(config, **saved)
 
     def check(self, table: ObservationTable) -> None:
         """Make sure that scales of scans meet the images they were fitted to.

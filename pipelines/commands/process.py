@@ -58,5 +58,7 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(args, FLAGS, fixed)
 
     from pipelines.process import process
+    from pipelines.run_settings import say_idle_of_run
 
+    say_idle_of_run(config, is_process=True)
     process(config, resume=args.resume, truth=args.truth)

@@ -46,5 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     from pipelines.process import finish
     from pipelines.run import run as run_pipeline
+    from pipelines.run_settings import say_idle_of_run
 
+    say_idle_of_run(config)
     finish(run_pipeline(config, resume=args.resume))

@@ -168,7 +168,7 @@ CASES = {
     "unknown option": (lambda f: [f.mtz(), "--set", "colour=red"], "unknown configuration key"),
     "unknown likelihood": (lambda f: [f.mtz(), "--likelihood", "cauchy"], "likelihood must be"),
     "no such reference": (
-        lambda f: [f.mtz(), "--reference", f.path / "none.mtz"],
+        lambda f: [f.mtz(), "--prior-model", f.path / "none.mtz"],
         "none.mtz does not exist",
     ),
     "indexing reference of a scan": (

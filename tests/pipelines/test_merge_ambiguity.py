@@ -85,7 +85,7 @@ def test_images_are_assigned_consistently(merged, data):
 
 
 @pytest.mark.parametrize(
-    ("is_flipped", "option"), [(False, "--reference-intensities"), (True, "--reference")]
+    ("is_flipped", "option"), [(False, "--reference-intensities"), (True, "--prior-model")]
 )
 def test_the_reference_decides(is_flipped, option, data, tmp_path):
     hkl, f, group = true_amplitudes(data)

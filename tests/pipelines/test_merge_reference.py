@@ -1,4 +1,4 @@
-"""`braggflux merge --reference` from files to files, and references that cannot be used."""
+"""`braggflux merge --prior-model` from files to files, and references that cannot be used."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_reference_from_file_to_file(tmp_path, calculated):
     f = np.abs(0.9 * f_calc + 0.19**0.5 * spread * rest)
     data = write_unmerged(tmp_path / "a.mtz", asu, f, 2.0 * np.mean(f**2))
     structure().write_pdb(str(tmp_path / "m.pdb"))
-    runs = {"plain": (), "with": ("--reference", str(tmp_path / "m.pdb"))}
+    runs = {"plain": (), "with": ("--prior-model", str(tmp_path / "m.pdb"))}
     correlation = {}
     for name, more in runs.items():
         command = ["merge", str(data), "--out", str(tmp_path / name), "--anomalous", *FAST, *more]
@@ -136,7 +136,7 @@ def test_reference_from_file_to_file(tmp_path, calculated):
     assert len(metrics[1]["sigma_a"]) == len(shells) == 10
     assert metrics[1]["anisotropic_b"][0][1] == pytest.approx(0.0, abs=1e-9)
     inputs = json.loads((tmp_path / "with" / "provenance.json").read_text())["inputs"]
-    assert "reference" in str(inputs)
+    assert "prior_model" in str(inputs)
     better = metrics[1]["held_out"]["observation"]["log_likelihood"]
     assert better > metrics[0]["held_out"]["observation"]["log_likelihood"]
 
@@ -154,7 +154,7 @@ def test_reference_with_double_wilson(tmp_path, calculated):
     structure().write_pdb(str(tmp_path / "m.pdb"))
     common = ("--parents", "none,0", "--prior", "double-wilson", "--correlation", "0.99", *FAST)
     correlation = {}
-    for name, more in (("plain", ()), ("with", ("--reference", str(tmp_path / "m.pdb")))):
+    for name, more in (("plain", ()), ("with", ("--prior-model", str(tmp_path / "m.pdb")))):
         assert cli.main(["merge", *paths, "--out", str(tmp_path / name), *common, *more]) == 0
         for dataset, f in (("dark", f_calc), ("light", light)):
             table = read_merged_mtz(tmp_path / name / f"{dataset}_merged.mtz").table
@@ -222,7 +222,7 @@ def test_unusable_references(kind, said, tmp_path, calculated, capsys):
         return
     data = write_unmerged(tmp_path / "a.mtz", asu, f, 1.0)
     out = tmp_path / "out"
-    assert cli.main(["merge", str(data), "--out", str(out), "--reference", str(path)]) == 2
+    assert cli.main(["merge", str(data), "--out", str(out), "--prior-model", str(path)]) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("braggflux: error: ")
     assert not out.exists()

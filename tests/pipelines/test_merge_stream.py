@@ -93,7 +93,7 @@ def test_a_model_as_prior(files, merged):
     form = {"cell": truth.cell.parameters, "space_group": truth.spacegroup.xhm()}
     columns = {"F": ("F", np.array(truth.column_with_label("F(+)")))}
     reference = write_mtz(files / "f.mtz", truth.make_miller_array(), columns, **form)
-    more = ("--freeze-scales", merged, "--reference", reference)
+    more = ("--freeze-scales", merged, "--prior-model", reference)
     assert run(files / "second" / "stills.h5", "--out", out, *OPTIONS, *STREAMED, *more) == 0
     with (out / "sigma_a.csv").open() as stream:
         assert np.mean([float(row["sigma_a"]) for row in csv.DictReader(stream)]) > 0.9

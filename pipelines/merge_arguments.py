@@ -1,0 +1,76 @@
+"""Command line of a merge: the files, and how they belong together."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from integrator.errors import UserError
+
+if TYPE_CHECKING:
+    from pipelines.merge_inputs import MergeInputs
+
+logger = logging.getLogger(__name__)
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the files and their relations."""
+    add = parser.add_argument
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".mtz .refl+.expt .stream .h5")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    text = (
+        "dataset that each dataset resembles, by its number from 0, or none; sets the "
+        "double-Wilson prior and, unless given, sigma=difference"
+    )
+    add("--parents", metavar="none,0", help=text)
+    text = "the two inputs are the Friedel halves of one dataset; sets --anomalous"
+    add("--friedel", action="store_true", help=text)
+    text = "for files that hold none (.stream), e.g. P6122"
+    add("--space-group", metavar="SG", help=text)
+    text = (
+        "new indices of dataset N (from 0; of all without) by the old, e.g. 1:k,h,-l; repeatable"
+    )
+    add("--reindex", action="append", default=[], metavar="[N:]OP", help=text)
+    text = (
+        "structure (.pdb, .cif) or merged amplitudes (.mtz) that the data resemble: its |F_calc| "
+        "becomes the prior, as far as the data say that it fits"
+    )
+    add("--prior-model", type=Path, metavar="MODEL", help=text)
+    # of `run` and `process`, --reference is what results are compared with
+    add("--reference", type=Path, metavar="MODEL", help="old name of --prior-model")
+    text = "earlier merge (its folder or scale_model.pt) whose scales and error model are used"
+    add("--freeze-scales", type=Path, metavar="DIR", help=text)
+
+
+def inputs_from_args(args: argparse.Namespace) -> MergeInputs:
+    """Check the relations and bundle them.
+
+    Raises
+    ------
+    UserError
+        They contradict each other, or cannot be read.
+    """
+    if args.friedel and args.parents:
+        raise UserError("--friedel makes one dataset of two files; leave --parents out")
+    if args.reference is not None:
+        if args.prior_model is not None:
+            raise UserError("--reference is the old name of --prior-model; give one of them")
+        logger.warning(
+            "--reference of merge is now --prior-model and will go with the next version; nothing "
+            "is compared here: for that see `braggflux compare`"
+        )
+    # not at the top: `--help` does without torch
+    from pipelines.merge_inputs import MergeInputs, parse_parents
+
+    return MergeInputs(
+        tuple(args.inputs),
+        args.out,
+        parents=parse_parents(args.parents),
+        is_friedel=args.friedel,
+        space_group=args.space_group,
+        reindex=tuple(args.reindex),
+        prior_model=args.prior_model or args.reference,
+        freeze_scales=args.freeze_scales,
+    )
