@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files and their relations."""
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".mtz .refl+.expt .stream .h5")
+    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".mtz .refl+.expt .HKL .stream .h5")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     text = (
         "dataset that each dataset resembles, by its number from 0, or none; sets the "

@@ -38,7 +38,7 @@ _METADATA = ("zeta", "background.mean", "partiality", "profile.correlation", "qe
 def read_inputs(
     paths: Sequence[str | Path], *, space_group: gemmi.SpaceGroup | None = None
 ) -> list[UnmergedData]:
-    """Read one dataset from each file, or from each pair of DIALS files.
+    """Read the datasets of each file, or of each pair of DIALS files.
 
     A .refl goes with the .expt of the same stem, else with the one at the same place among the
     .expt files. So does a table of photon counts, which needs none where it holds its own cell.
@@ -48,7 +48,7 @@ def read_inputs(
     paths : sequence of str or Path
         In any order; the datasets come in the order of the files other than .expt.
     space_group : gemmi.SpaceGroup, optional
-        Of CrystFEL streams, which do not know it.
+        Of files that do not know it.
 
     Raises
     ------

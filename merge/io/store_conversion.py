@@ -25,6 +25,7 @@ from merge.io.mtz_observations import (
     read_mtz,
 )
 from merge.io.observations import UnmergedData
+from merge.io.unmerged_data import read_unmerged
 from merge.io.unmerged_store import write_unmerged_store
 
 #: Rows in memory at a time: of 20 columns, 160 MB.
@@ -38,14 +39,15 @@ def convert_to_store(
     space_group: gemmi.SpaceGroup | None = None,
     rows_at_a_time: int = ROWS_AT_A_TIME,
 ) -> None:
-    """Write the observations of an unmerged MTZ file or a CrystFEL stream to a store.
+    """Write the observations of a file to a store.
 
-    Memory does not depend on the number of images. Partials are not summed here.
+    Memory does not depend on the number of images of MTZ files and CrystFEL streams. Partials
+    are not summed here.
 
     Parameters
     ----------
     source : str or Path
-        ``.mtz`` or ``.stream``.
+        Of any format of :mod:`merge.io.unmerged_data`.
     target : str or Path
         The store, and during the work as much again beside it.
     space_group : gemmi.SpaceGroup, optional
@@ -55,7 +57,7 @@ def convert_to_store(
     Raises
     ------
     UserError
-        As the readers; or an MTZ file holds partials, or the suffix is another.
+        As the readers; or an MTZ file holds partials, or a file several datasets.
     """
     path = Path(source)
     if not path.is_file():
@@ -67,7 +69,18 @@ def convert_to_store(
             chunks = _mtz_chunks(path, Path(folder), rows_at_a_time)
             write_unmerged_store(target, chunks)
     else:
-        raise UserError(f"{path} ends in {path.suffix!r}; .mtz and .stream can be converted")
+        write_unmerged_store(target, _one_dataset(path, space_group))
+
+
+def _one_dataset(path: Path, space_group: gemmi.SpaceGroup | None) -> Iterator[UnmergedData]:
+    """Read a file of another kind as a whole; a store holds one dataset."""
+    data = read_unmerged([path], space_group=space_group)
+    if len(data) > 1:
+        raise UserError(
+            f"{path} holds {len(data)} datasets of different wavelengths or cells, a store one; "
+            "merge the file itself"
+        )
+    yield data[0]
 
 
 def _mtz_chunks(path: Path, folder: Path, rows_at_a_time: int) -> Iterator[UnmergedData]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
 from integrator.crystal.cell import reciprocal_metric
+
+if TYPE_CHECKING:
+    from scipy.spatial.transform import Rotation
 
 Array = NDArray[np.float64]
 
@@ -70,28 +74,59 @@ def sweep_columns(
     norms = [np.linalg.norm(values[:, part], axis=1) for part in (_U, _AXIS, _SOURCE)]
     if np.any(np.stack([np.abs(width), wavelength, *norms]) <= 0):
         return {}
-    # not at the top: files without orientation do without scipy
-    from scipy.spatial.transform import Rotation
-
     phi = columns["ROT"]
     axis, s0 = values[which, _AXIS], -values[which, _SOURCE] / norms[2][which, None]
-    turn = Rotation.from_rotvec(np.radians(phi)[:, None] * axis)
     setting = np.stack([_setting(header) for header in values])[which]
     fixed = np.einsum("nij,nj->ni", setting, miller_index.astype(float))
-    s1 = s0 + turn.apply(fixed) * wavelength[which, None]
-    length = np.linalg.norm(s1, axis=1)
-    miss = float(np.median(np.abs(length - 1.0)))
+    s1, offset = diffracted_beams(fixed * wavelength[which, None], phi, axis, s0)
+    miss = float(np.median(np.abs(offset)))
     if not miss < CLOSURE:
         log.debug("batch headers give no orientation: |s1| is off by %.2g", miss)
         return {}
-    s1 /= length[:, None]
     sweep, first = _sweeps(numbers, values[:, _PHI], width)
     # phi may be counted from another turn than the header's
     beyond = (phi - values[which, _PHI] + 180.0) % 360.0 - 180.0
     frame = numbers[which] - first[which] + beyond / width[which]
-    beams = np.concatenate([turn.inv().apply(v) for v in (s0, s1)], axis=1)
-    found = [sweep[which].astype(float), frame, np.abs(width)[which], zeta(s0, s1, axis), *beams.T]
-    return dict(zip(SWEEP_COLUMNS, found, strict=True))
+    place = {SWEEP: sweep[which].astype(float), FRAME: frame, FRAME_WIDTH: np.abs(width)[which]}
+    return place | beam_columns(s0, s1, phi, axis)
+
+
+def diffracted_beams(fixed: Array, phi: Array, axis: Array, s0: Array) -> tuple[Array, Array]:
+    """Return the diffracted beams of reciprocal-lattice vectors brought to their angle.
+
+    Parameters
+    ----------
+    fixed : (N, 3)
+        ``U B h`` times the wavelength, at phi = 0, in the laboratory.
+    phi : (N,)
+        [deg]
+    axis, s0 : (N, 3) or (3,)
+        Unit vectors along the rotation axis and the incident beam.
+
+    Returns
+    -------
+    s1 : (N, 3)
+        Unit vectors.
+    offset : (N,)
+        ``|s1| - 1`` before they are normalised: how far from the Ewald sphere.
+    """
+    s1 = s0 + _turn(phi, axis).apply(fixed)
+    length = np.linalg.norm(s1, axis=1)
+    return s1 / length[:, None], length - 1.0
+
+
+def beam_columns(s0: Array, s1: Array, phi: Array, axis: Array) -> dict[str, Array]:
+    """Return :data:`ZETA` and :data:`BEAMS` of unit vectors, as :func:`diffracted_beams` has."""
+    undo = _turn(phi, axis).inv()
+    beams = [undo.apply(np.broadcast_to(v, s1.shape)) for v in (s0, s1)]
+    columns = np.concatenate(beams, axis=1).T
+    return {ZETA: zeta(s0, s1, axis)} | dict(zip(BEAMS, columns, strict=True))
+
+
+def _turn(phi: Array, axis: Array) -> Rotation:
+    from scipy.spatial.transform import Rotation  # files without orientation do without scipy
+
+    return Rotation.from_rotvec(np.radians(phi)[:, None] * axis)
 
 
 def zeta(s0: Array, s1: Array, axis: Array) -> Array:

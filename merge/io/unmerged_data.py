@@ -1,12 +1,14 @@
-"""Unmerged reflections as people have them: MTZ files, CrystFEL streams, and our own stores.
+"""Unmerged reflections as people have them: the formats of other programs, and our own stores.
 
-DIALS reflection tables are read by ``pipelines.unmerged_dials``, which calls this for the rest.
+A new format is a module with a reader and one line in :data:`FORMATS`. DIALS reflection tables are
+read by ``pipelines.unmerged_dials``, which calls this for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import gemmi
 
@@ -22,7 +24,9 @@ from merge.io.observations import (
     typical_cell,
 )
 from merge.io.reindexing import reindex
+from merge.io.text_files import head_of
 from merge.io.unmerged_store import UnmergedStore
+from merge.io.xds import INTEGRATE, XDS_ASCII, read_xds
 
 __all__ = [
     "CELL_TOLERANCE",
@@ -37,42 +41,64 @@ __all__ = [
     "typical_cell",
 ]
 
-#: Suffixes of the files read here.
-SUFFIXES = (".mtz", ".stream", ".h5")
+
+class Format(NamedTuple):
+    """A kind of file.
+
+    ``begins`` are the bytes of which it begins with one; ``suffix`` decides where they are not
+    there (the reader then says what is wrong).
+    """
+
+    name: str
+    suffix: str
+    begins: tuple[bytes, ...]
+    read: Callable[[Path, gemmi.SpaceGroup | None], list[UnmergedData]]
+
+
+def _read_store(path: Path, space_group: gemmi.SpaceGroup | None) -> list[UnmergedData]:
+    with UnmergedStore(path) as store:
+        return [store.read()]
+
+
+FORMATS = (
+    Format("MTZ", ".mtz", (b"MTZ ",), lambda path, _: [read_mtz(path)]),
+    Format("CrystFEL", ".stream", (b"CrystFEL stream",), lambda p, g: [read_stream(p, g)]),
+    Format("XDS", ".HKL", (XDS_ASCII, INTEGRATE), read_xds),
+    Format("store", ".h5", (b"\x89HDF",), _read_store),
+)
+#: Of the files read here, in words.
+SUFFIXES = tuple(format.suffix for format in FORMATS)
 
 
 def read_unmerged(
     paths: Sequence[str | Path], *, space_group: gemmi.SpaceGroup | None = None
 ) -> list[UnmergedData]:
-    """Read one dataset from each file, by its suffix.
+    """Read the datasets of each file, by what it begins with, else by its suffix.
 
     Parameters
     ----------
     paths : sequence of str or Path
-        ``.mtz``, ``.stream`` (CrystFEL) or ``.h5`` (:mod:`merge.io.unmerged_store`).
+        Of any of :data:`FORMATS`.
     space_group : gemmi.SpaceGroup, optional
-        Of streams, which do not know it.
+        Of files that do not know it.
 
     Raises
     ------
     UserError
         A file is missing, of an unknown kind, or not usable.
     """
-    return [_read(Path(path), space_group) for path in paths]
+    return [data for path in paths for data in _read(Path(path), space_group)]
 
 
-def _read(path: Path, space_group: gemmi.SpaceGroup | None) -> UnmergedData:
+def _read(path: Path, space_group: gemmi.SpaceGroup | None) -> list[UnmergedData]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of unmerged reflections")
-    suffix = path.suffix.lower()
-    if suffix == ".mtz":
-        return read_mtz(path)
-    if suffix == ".stream":
-        return read_stream(path, space_group)
-    if suffix == ".h5":
-        with UnmergedStore(path) as store:
-            return store.read()
+    head = head_of(path)
+    by_content = [f for f in FORMATS if head.startswith(f.begins)]
+    by_suffix = [f for f in FORMATS if path.suffix == f.suffix]
+    for kind in (*by_content, *by_suffix):
+        return kind.read(path, space_group)
     raise UserError(
-        f"{path} ends in {path.suffix or 'nothing'!r}; unmerged reflections are read from "
-        f"{', '.join(SUFFIXES)}, and from DIALS .refl with its .expt"
+        f"{path} is none of the files of unmerged reflections that are read here: "
+        f"{', '.join(f'{f.name} ({f.suffix})' for f in FORMATS)}, and DIALS .refl with its .expt"
     )

@@ -96,9 +96,13 @@ def load_mtz(path: str | Path) -> gemmi.Mtz:
 
 def batch_offsets(experiments: Sequence[Experiment]) -> list[int]:
     """Offset of each sweep's batch numbers from its image numbers, so that none collide."""
+    return offsets_of([_image_range(experiment) for experiment in experiments])
+
+
+def offsets_of(image_ranges: Sequence[tuple[int, int]]) -> list[int]:
+    """Return :func:`batch_offsets` of sweeps by their first and last image."""
     offsets, last = [], 0
-    for experiment in experiments:
-        first_image, last_image = _image_range(experiment)
+    for first_image, last_image in image_ranges:
         offset = 0 if first_image > last else -(-last // BATCH_STEP) * BATCH_STEP
         offsets.append(offset)
         last = last_image + offset

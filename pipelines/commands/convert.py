@@ -1,6 +1,7 @@
 r"""Write unmerged reflections to a store (.h5) that `merge --stills` can read batch by batch.
 
-INPUT is an unmerged MTZ file or a CrystFEL stream of any size: memory does not depend on it.
+INPUT is an unmerged MTZ file or a CrystFEL stream of any size: memory does not depend on it. Files
+of XDS are read as a whole.
 
 Examples
 --------
@@ -21,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files."""
-    parser.add_argument("input", type=Path, metavar="INPUT", help=".mtz or .stream")
+    parser.add_argument("input", type=Path, metavar="INPUT", help=".mtz .stream .HKL")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.h5", help="store to write"
     )
     parser.add_argument(
-        "--space-group", metavar="SG", help="of a stream, which does not know it, e.g. P6122"
+        "--space-group", metavar="SG", help="of a file that does not know it, e.g. P6122"
     )
 
 

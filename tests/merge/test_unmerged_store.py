@@ -177,7 +177,7 @@ class TestConversion:
         for name, words in (
             ("partial.mtz", "holds partials"),
             ("cut.mtz", "not a complete MTZ"),
-            ("a.hkl", "can be converted"),
+            ("a.hkl", "none of the files"),
             ("none.mtz", "does not exist"),
         ):
             with pytest.raises(UserError, match=words):
