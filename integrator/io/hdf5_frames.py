@@ -1,36 +1,27 @@
 """Frames of an HDF5 image stack, whatever files they are spread over.
 
 Detectors write the frames into several data files. The master file refers to them by external
-links (``data_000001``, ``data_000002`` ...), by one virtual data set, or holds them itself. Here
-each frame is traced to the data set that stores it, so that a missing file is an error and not a
-frame of zeros (which is what HDF5 returns for a virtual data set whose source is missing), and so
-that a chunk is decompressed once.
+links (``data_000001``, ``data_000002`` ...), by one virtual data set, or holds them itself. Each
+frame is traced to the data set that stores it, so that what is missing matters only where it is
+wanted, and then is an error, and so that a chunk is decompressed once.
 """
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import h5py
-import hdf5plugin  # noqa: F401 - registers the bitshuffle, LZ4 and Zstandard filters
-import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
+from integrator.io.hdf5_files import Hdf5Files, brief, is_class
+from integrator.io.hdf5_origins import Origin, frame_origins
 
-_NUMBERED = re.compile(r"data_\d+")
-
-
-class _Run(NamedTuple):
-    """Consecutive frames of the stack, and where they are stored."""
-
-    dataset: h5py.Dataset
-    frames: NDArray[np.int64]  # index into dataset, per frame of the run
+_NUMBERED = re.compile(r"data_(\d+)")
 
 
 class FrameStack:
@@ -61,19 +52,15 @@ class FrameStack:
 
     def __init__(self, path: str | Path, needed: Sequence[int] | None = None) -> None:
         self.path = Path(path)
-        self._files: dict[Path, h5py.File] = {}
+        self._files = Hdf5Files()
         self._block: tuple[str, int, NDArray] | None = None
         try:
-            self.master = self._open(self.path)
-            runs = self._find_runs(None if needed is None else max(needed, default=-1) + 1)
-            self._check_runs(runs)
-            self._runs = runs
-            self._run_of = np.repeat(np.arange(len(runs)), [len(r.frames) for r in runs])
-            self._frame_of = np.concatenate([r.frames for r in runs])
-            self.n_images = len(self._frame_of)
-            self.shape = runs[0].dataset.shape[1:]
-            self.dtype = runs[0].dataset.dtype
-            self._check_written(range(self.n_images) if needed is None else needed)
+            self.master = self._files.open(self.path)
+            self._origins = self._find_frames(None if needed is None else max(needed, default=-1))
+            self.n_images = len(self._origins)
+            first = self._check(range(self.n_images) if needed is None else needed)
+            self.shape = first.shape[1:]
+            self.dtype = first.dtype
         except BaseException:
             self.close()
             raise
@@ -91,9 +78,7 @@ class FrameStack:
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._files.close()
         self._block = None
 
     def read(self, number: int) -> NDArray:
@@ -102,8 +87,10 @@ class FrameStack:
         Chunks that span several frames are kept until another one is needed, so that reading in
         order decompresses each frame once.
         """
-        dataset = self._runs[self._run_of[number]].dataset
-        frame = int(self._frame_of[number])
+        origin = self._origins[number]
+        if isinstance(origin, str):
+            raise UserError(origin)
+        dataset, frame = origin
         depth = dataset.chunks[0] if dataset.chunks else 1
         start = frame - frame % depth
         key = f"{dataset.file.filename}:{dataset.name}"
@@ -119,185 +106,101 @@ class FrameStack:
         UserError
             When it is a link to a file or an object that does not exist.
         """
-        link = group.get(name, getlink=True)
-        if link is None:
+        if group.get(name, getlink=True) is None:
             return None
-        if isinstance(link, h5py.ExternalLink):
-            file = self._open(_beside(group.file.filename, link.filename))
-            return self._member(file, link.path)
-        return self._member(group, name)
+        return self._files.member(group, name)
 
     def _load(self, dataset: h5py.Dataset, start: int, depth: int) -> NDArray:
         try:
             return dataset[start : start + depth]
         except OSError as error:
             raise UserError(
-                f"cannot read frame {start} of {dataset.file.filename} ({_brief(error)}); "
+                f"cannot read frame {start} of {dataset.file.filename} ({brief(error)}); "
                 "the file is damaged, copy it again"
             ) from error
 
-    def _open(self, path: Path) -> h5py.File:
-        """Open a file once."""
-        path = Path(os.path.abspath(path))
-        if path in self._files:
-            return self._files[path]
-        if not path.is_file():
-            linked = "" if path == Path(os.path.abspath(self.path)) else f", linked by {self.path}"
-            raise UserError(f"no image file {path}{linked}; copy it there or correct the path")
-        try:
-            file = h5py.File(path, "r")
-        except OSError as error:
-            what = "is truncated" if "truncated" in str(error) else "is not a readable HDF5 file"
-            raise UserError(f"{path} {what} ({_brief(error)}); copy it again") from error
-        self._files[path] = file
-        return file
-
-    def _member(self, group: h5py.Group, name: str) -> h5py.Dataset | h5py.Group:
-        try:
-            return group[name]
-        except (KeyError, OSError) as error:
-            raise UserError(
-                f"{group.file.filename} has no readable object {name} ({_brief(error)}); the file "
-                "is incomplete, copy it again"
-            ) from error
-
-    def _find_runs(self, enough: int | None) -> list[_Run]:
-        """Trace frames to data sets, in order, until there are ``enough`` (None: all)."""
+    def _find_frames(self, last: int | None) -> list[Origin]:
+        """Trace frames to data sets, in order, as far as frame ``last`` (None: all)."""
         group = self._data_group()
-        signal = group.attrs.get("signal", b"data")
-        signal = signal.decode() if isinstance(signal, bytes) else str(signal)
-        numbered = sorted(name for name in group if _NUMBERED.fullmatch(name))
-        single = [name for name in (signal, "data") if group.get(name, getlink=True) is not None]
-        names = single[:1] or numbered
-        if not names:
-            raise UserError(
-                f"{self.path} has no data, data_000001 ... in {group.name}; "
-                "give an NXmx or Eiger master file"
-            )
-        runs: list[_Run] = []
-        for name in names:
-            dataset = self.follow(group, name)
+        origins: list[Origin] = []
+        for name in self._data_names(group):
+            dataset = self._files.member(group, name)
             if not isinstance(dataset, h5py.Dataset) or dataset.ndim not in (3, 4):
                 raise UserError(
                     f"{self.path}: {group.name}/{name} is not a stack of frames; "
                     "give an NXmx or Eiger master file"
                 )
-            runs += self._trace(dataset)
-            if enough is not None and sum(len(run.frames) for run in runs) >= enough:
+            origins += frame_origins(dataset, self._files)
+            if last is not None and len(origins) > last:
                 break
-        return runs
+        return origins
+
+    def _data_names(self, group: h5py.Group) -> Iterable[str]:
+        """Names of the data sets that hold the frames, in their order."""
+        signal = group.attrs.get("signal", b"data")
+        signal = signal.decode() if isinstance(signal, bytes) else str(signal)
+        for name in (signal, "data"):
+            is_there = group.get(name, getlink=True) is not None
+            if is_there and not _NUMBERED.fullmatch(name):
+                return [name]
+        numbered = [(int(m[1]), m[0]) for m in map(_NUMBERED.fullmatch, group) if m]
+        if not numbered:
+            raise UserError(
+                f"{self.path} has no data, data_000001 ... in {group.name}; "
+                "give an NXmx or Eiger master file"
+            )
+        return self._without_gap(group, sorted(numbered))
+
+    def _without_gap(self, group: h5py.Group, numbered: list[tuple[int, str]]) -> Iterable[str]:
+        """Names by number (not by letter: data_10 follows data_9), up to the first gap."""
+        expected = min(numbered[0][0], 1)  # counted from 0 or 1
+        for number, name in numbered:
+            if number != expected:
+                what = f"no data_{expected:06d}" if number > expected else f"two data_{number:06d}"
+                raise UserError(
+                    f"{self.path} has {what} in {group.name} before {name}, so that the images "
+                    "from there on cannot be told; give the complete master file"
+                )
+            yield name
+            expected += 1
 
     def _data_group(self) -> h5py.Group:
         """Return the NXdata group of the first NXentry."""
         for entry in self.master.values():
-            if isinstance(entry, h5py.Group) and isinstance(entry.get("data"), h5py.Group):
-                return entry["data"]
+            if isinstance(entry, h5py.Group):
+                named = self.follow(entry, "data")
+                groups = [named, *(x for x in entry.values() if is_class(x, "NXdata"))]
+                for group in groups:
+                    if isinstance(group, h5py.Group):
+                        return group
         raise UserError(
             f"{self.path} has no group entry/data with frames; give an NXmx or Eiger master file"
         )
 
-    def _trace(self, dataset: h5py.Dataset) -> list[_Run]:
-        """Find the data sets behind a virtual one; a stored one is its own run."""
-        if not dataset.is_virtual:
-            return [_Run(dataset, np.arange(len(dataset)))]
-        n = len(dataset)
-        source_of = np.full(n, -1)
-        frame_of = np.zeros(n, dtype=np.int64)
-        sources: list[h5py.Dataset] = []
-        whole_frames = True
-        for source in dataset.virtual_sources():
-            if "%b" in source.file_name or "%b" in source.dset_name:
-                return [_Run(dataset, np.arange(n))]  # numbered sources, only HDF5 can tell them
-            file = self._open(_beside(dataset.file.filename, source.file_name))
-            stored = self._member(file, source.dset_name)
-            to, whole_to = _selected_frames(source.vspace, dataset.shape)
-            of, whole_of = np.arange(len(to)), False
-            if stored.ndim == dataset.ndim:
-                of, whole_of = _selected_frames(source.src_space, stored.shape)
-            count = min(len(to), len(of))  # unlimited selections stop at the shorter extent
-            source_of[to[:count]] = len(sources)
-            frame_of[to[:count]] = of[:count]
-            sources.append(stored)
-            whole_frames &= whole_to and whole_of and not stored.is_virtual
-        if (source_of < 0).any():
-            raise UserError(
-                f"frame {int(np.argmax(source_of < 0))} of the virtual data set {dataset.name} in "
-                f"{dataset.file.filename} has no source; collect or import fewer images"
-            )
-        if not whole_frames:  # frames put together from tiles: let HDF5 do it
-            return [_Run(dataset, np.arange(n))]
-        starts = np.flatnonzero(np.diff(source_of, prepend=-1))
-        return [
-            _Run(sources[source_of[start]], frames)
-            for start, frames in zip(starts, np.split(frame_of, starts[1:]), strict=True)
-        ]
-
-    def _check_runs(self, runs: list[_Run]) -> None:
-        first = runs[0].dataset
-        for run in runs:
-            if run.dataset.shape[1:] != first.shape[1:] or run.dataset.dtype != first.dtype:
-                raise UserError(
-                    f"{run.dataset.file.filename} has frames of {run.dataset.shape[1:]} "
-                    f"{run.dataset.dtype}, {first.file.filename} of {first.shape[1:]} "
-                    f"{first.dtype}; the files belong to different data sets"
-                )
-
-    def _check_written(self, needed: Sequence[int]) -> None:
-        """Refuse frames that do not exist or were never written (they would read as zeros)."""
+    def _check(self, needed: Sequence[int]) -> h5py.Dataset:
+        """Refuse frames that do not exist (they would read as zeros) or are of another kind."""
         last = max(needed, default=-1)
         if last >= self.n_images:
             raise UserError(
                 f"{self.path} has {self.n_images} images, and image {last + 1} is asked for; "
-                "import the images again, or copy the missing data files"
+                "copy the missing data files, or leave the images that were not collected out "
+                "(dials.slice_sequence, or image_range= of dials.import)"
             )
-        incomplete = {id(run.dataset) for run in self._runs if _has_gaps(run.dataset)}
-        for number in needed:
-            dataset = self._runs[self._run_of[number]].dataset
-            if id(dataset) not in incomplete:
-                continue
-            corner = (int(self._frame_of[number]),) + (0,) * len(self.shape)
-            if dataset.id.get_chunk_info_by_coord(corner).byte_offset is None:
+        wanted = [self._origins[number] for number in needed] or self._origins[:1]
+        if not wanted:
+            raise UserError(f"{self.path} has no image; give the master file of the images")
+        datasets: list[h5py.Dataset] = []
+        for origin in wanted:
+            if isinstance(origin, str):
+                raise UserError(origin)
+            if not datasets or origin[0] is not datasets[-1]:
+                datasets.append(origin[0])
+        first = datasets[0]
+        for other in datasets[1:]:
+            if other.shape[1:] != first.shape[1:] or other.dtype != first.dtype:
                 raise UserError(
-                    f"frame {corner[0]} of {dataset.file.filename} was never written; import only "
-                    "the images that were collected"
+                    f"{other.file.filename} has frames of {other.shape[1:]} {other.dtype}, "
+                    f"{first.file.filename} of {first.shape[1:]} {first.dtype}; the files belong "
+                    "to different data sets"
                 )
-
-
-def _has_gaps(dataset: h5py.Dataset) -> bool:
-    """Whether some chunks of a data set were never written."""
-    if not dataset.chunks:
-        return False
-    expected = np.prod(-(-np.array(dataset.shape) // np.array(dataset.chunks)))
-    return dataset.id.get_num_chunks() < expected
-
-
-def _selected_frames(
-    space: h5py.h5s.SpaceID, shape: tuple[int, ...]
-) -> tuple[NDArray[np.int64], bool]:
-    """Frames that a selection of a virtual data set takes, and whether it takes them whole."""
-    n = shape[0]
-    if space.get_select_type() == h5py.h5s.SEL_ALL:
-        return np.arange(n), True
-    if not space.is_regular_hyperslab():
-        low, high = space.get_select_bounds()
-        return np.arange(low[0], high[0] + 1), False
-    start, stride, count, block = (tuple(v) for v in space.get_regular_hyperslab())
-    repeats = n if count[0] == h5py.h5s.UNLIMITED else min(count[0], n)
-    length = n if block[0] == h5py.h5s.UNLIMITED else min(block[0], n)
-    frames = start[0] + (np.arange(repeats)[:, None] * stride[0] + np.arange(length)).ravel()
-    covered = all(
-        s == 0 and c * b == size and (c == 1 or d == b)
-        for s, d, c, b, size in zip(
-            start[1:], stride[1:], count[1:], block[1:], shape[1:], strict=True
-        )
-    )
-    return frames[frames < n], covered
-
-
-def _beside(file: str, name: str) -> Path:
-    """Path of a linked file, which is relative to the file that has the link."""
-    return Path(file) if name == "." else Path(file).parent / name
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+        return first

@@ -7,6 +7,7 @@ mask and cut-off are in ``detectorSpecific``). Geometry is not read here: DIALS 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
+from integrator.io.hdf5_files import is_class
 from integrator.io.hdf5_frames import FrameStack
 
 INVALID = -1
@@ -61,6 +63,7 @@ class NxmxFrames:
         self._stack = FrameStack(path, needed)
         try:
             self.n_images = self._stack.n_images
+            self._needed = range(self.n_images) if needed is None else needed
             self._detector = self._find_detector()
             self._panels = self._find_panels(list(panel_names), list(panel_shapes))
             self._largest, self._codes = self._mask_codes()
@@ -102,23 +105,42 @@ class NxmxFrames:
             image[raw < 0] = INVALID
         for code in self._codes:
             image[raw == code] = INVALID
+        masks = self._masks[1]
+        if masks is not None:
+            image[masks[number] != 0] = INVALID
         return [image[panel] for panel in self._panels]
 
     def pixel_mask(self) -> list[NDArray[np.bool_]]:
-        """Return whether pixels are good, per panel: ``pixel_mask`` is zero, or absent."""
+        """Return whether pixels are good, per panel: ``pixel_mask`` is zero, or absent.
+
+        Of a mask for each image, whether they are good on any of those needed; :meth:`read`
+        knows on which.
+        """
+        return [self._masks[0][panel] for panel in self._panels]
+
+    @cached_property
+    def _masks(self) -> tuple[NDArray[np.bool_], h5py.Dataset | None]:
+        """Good pixels of the frame array, and the masks by frame number where they differ."""
         mask = self._member("pixel_mask")
         if mask is None:
             mask = self._member("detectorSpecific/pixel_mask")
+        shape = self._stack.shape
         if not isinstance(mask, h5py.Dataset) or mask.size < 2:
-            good = np.ones(self._stack.shape, dtype=bool)
-            return [good[panel] for panel in self._panels]
-        if mask.size != np.prod(self._stack.shape):
+            return np.ones(shape, dtype=bool), None
+        if mask.size == np.prod(shape):
+            return mask[()].reshape(shape) == 0, None
+        if mask.shape[1:] != shape or len(mask) <= max(self._needed):
             raise UserError(
                 f"{self._stack.path}: the pixel mask is {mask.shape}, the frames are "
-                f"{self._stack.shape}; use the master file that belongs to the frames"
+                f"{shape}, {max(self._needed) + 1} at least; use the master file that belongs to "
+                "the frames"
             )
-        good = mask[()].reshape(self._stack.shape) == 0
-        return [good[panel] for panel in self._panels]
+        on_any, on_all = np.zeros(shape, dtype=bool), np.ones(shape, dtype=bool)
+        for number in self._needed:
+            good = mask[number] == 0
+            on_any |= good
+            on_all &= good
+        return on_any, mask if (on_any != on_all).any() else None
 
     def _find_detector(self) -> h5py.Group | None:
         """Return the first NXdetector of the first entry that has an instrument."""
@@ -127,7 +149,7 @@ class NxmxFrames:
             if not isinstance(instrument, h5py.Group):
                 continue
             for group in instrument.values():
-                if _is_class(group, "NXdetector"):
+                if is_class(group, "NXdetector"):
                     return group
             return instrument.get("detector")
         return None
@@ -135,11 +157,11 @@ class NxmxFrames:
     def _find_panels(self, names: list[str], shapes: list[tuple[int, int]]) -> list[_Cut]:
         """Return the part of the frame array that each panel is."""
         shape = self._stack.shape
+        if len(names) == 1 and shapes[0] == shape:
+            return [(slice(None), slice(None))]
         modules = self._modules()
         cuts: list[_Cut]
-        if len(names) == 1 and shapes[0] == shape:
-            cuts = [(slice(None), slice(None))]
-        elif set(names) <= modules.keys():
+        if set(names) <= modules.keys():
             cuts = [modules[name] for name in names]
         elif len(modules) == len(names):
             cuts = list(modules.values())
@@ -161,11 +183,20 @@ class NxmxFrames:
         modules: dict[str, _Cut] = {}
         if self._detector is None:
             return modules
-        for name, group in self._detector.items():
-            if not _is_class(group, "NXdetector_module"):
-                continue
-            origin = np.ravel(group["data_origin"][()]).astype(int).tolist()
-            size = np.ravel(group["data_size"][()]).astype(int).tolist()
+        groups = {k: v for k, v in self._detector.items() if is_class(v, "NXdetector_module")}
+        shape = self._stack.shape
+        for name, group in groups.items():
+            limits = []
+            for field, whole in (("data_origin", [0] * len(shape)), ("data_size", shape)):
+                found = self._stack.follow(group, field)
+                if found is None and len(groups) > 1:
+                    raise UserError(
+                        f"{self._stack.path}: {group.name} has no {field}, which tells it from "
+                        "the other modules; use a complete master file"
+                    )
+                values = whole if found is None else np.ravel(found[()]).astype(int).tolist()
+                limits.append(values[-len(shape) :])  # some write a frame or panel in front
+            origin, size = limits
             cut: list[int | slice] = [slice(o, o + s) for o, s in zip(origin, size, strict=True)]
             if len(cut) == 3:  # a leading panel dimension
                 cut[0] = origin[0]
@@ -201,10 +232,3 @@ class NxmxFrames:
                 if value > 0:
                     return value
         return None
-
-
-def _is_class(group: h5py.Group | h5py.Dataset | None, name: str) -> bool:
-    if not isinstance(group, h5py.Group):
-        return False
-    value = group.attrs.get("NX_class", b"")
-    return (value.decode() if isinstance(value, bytes) else str(value)) == name

@@ -23,7 +23,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import h5py
-import hdf5plugin
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from integrator.atomic import replacing
 from integrator.errors import UserError
+from integrator.io.hdf5_filters import bitshuffle
 from integrator.shoebox.mask import MaskBit
 from integrator.types import ReflectionMetadata, ShoeboxBatch
 
@@ -78,7 +78,7 @@ class ShoeboxWriter:
         per_row = int(np.prod(box)) * np.dtype(dtype).itemsize
         chunk = (min(max(CHUNK_BYTES // per_row, 1), n_rows), *box)
         boxes = handle.create_group("boxes")
-        options = {"chunks": chunk, "compression": hdf5plugin.Bitshuffle(cname="lz4")}
+        options = {"chunks": chunk, **bitshuffle()}
         self._counts = boxes.create_dataset("counts", shape, dtype, **options)
         self._mask = boxes.create_dataset("mask", shape, np.uint8, **options)
         self.chunk_rows = chunk[0]
