@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 
 from integrator.crystal.geometry import Experiment, Panel
 from integrator.errors import UserError
-from integrator.io.nxmx import INVALID, NxmxFrames
+from integrator.io.nxmx import NxmxFrames
+from integrator.io.photons import (
+    INVALID,
+    NO_COUNT,
+    NegativeCounts,
+    PhotonScale,
+    Pixels,
+    rounding_changes_mean,
+)
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +76,10 @@ class FrameSource(Protocol):
 
 
 class RawFrames(Protocol):
-    """What a format gives: detector counts by number, -1 for mask codes."""
+    """What a format gives: detector values by number, INVALID for mask codes."""
 
-    saturation_value: float | None
-
-    def read(self, number: int) -> list[NDArray[np.int32]]:
-        """Return the counts (ADU) of each panel."""
+    def read(self, number: int) -> list[Pixels]:
+        """Return the values [ADU] of each panel: int32, or floating."""
 
     def pixel_mask(self) -> list[NDArray[np.bool_]]:
         """Return whether the pixels of each panel are good."""
@@ -120,9 +126,11 @@ def open_frames(experiment: Experiment) -> ExperimentFrames:
     if _is_hdf5(images.paths[0]):
         names = [panel.name for panel in experiment.panels]
         raw: RawFrames = NxmxFrames(images.paths[0], names, shapes, needed=indices)
-        return ExperimentFrames(raw, indices, experiment.panels)
-    raw = DxtbxFrames(images.paths, indices, shapes)
-    return ExperimentFrames(raw, range(len(indices)), experiment.panels)
+        numbers: Sequence[int] = indices
+    else:
+        raw, numbers = DxtbxFrames(images.paths, indices, shapes), range(len(indices))
+    first = experiment.scan.image_range[0] if experiment.scan is not None else 1
+    return ExperimentFrames(raw, numbers, experiment.panels, images.paths[0], first)
 
 
 class ExperimentFrames:
@@ -134,6 +142,10 @@ class ExperimentFrames:
     numbers : sequence of int
         Number in ``raw`` of each frame of the experiment.
     panels : sequence of Panel
+    name : str
+        Of the images, for messages.
+    first_image : int
+        Number of the first image, for messages.
 
     Attributes
     ----------
@@ -142,10 +154,32 @@ class ExperimentFrames:
         (slow, fast)
     n_overloads : int
         Usable pixels that were above the trusted range, summed over the frames read so far.
+
+    Raises
+    ------
+    UserError
+        When no panel has a trusted range.
     """
 
-    def __init__(self, raw: RawFrames, numbers: Sequence[int], panels: Sequence[Panel]) -> None:
+    def __init__(
+        self,
+        raw: RawFrames,
+        numbers: Sequence[int],
+        panels: Sequence[Panel],
+        name: str = "the images",
+        first_image: int = 1,
+    ) -> None:
         self._raw, self._numbers, self._panels = raw, numbers, panels
+        self._first_image = first_image
+        self._scales = [PhotonScale(p.trusted_range, p.gain, p.pedestal) for p in panels]
+        if all(scale.is_empty for scale in self._scales):
+            low, high = panels[0].trusted_range
+            raise UserError(
+                f"{name}: the trusted range of the .expt, {low:g} to {high:g}, holds no count; "
+                "give the detector's: dials.import ... trusted_range=-1,65535"
+            )
+        self._negative = NegativeCounts(name, self._scales)
+        self._dithers: bool | None = None
         self._mask: list[NDArray[np.bool_]] | None = None
         self.n_images = len(numbers)
         self.panel_shapes = [panel.shape for panel in panels]
@@ -193,32 +227,51 @@ class ExperimentFrames:
         Returns
         -------
         list of ndarray, (slow, fast) int32
-            One per panel: ``(ADU - pedestal) / gain``, rounded. -1 where the frame has no count
-            (mask code, negative) or one outside the trusted range. The static mask is not
-            applied.
+            One per panel: ``(ADU - pedestal) / gain``, made whole. -1 where the frame has no
+            count (mask code) or one outside the trusted range. The static mask is not applied.
+
+        Raises
+        ------
+        UserError
+            When the frame cannot be read, or its noise reaches below zero.
         """
         if not 0 <= frame < self.n_images:
             raise IndexError(f"frame {frame} of {self.n_images}")
-        counts = self._raw.read(self._numbers[frame])
+        values = self._raw.read(self._numbers[frame])
         masks = self.static_mask()
-        return [self._photons(*items) for items in zip(counts, masks, self._panels, strict=True)]
-
-    def _photons(
-        self, adu: NDArray[np.int32], mask: NDArray[np.bool_], panel: Panel
-    ) -> NDArray[np.int32]:
-        low, high = panel.trusted_range
-        if self._raw.saturation_value is not None:
-            high = min(high, self._raw.saturation_value)
-        overload = adu > high
-        self.n_overloads += int(np.count_nonzero(overload & mask))
-        invalid = overload | (adu < max(low, 0.0))
-        if panel.gain != 1.0 or panel.pedestal != 0.0:
-            photons = np.rint((adu - panel.pedestal) / panel.gain).astype(np.int32)
-            invalid |= photons < 0
-        else:
-            photons = adu.copy()
-        photons[invalid] = INVALID
+        # the same fractions are rounded up however often and in what order frames are read
+        dither = np.random.default_rng(frame) if self._needs_dither(values) else None
+        photons = [s.photons(adu, dither) for s, adu in zip(self._scales, values, strict=True)]
+        self._negative.check(
+            self._first_image + frame, values, masks, photons, lambda: self._neighbour(frame)
+        )
+        for adu, counts, mask, scale in zip(values, photons, masks, self._scales, strict=True):
+            self.n_overloads += int(np.count_nonzero(scale.is_overload(adu) & mask))
+            counts[~scale.is_trusted(adu) | (counts < 0)] = NO_COUNT
         return photons
+
+    def _neighbour(self, frame: int) -> list[Pixels] | None:
+        """Return the next raw frame, of the last one that before; None where there is but one."""
+        other = frame + 1 if frame + 1 < self.n_images else frame - 1
+        return self._raw.read(self._numbers[other]) if other >= 0 else None
+
+    def _needs_dither(self, values: Sequence[Pixels]) -> bool:
+        """Whether rounding to the nearest photon would bias the frames; the first one tells."""
+        if self._dithers is None:
+            self._dithers = False
+            if not all(s.is_whole(adu) for s, adu in zip(self._scales, values, strict=True)):
+                self._dithers = rounding_changes_mean(
+                    [
+                        scale.scaled(adu)[scale.is_trusted(adu) & mask]
+                        for adu, mask, scale in zip(
+                            self._raw.read(self._numbers[0]),
+                            self.static_mask(),
+                            self._scales,
+                            strict=True,
+                        )
+                    ]
+                )
+        return self._dithers
 
 
 class DxtbxFrames:
@@ -239,8 +292,6 @@ class DxtbxFrames:
         When dxtbx is not installed, or does not know the format.
     """
 
-    saturation_value: float | None = None  # the panels' trusted range has it
-
     def __init__(
         self, paths: Sequence[str], indices: Sequence[int], shapes: Sequence[tuple[int, int]]
     ) -> None:
@@ -256,8 +307,8 @@ class DxtbxFrames:
     def close(self) -> None:
         """Do nothing: each file is closed after reading."""
 
-    def read(self, number: int) -> list[NDArray[np.int32]]:
-        """Return the counts of each panel; -1 where the value is negative or not finite."""
+    def read(self, number: int) -> list[Pixels]:
+        """Return the values of each panel; INVALID where there is none."""
         one_file = len(self._paths) == 1
         path = self._paths[0 if one_file else number]
         try:
@@ -269,7 +320,7 @@ class DxtbxFrames:
                 f"cannot read {path} ({' '.join(str(error).split())[:160]}); the file is damaged, "
                 "copy it again"
             ) from error
-        panels = [_as_counts(panel) for panel in (raw if isinstance(raw, tuple) else (raw,))]
+        panels = [_as_pixels(panel) for panel in (raw if isinstance(raw, tuple) else (raw,))]
         self._check_shapes([panel.shape for panel in panels], path)
         return panels
 
@@ -289,14 +340,14 @@ class DxtbxFrames:
             )
 
 
-def _as_counts(panel: Any) -> NDArray[np.int32]:
+def _as_pixels(panel: Any) -> Pixels:
     """Convert a flex array."""
     raw = panel.as_numpy_array()
     if raw.dtype.kind == "f":
-        raw = np.where(np.isfinite(raw), np.rint(raw), INVALID)
-    counts = raw.astype(np.int32)
-    counts[(raw < 0) | (raw > np.iinfo(np.int32).max)] = INVALID
-    return counts
+        return np.where(np.isfinite(raw), raw, INVALID)
+    pixels = raw.astype(np.int32)
+    pixels[pixels != raw] = INVALID  # beyond 32 bits
+    return pixels
 
 
 def _import_dxtbx(path: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""NXmx and Eiger HDF5: frames as photon counts per panel, with mask codes made -1.
+"""NXmx and Eiger HDF5: frames as recorded, per panel, with mask codes made INVALID.
 
 See the NeXus application definition NXmx and the Dectris Eiger file writer ("nearly NXmx", whose
 mask and cut-off are in ``detectorSpecific``). Geometry is not read here: DIALS does that.
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from integrator.errors import UserError
 from integrator.io.hdf5_files import is_class
 from integrator.io.hdf5_frames import FrameStack
+from integrator.io.photons import INVALID, Pixels
 
-INVALID = -1
 _Cut = tuple[int | slice, ...]
 _LARGEST = np.iinfo(np.int32).max
 
@@ -44,8 +44,6 @@ class NxmxFrames:
     Attributes
     ----------
     n_images : int
-    saturation_value : float or None
-        Counts above it are not trusted.
 
     Raises
     ------
@@ -67,9 +65,6 @@ class NxmxFrames:
             self._detector = self._find_detector()
             self._panels = self._find_panels(list(panel_names), list(panel_shapes))
             self._largest, self._codes = self._mask_codes()
-            self.saturation_value = self._number(
-                "saturation_value", "detectorSpecific/countrate_correction_count_cutoff"
-            )
         except BaseException:
             self._stack.close()
             raise
@@ -89,20 +84,24 @@ class NxmxFrames:
         """Close all files."""
         self._stack.close()
 
-    def read(self, number: int) -> list[NDArray[np.int32]]:
-        """Return the counts of frame ``number`` (0-based), one (slow, fast) array per panel.
+    def read(self, number: int) -> list[Pixels]:
+        """Return frame ``number`` (0-based), one (slow, fast) array per panel [ADU].
 
-        -1 where the detector says that there is no count: a mask code of the stored type
-        (2^n - 1 and 2^n - 2 of n bits unsigned; of ``bit_depth_image`` bits too when the frame is
-        stored with more), a negative value, not a number.
+        INVALID where the detector says that there is no value: a mask code of the stored type
+        (2^n - 1 and 2^n - 2 of n bits; of ``bit_depth_image`` bits too when the frame is stored
+        with more; the smallest of a signed type), not a number. Other negative values stay: only
+        the trusted range of the panel tells whether -1 is a code or noise. The file's own
+        ``saturation_value`` is not applied: dxtbx makes the trusted range of it, which the user
+        may change.
         """
         raw = self._stack.read(number)
         if raw.dtype.kind == "f":
-            raw = np.where(np.isfinite(raw), np.rint(raw), INVALID)
-        image = raw.astype(np.int32)
-        image[raw > self._largest] = INVALID
-        if raw.dtype.kind != "u":
-            image[raw < 0] = INVALID
+            image = np.where(np.isfinite(raw), raw, INVALID)
+        else:
+            image = raw.astype(np.int32)
+            image[raw > self._largest] = INVALID
+            if raw.dtype.kind == "i":
+                image[raw <= max(np.iinfo(raw.dtype).min, INVALID)] = INVALID
         for code in self._codes:
             image[raw == code] = INVALID
         masks = self._masks[1]
@@ -208,7 +207,8 @@ class NxmxFrames:
         dtype = self._stack.dtype
         if dtype.kind == "f":
             return _LARGEST, ()
-        largest = min(int(np.iinfo(dtype).max) - (2 if dtype.kind == "u" else 1), _LARGEST)
+        has_two = dtype.kind == "u" or dtype.itemsize >= 4
+        largest = min(int(np.iinfo(dtype).max) - (2 if has_two else 1), _LARGEST)
         depth = self._number("bit_depth_image", "detectorSpecific/bit_depth_image")
         if depth is None or depth >= dtype.itemsize * 8:
             return largest, ()

@@ -15,6 +15,7 @@ from integrator.errors import UserError
 from integrator.io import images
 from integrator.io.dials import read_experiments
 from integrator.io.images import ExperimentFrames, open_frames
+from integrator.io.photons import INVALID
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 
@@ -181,13 +182,13 @@ def test_images_must_be_as_many_as_the_scan(shared):
 class Made:
     """Raw frames made up: one row of counts."""
 
-    saturation_value = 50_000.0
-
     def __init__(self, row) -> None:
-        self.row = np.array([row], dtype=np.int32)
+        self.row = np.array([row])
+        if self.row.dtype.kind == "i":
+            self.row = self.row.astype(np.int32)
 
     def read(self, number):
-        return [self.row + number]
+        return [self.row]
 
     def pixel_mask(self):
         mask = np.ones(self.row.shape, bool)
@@ -208,12 +209,12 @@ def frames_of(row, **panel) -> ExperimentFrames:
         image_size=(len(row), 1),
         **panel,
     )
-    return ExperimentFrames(Made(row), [0, 0], [made])
+    return ExperimentFrames(Made(row), [0, 1], [made])
 
 
 def test_trusted_range_and_overloads():
-    source = frames_of([-1, 101, 100, 101, 0], trusted_range=(-1, 100))
-    assert source.read(0)[0].tolist() == [[-1, -1, 100, -1, 0]]
+    source = frames_of([-1, 101, 99, 101, 0], trusted_range=(-1, 100))
+    assert source.read(0)[0].tolist() == [[-1, -1, 99, -1, 0]]
     assert source.n_overloads == 1  # the other overload is in the static mask
     source.read(1)
     assert source.n_overloads == 2
@@ -221,14 +222,55 @@ def test_trusted_range_and_overloads():
         source.read(2)
 
 
-def test_saturation_value_of_the_file_bounds_the_trusted_range():
-    source = frames_of([50_000, 0, 50_001], trusted_range=(0, 1e9))
-    assert source.read(0)[0].tolist() == [[50_000, 0, -1]]
+@pytest.mark.parametrize(
+    ("trusted_range", "row", "photons"),
+    [
+        # up to DIALS 3.12 the ends are not trusted, and counters start at -1
+        ((-1, 100), [-2, 0, -1, 0, 99, 100, 101], [-1, 0, -1, 0, 99, -1, -1]),
+        # since 3.13 they are, and counters start at 0
+        ((0, 100), [-2, 0, -1, 0, 99, 100, 101], [-1, 0, -1, 0, 99, 100, -1]),
+        ((10, 100), [9, 0, 10, 11, 100], [-1, -1, 10, 11, 100]),
+        # wider than the codes of a file
+        ((-(2.0**31), 2.0**31), [INVALID, 0, 2**31 - 3, 5], [-1, 0, 2**31 - 3, 5]),
+        ((-1e9, 1e10), [5.0, 0.0, float(INVALID), 4e9], [5, 0, -1, 2**31 - 1]),
+    ],
+)
+def test_ends_of_the_trusted_range(trusted_range, row, photons):
+    assert frames_of(row, trusted_range=trusted_range).read(0)[0].tolist() == [photons]
+
+
+@pytest.mark.parametrize("trusted_range", [(0, 0), (-1, 0), (-5, -2), (100, 10)])
+def test_an_empty_trusted_range_is_named(trusted_range):
+    with pytest.raises(UserError, match=r"trusted range of the \.expt, .* holds no count"):
+        frames_of([1, 2], trusted_range=trusted_range)
 
 
 def test_gain_and_pedestal():
-    source = frames_of([-1, 10, 14, 16, 3], gain=4.0, pedestal=2.0, trusted_range=(0, 1000))
+    source = frames_of([-1, 10, 14, 18, 2], gain=4.0, pedestal=2.0, trusted_range=(0, 1000))
     assert source.read(0)[0].tolist() == [[-1, 2, 3, 4, 0]]
+
+
+def test_rounding_to_photons_keeps_the_mean():
+    """Where (ADU - pedestal) / gain is no whole number, its mean is what dxtbx has."""
+    adu = np.random.default_rng(1).poisson(1.2, 100_000) + 10
+    source = frames_of(adu, gain=1.7, pedestal=10.0, trusted_range=(-1, 1e6))
+    photons = source.read(0)[0]
+    np.testing.assert_array_equal(source.read(0)[0], photons)  # the same whenever it is read
+    exact = (adu - 10) / 1.7
+    fractions = exact % 1
+    error = np.sqrt((fractions * (1 - fractions)).sum())
+    assert abs(photons.sum() - exact.sum()) < 5 * error
+    assert np.abs(photons - exact).max() < 1
+    # np.rint would give 14 % more
+    assert np.rint(exact).sum() > 1.1 * exact.sum()
+
+
+def test_resolved_photons_are_rounded_to_the_nearest():
+    rng = np.random.default_rng(2)
+    truth = rng.poisson(2.0, 20_000) + 1  # no zeros: their noise would be negative
+    adu = truth * 12.4 + rng.normal(0, 1.2, truth.size)
+    source = frames_of(adu, gain=12.4, trusted_range=(-10, 1e6))
+    np.testing.assert_array_equal(source.read(0)[0], truth[None])
 
 
 def test_rectangles_of_the_panel_are_masked_as_in_dxtbx(experiment_list):

@@ -8,6 +8,7 @@ import pytest
 from integrator.errors import UserError
 from integrator.io.hdf5_frames import FrameStack
 from integrator.io.nxmx import NxmxFrames
+from integrator.io.photons import INVALID
 
 N, SLOW, FAST = 7, 12, 10
 SHAPE = (SLOW, FAST)
@@ -36,8 +37,10 @@ def counts(dtype="u2", n=N, shape=SHAPE) -> np.ndarray:
 
 
 def expected(frames: np.ndarray) -> np.ndarray:
+    """Codes of unsigned types are INVALID; -1 may be noise in signed ones, and stays."""
     image = frames.astype(np.int64)
-    image[..., 0, :2] = -1
+    if frames.dtype.kind == "u":
+        image[..., 0, :2] = INVALID
     return image
 
 
@@ -213,25 +216,38 @@ def test_floating_point_frames(tmp_path):
     frames[:, 3, 3] += 0.3
     with master(tmp_path) as file:
         file["entry/data/data"] = frames
-    reference = np.nan_to_num(np.rint(frames), nan=-1)
-    np.testing.assert_array_equal(read_all(tmp_path / "x_master.h5"), expected(reference))
+    frames[:, 0, 0] = INVALID
+    np.testing.assert_array_equal(read_all(tmp_path / "x_master.h5"), frames)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "codes"),
+    [("i2", (-(2**15), 2**15 - 1)), ("i4", (-(2**31), 2**31 - 1, 2**31 - 2)), ("i8", (-(2**40),))],
+)
+def test_codes_of_signed_types(tmp_path, dtype, codes):
+    frames = counts(dtype)
+    frames[:, 1, : len(codes)] = codes
+    with master(tmp_path) as file:
+        file["entry/data/data"] = frames
+    image = frames.astype(np.int64)
+    image[:, 1, : len(codes)] = INVALID
+    np.testing.assert_array_equal(read_all(tmp_path / "x_master.h5"), image)
 
 
 @pytest.mark.parametrize(
     ("name", "linked"),
     [("pixel_mask", False), ("detectorSpecific__pixel_mask", False), ("pixel_mask", True)],
 )
-def test_pixel_mask_and_saturation(tmp_path, name, linked):
+def test_pixel_mask(tmp_path, name, linked):
     mask = np.zeros(SHAPE, "u4")
     mask[2, 3], mask[4, 5] = 1, 2**31
     with h5py.File(tmp_path / "meta.h5", "w") as meta:
         meta["mask"] = mask
     value = h5py.ExternalLink("meta.h5", "/mask") if linked else mask
-    with master(tmp_path, **{name: value, "saturation_value": 9000}) as file:
+    with master(tmp_path, **{name: value}) as file:
         file["entry/data/data"] = counts()
     with NxmxFrames(tmp_path / "x_master.h5", ["p"], [SHAPE]) as source:
         np.testing.assert_array_equal(source.pixel_mask()[0], mask == 0)
-        assert source.saturation_value == 9000
 
 
 def test_pixel_mask_of_another_size(tmp_path):
