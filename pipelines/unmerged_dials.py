@@ -91,7 +91,7 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
     """Read integrated or scaled reflections.
 
     Intensities are ``intensity.scale / inverse_scale_factor`` when the table was scaled, else
-    those of profile fitting, else (where none at all were fitted) summed and divided by the
+    those of profile fitting, else (reflections that were not fitted) summed and divided by the
     partiality. The columns ``lp`` and ``qe`` are applied where they exist. What DIALS flags as not
     integrated, or bad for scaling, is left out.
 
@@ -171,20 +171,41 @@ def _intensities(table: ReflectionTable) -> tuple[Array, Array, NDArray[np.bool_
     if "intensity.scale.value" in table:
         scale = table["inverse_scale_factor"]
         good &= ((flags & DialsFlag.BAD_FOR_SCALING) == 0) & (scale > 0.0)
-        kind, factor = "scale", 1.0 / np.where(good, scale, 1.0)  # lp and qe are in already
+        factor = 1.0 / np.where(good, scale, 1.0)  # lp and qe are in already
+        value, variance = (table[f"intensity.scale.{name}"] for name in ("value", "variance"))
     else:
-        fitted = np.any(flags & DialsFlag.INTEGRATED_PRF) and "intensity.prf.value" in table
-        kind = "prf" if fitted else "sum"
-        flag = DialsFlag.INTEGRATED_PRF if fitted else DialsFlag.INTEGRATED_SUM
-        good &= (flags & flag) != 0
         factor = table.columns.get("lp", np.ones(len(table)))
         if "qe" in table:
             good &= table["qe"] > 0.0
             factor = factor / np.where(good, table["qe"], 1.0)
-        if not fitted:
-            factor = factor / np.where(good, partiality, 1.0)
-    value, variance = table[f"intensity.{kind}.value"], table[f"intensity.{kind}.variance"]
+        value, variance, good = _integrated(table, flags, good, partiality)
     return value * factor, variance * factor**2, good
+
+
+def _integrated(
+    table: ReflectionTable, flags: NDArray[np.int64], good: NDArray[np.bool_], partiality: Array
+) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Intensities and variances before lp and qe, and which of the good rows have them.
+
+    Profile-fitted where that went well, else summed: what ``dials.scale`` starts from
+    (``intensity_choice=combine``).
+    """
+    value, variance = np.zeros(len(table)), np.zeros(len(table))
+    is_integrated = np.zeros(len(table), dtype=bool)
+    kinds = (
+        ("prf", DialsFlag.INTEGRATED_PRF, np.ones(len(table))),
+        ("sum", DialsFlag.INTEGRATED_SUM, 1.0 / np.where(good, partiality, 1.0)),
+    )
+    for kind, flag, factor in kinds:
+        if f"intensity.{kind}.value" not in table:
+            continue
+        rows = good & ((flags & flag) != 0) & ~is_integrated
+        value[rows] = (table[f"intensity.{kind}.value"] * factor)[rows]
+        variance[rows] = (table[f"intensity.{kind}.variance"] * factor**2)[rows]
+        if rows.any() and is_integrated.any():
+            log.info("%d observations whose profile was not fitted are sums", rows.sum())
+        is_integrated |= rows
+    return value, variance, is_integrated
 
 
 def _of_sweeps(
@@ -198,6 +219,9 @@ def _of_sweeps(
     offsets = batch_offsets(models)
     for i, model in enumerate(models):
         rows = number == i
+        if not rows.any():
+            log.info("sweep %d has no usable reflection", i + 1)
+            continue
         first, last = model.scan.image_range
         # a centroid may be predicted just outside the scan
         batch[rows] = offsets[i] + np.clip(np.floor(z[rows]) + first, first, last)

@@ -87,6 +87,10 @@ def read_xds(path: str | Path, space_group: gemmi.SpaceGroup | None = None) -> l
     if is_misfit.any():
         log.info("%s: %d misfits (SIGMA < 0) are left out", path, is_misfit.sum())
         columns = {name: column[~is_misfit] for name, column in columns.items()}
+    if is_misfit.all():
+        raise UserError(
+            f"{path}: all {len(is_misfit)} observations are misfits; give another file"
+        )
     metadata = _metadata(text, columns)
     sets = columns.get("ISET", np.zeros(len(columns["H"]))).astype(int)
     groups = _datasets(text, sets)

@@ -120,8 +120,9 @@ def test_selection_and_corrections_are_those_of_dials_export(sweep, exported, na
     distance, row = cKDTree(keys[0]).query(keys[1])
     assert distance.max() < 1e-4
     assert len(np.unique(row)) == len(row)
-    # of unscaled data dials.export wants both kinds of intensity
-    assert len(ours) == len(theirs) or (name == "integrated" and len(ours) < 1.15 * len(theirs))
+    # of unscaled data dials.export wants both kinds of intensity (.81 of these), dials.scale and
+    # we either (.99)
+    assert len(ours) == len(theirs) or (name == "integrated" and len(ours) < 1.25 * len(theirs))
     batches = ours.metadata["BATCH"][row] - theirs.metadata["BATCH"]
     assert np.abs(batches).max() <= 1
     np.testing.assert_allclose(ours.intensity[row], theirs.intensity, rtol=1e-5)
