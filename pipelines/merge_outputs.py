@@ -25,6 +25,7 @@ from merge.intensities.output import (
 )
 from merge.intensities.row_sums import RowSums
 from merge.intensities.stream import ObservationStream
+from merge.io.dataset_labels import DatasetLabels
 from merge.io.mtz import MergedTable, merged_table, write_merged_mtz
 from merge.statistics import (
     ReflectionSums,
@@ -48,7 +49,7 @@ def write_dataset(
     config: IntensityMergeConfig,
     dataset: int,
     out: Path,
-    wavelength: float | None,
+    labels: DatasetLabels,
 ) -> Path:
     """Write the merged MTZ and the statistics of one dataset; returns the MTZ's path."""
     names, asu = problem.names, problem.unique.asus[dataset]
@@ -69,7 +70,7 @@ def write_dataset(
     stem = _stem(names, dataset)
     path = out / f"{stem}merged.mtz"
     normalised = merged.normalised.numpy()[rows]
-    _write_mtz(path, asu, table, normalised, wavelength, config)
+    _write_mtz(path, asu, table, normalised, labels, config)
     evidence = _observations(asu, scaled, rows)
     _write_statistics(asu, evidence, table, out / f"{stem}statistics.csv", names[dataset])
     return path
@@ -118,7 +119,7 @@ def write_stream(
         stem = _stem(all_names, k)
         paths.append(out / f"{stem}merged.mtz")
         normalised = merged.normalised.numpy()[rows]
-        _write_mtz(paths[-1], asu, table, normalised, stream.wavelength(k), config)
+        _write_mtz(paths[-1], asu, table, normalised, stream.labels(k), config)
         pair = tuple(HalfSet.of(asu, *(x.numpy()[rows] for x in half)) for half in intensities)
         evidence = _reflection_sums(asu, sums, merged, rows)
         _write_statistics(asu, evidence, table, out / f"{stem}statistics.csv", store.name, pair)
@@ -138,16 +139,23 @@ def _write_mtz(
     asu: ReciprocalAsu,
     table: MergedTable,
     normalised: np.ndarray,
-    wavelength: float | None,
+    labels: DatasetLabels,
     config: IntensityMergeConfig,
 ) -> None:
+    if labels.wavelength is None:
+        logger.warning(
+            "%s: the input does not know its wavelength; 0 is written, which MTZ has for unknown",
+            path.name,
+        )
     write_merged_mtz(
         path,
         table,
         asu.cell,
         asu.space_group,
-        1.0 if wavelength is None else wavelength,
+        labels.wavelength or 0.0,
         history=[f"braggflux merge {package_version()}, prior {config.prior}"],
+        names=labels.names,
+        title=labels.title,
         mean_intensity="I",
         extra=_extra_columns(asu, table, normalised),
     )

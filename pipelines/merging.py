@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from merge.intensities.build import MergeProblem, build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
-from merge.io.observations import UnmergedData
 from pipelines.ambiguity import (
     ambiguous_operators,
     image_numbers,
@@ -73,7 +71,8 @@ def _merge_in_memory(
     operators = ambiguous_operators(data, config)
     standard = None if saved is None else saved.standard
     problem = build_problem(data, config, inputs.parents, operators, standard)
-    number, wavelength = image_numbers(problem, data), [_wavelength(d) for d in data]
+    number = image_numbers(problem, data)
+    labels = [d.labels._replace(wavelength=d.typical_wavelength) for d in data]
     say_what_data_leave_idle(config, problem, data)
     del data  # nearly as large as the table
     is_coupled(problem.unique, config)
@@ -93,12 +92,7 @@ def _merge_in_memory(
     if problem.ambiguity is not None:
         write_choices(problem, number, out / "indexing.csv")
     save_scale(out / FILE_NAME, merger, problem.table, config)
-    return [write_dataset(problem, merger, config, k, out, w) for k, w in enumerate(wavelength)]
-
-
-def _wavelength(data: UnmergedData) -> float | None:
-    """Median over all observations [A], where there are any."""
-    return None if data.wavelength is None else float(np.median(data.wavelength))
+    return [write_dataset(problem, merger, config, k, out, own) for k, own in enumerate(labels)]
 
 
 def _log_size(problem: MergeProblem) -> None:

@@ -49,7 +49,18 @@ def metadata_columns(
             given[name] = columns.wavelength
         elif name != RESOLUTION:
             given[name] = np.concatenate([np.asarray(d.metadata[name], float) for d in data])
+            _check_complete(name, given[name])
     return given
+
+
+def _check_complete(name: str, column: Array) -> None:
+    """Refuse gaps: one NaN would make every amplitude NaN."""
+    missing = np.count_nonzero(~np.isfinite(column))
+    if missing:
+        raise UserError(
+            f"the metadata {name} is missing in {missing} of {len(column)} observations; leave it "
+            "out of --metadata, or give files without these observations"
+        )
 
 
 def measure_standard(

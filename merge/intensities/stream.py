@@ -30,6 +30,7 @@ from merge.intensities.held_out import Split, split
 from merge.intensities.standard import Standard
 from merge.intensities.table import MIN_BATCHES, Batch, ObservationTable
 from merge.intensities.unique import UniqueRows
+from merge.io.dataset_labels import DatasetLabels
 from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData, check_one_crystal_form
 
@@ -136,13 +137,13 @@ class ObservationStream:
         while True:
             yield from filled[torch.randperm(len(filled), generator=generator)].tolist()
 
-    def wavelength(self, dataset: int) -> float | None:
-        """Median over the first images [A], as far as the store has it."""
+    def labels(self, dataset: int) -> DatasetLabels:
+        """Names and wavelength: of stills with one each, the median of the first."""
         store = self.stores[dataset]
         if not store.has_wavelength:
-            return None
+            return store.labels
         first = store.read(0, max(1, int(self.edges[1, dataset])))
-        return float(np.median(first.wavelength))
+        return store.labels._replace(wavelength=first.typical_wavelength)
 
     def _read(self, number: int) -> list[UnmergedData]:
         ranges = zip(self.stores, self.edges[number], self.edges[number + 1], strict=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import gemmi
 import numpy as np
@@ -19,6 +18,7 @@ from integrator.atomic import replacing
 from integrator.crystal.symmetry import is_in_asu
 from integrator.errors import UserError
 from merge.half_sets import HalfSet, mean_of_mates
+from merge.io.dataset_labels import DatasetNames
 from merge.io.merged_table import MergedTable, merged_table
 from merge.io.unmerged_mtz import (
     UnmergedMtz,
@@ -44,14 +44,6 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-
-
-class DatasetNames(NamedTuple):
-    """The three names an MTZ file gives to a data set."""
-
-    project: str = "braggflux"
-    crystal: str = "crystal"
-    dataset: str = "dataset"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ them) are summed by FRACTIONCALC; programs that sum partials themselves leave th
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import gemmi
@@ -14,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
+from merge.io.dataset_split import split_data
+from merge.io.missing_values import without_missing
+from merge.io.mtz_datasets import mtz_datasets
 from merge.io.observations import UnmergedData, make_unmerged
 from merge.io.sweep_columns import sweep_columns
 from merge.io.unmerged_mtz import load_mtz
@@ -27,8 +31,11 @@ INTENSITY_LABELS = ("IPR", "I", "IOBS", "I-OBS", "INTENSITY", "IOBSERVED")
 WAVELENGTH_LABELS = ("WAVELENGTH", "LAMBDA")
 #: Labels that only rotation data have; programs that write them have applied LP already.
 ROTATION_LABELS = ("LP", "ROT", "PHI")
+ISYM_LABELS = ("M/ISYM", "M_ISYM", "MISYM")
 #: M/ISYM = 256 M + ISYM.
 PARTIAL_FLAG = 256
+#: An intensity column is passed over when it has less than this share of the fullest one's values.
+MOSTLY_FULL = 0.5
 #: Total fraction of the parts of one reflection that counts as all of it (AIMLESS' default).
 FULL_FRACTION = (0.95, 1.05)
 
@@ -37,12 +44,40 @@ DATA_OFFSET = 80
 
 
 def read_mtz(path: str | Path) -> UnmergedData:
+    """Read the only data set of an unmerged MTZ file, as :func:`read_mtz_datasets` does.
+
+    Raises
+    ------
+    UserError
+        As there, or the file holds several data sets.
+    """
+    datasets = read_mtz_datasets(path)
+    check_only_one([data.name for data in datasets], path)
+    return datasets[0]
+
+
+def check_only_one(names: Sequence[str], path: str | Path) -> None:
+    """Refuse several data sets where they would be mixed.
+
+    Raises
+    ------
+    UserError
+    """
+    if len(names) > 1:
+        raise UserError(
+            f"{path} holds {len(names)} data sets ({', '.join(names)}) and one is needed here; "
+            "give a file of one data set, or merge this one as it is"
+        )
+
+
+def read_mtz_datasets(path: str | Path) -> list[UnmergedData]:
     """Read observations with their original indices from an unmerged MTZ file.
 
     Rows that the file flags as rejected (FLAG, of MOSFLM and XDS) or without a positive sigma are
-    left out. Images are the batches. Metadata are all other columns under their own labels,
-    BATCH included, and :data:`~merge.io.sweep_columns.SWEEP_COLUMNS` where the batch headers of a
-    sweep give them.
+    left out; the file's own missing-number flag (VALM) is heeded. Images are the batches, and the
+    data sets those of their headers (:mod:`merge.io.mtz_datasets`). Metadata are all other columns
+    under their own labels, BATCH included, and :data:`~merge.io.sweep_columns.SWEEP_COLUMNS` where
+    the batch headers of a sweep give them.
 
     Parameters
     ----------
@@ -50,13 +85,13 @@ def read_mtz(path: str | Path) -> UnmergedData:
 
     Returns
     -------
-    UnmergedData
+    list of UnmergedData
 
     Raises
     ------
     UserError
-        Not a complete MTZ file, merged, without intensities or sigmas, without any usable row, or
-        with partials that cannot be summed.
+        Not a complete MTZ file, merged, without intensities or sigmas, without any usable row,
+        with partials that cannot be summed, or of several crystal forms.
     """
     path = Path(path)
     mtz = load_mtz(path)
@@ -64,32 +99,41 @@ def read_mtz(path: str | Path) -> UnmergedData:
     return observations_of(mtz, path)
 
 
-def observations_of(mtz: gemmi.Mtz, path: Path) -> UnmergedData:
+def observations_of(mtz: gemmi.Mtz, path: Path) -> list[UnmergedData]:
     """Take observations from a file in memory; its indices become the original ones."""
-    isym_label = column_of_type(mtz, "Y")
-    batch_label = column_of_type(mtz, "B")
+    isym_label, batch_label = isym_column(mtz), batch_column(mtz)
     if batch_label is None:
         raise UserError(
             f"{path} is merged, or its images are unknown (no BATCH column; found "
             f"{' '.join(mtz.column_labels())}); give the unmerged file of the same data"
         )
-    intensity_label, sigma_label = _intensity_labels(mtz, path)
-    isym = np.array(mtz.column_with_label(isym_label)) if isym_label else np.zeros(1)
-    if isym_label:
-        mtz.switch_to_original_hkl()
-    columns = {c.label: np.array(c, dtype=np.float64) for c in mtz.columns[3:]}
+    is_partial = _to_original_indices(mtz, isym_label, path)
+    columns = {c.label: known_values(c, mtz.valm) for c in mtz.columns}
+    index = np.column_stack([columns.pop(c.label) for c in list(mtz.columns)[:3]])
     columns.pop(isym_label, None)
-    keep = columns.get("FLAG", np.zeros(mtz.nreflections)) == 0
+    intensity_label, sigma_label = _intensity_labels(mtz, columns, path)
+    flag = columns.get("FLAG", np.zeros(mtz.nreflections))
+    keep = (flag == 0) | np.isnan(flag)
     if not keep.all():
         log.info("%s: %d observations flagged as rejected are left out", path, np.sum(~keep))
-    table = _Table(mtz.make_miller_array()[keep], {n: c[keep] for n, c in columns.items()})
-    is_partial = (np.broadcast_to(isym, keep.shape)[keep].astype(int) & PARTIAL_FLAG) != 0
+    has_image = np.isfinite(index).all(axis=1) & np.isfinite(columns[batch_label])
+    if not has_image.all():
+        log.warning("%s: %d rows without index or batch are left out", path, np.sum(~has_image))
+    keep &= has_image
+    if not keep.any():
+        raise UserError(
+            f"{path}: none of {len(keep)} rows has an index and a batch and is not flagged as "
+            "rejected; give another file"
+        )
+    table = _Table(index[keep].astype(np.int32), {n: c[keep] for n, c in columns.items()})
+    is_partial = is_partial[keep]
     if is_partial.any() and "NPART" not in columns:  # AIMLESS, which writes NPART, has summed
         table = table.sum_partials(is_partial, (batch_label, intensity_label, sigma_label), path)
+    table = table.with_places(intensity_label, sigma_label, str(path))
     of_sweep = sweep_columns(mtz, table.miller_index, table.columns, batch_label)
     batch = table.columns.pop(batch_label)
     wavelength = next((n for n in table.columns if n.upper() in WAVELENGTH_LABELS), None)
-    return make_unmerged(
+    data = make_unmerged(
         source=str(path),
         miller_index=table.miller_index,
         intensity=table.columns.pop(intensity_label),
@@ -102,6 +146,51 @@ def observations_of(mtz: gemmi.Mtz, path: Path) -> UnmergedData:
         name=path.stem,
         has_lp_applied=bool(set(ROTATION_LABELS) & {n.upper() for n in columns}),
     )
+    number = data.metadata["BATCH"].astype(np.int64)
+    found = mtz_datasets(mtz, np.unique(number), intensity_label, path)
+    return split_data(data, found.of_rows(number), found.suffixes, found.labels, found.cells)
+
+
+def _to_original_indices(mtz: gemmi.Mtz, isym_label: str | None, path: Path) -> NDArray[np.bool_]:
+    """Turn indices into the observed ones; returns which rows are partials, (N,)."""
+    if isym_label is None:
+        return np.zeros(mtz.nreflections, dtype=bool)
+    column = mtz.column_with_label(isym_label)
+    value = np.nan_to_num(np.array(column, dtype=float)).astype(np.int64)
+    isym, is_partial = value % PARTIAL_FLAG, (value & PARTIAL_FLAG) != 0
+    unknown = isym == 0
+    if unknown.any():
+        # 1 is the identity; gemmi takes 0 for the inversion
+        log.warning(
+            "%s: %s is 0 in %d of %d rows, which takes indices nowhere: they are used as they "
+            "stand",
+            path,
+            isym_label,
+            unknown.sum(),
+            len(unknown),
+        )
+    array = mtz.array
+    array[:, column.idx] = np.where(unknown, 1, isym)
+    column.label, column.type = "M/ISYM", "Y"
+    try:
+        mtz.switch_to_original_hkl()
+    except (IndexError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: {isym_label} names symmetry operation {(isym.max() + 1) // 2} and the file "
+            f"lists {mtz.nsymop} for {mtz.spacegroup.xhm()}; write the file again with the "
+            "space group that its indices were reduced in"
+        ) from error
+    column.label = isym_label
+    return is_partial
+
+
+def known_values(column: gemmi.Mtz.Column, missing: float) -> Array:
+    """Values of a column, (N,), NaN where the file has its missing-number flag."""
+    values = np.array(column, dtype=np.float64)
+    if column.type not in "HYB" and np.isfinite(missing):
+        # headers have six decimals: 1e-33 is written as 0.000000
+        values[np.isclose(values, missing, rtol=1e-6, atol=5e-7)] = np.nan
+    return values
 
 
 def check_complete(mtz: gemmi.Mtz, path: Path) -> None:
@@ -115,31 +204,54 @@ def check_complete(mtz: gemmi.Mtz, path: Path) -> None:
             )
 
 
-def column_of_type(mtz: gemmi.Mtz, kind: str) -> str | None:
-    """Label of the first column of a type, if there is one."""
-    found = mtz.columns_with_type(kind)
-    return found[0].label if len(found) else None
+def batch_column(mtz: gemmi.Mtz) -> str | None:
+    """Label of the batch numbers: of type B, or named BATCH whatever its type."""
+    named = [c.label for c in mtz.columns if c.label.upper() == "BATCH"]
+    return next(iter([c.label for c in mtz.columns_with_type("B")] or named), None)
 
 
-def _intensity_labels(mtz: gemmi.Mtz, path: Path) -> tuple[str, str]:
-    """Labels of the intensity and its sigma."""
+def isym_column(mtz: gemmi.Mtz) -> str | None:
+    """Label of M/ISYM: of type Y, or named so whatever its type."""
+    named = [c.label for c in mtz.columns if c.label.upper() in ISYM_LABELS]
+    return next(iter([c.label for c in mtz.columns_with_type("Y")] or named), None)
+
+
+def _intensity_labels(mtz: gemmi.Mtz, columns: dict[str, Array], path: Path) -> tuple[str, str]:
+    """Labels of the intensity and its sigma: the first choice that is not nearly empty."""
     known = {c.label.upper(): c.label for c in mtz.columns if c.type in "JR"}
     of_type = [c.label for c in mtz.columns_with_type("J")]
-    label = next((known[n] for n in INTENSITY_LABELS if n in known), None)
-    label = label or next(iter(of_type), None)
-    if label is None:
+    found = [known[n] for n in INTENSITY_LABELS if n in known]
+    found += [label for label in of_type if label not in found]
+    if not found:
         raise UserError(
             f"{path} has no intensity column (type J, like I or IPR); found "
             f"{' '.join(mtz.column_labels())}; give a file with intensities, amplitudes do not do"
         )
-    by_name = {c.label.upper(): c.label for c in mtz.columns}
-    sigma = by_name.get(f"SIG{label.upper()}") or column_of_type(mtz, "Q")
-    if sigma is None:
+    sigmas = {label: _sigma_label(mtz, label) for label in found}
+    found = [label for label in found if sigmas[label] is not None] or found[:1]
+    if sigmas[found[0]] is None:
         raise UserError(
-            f"{path} has no column SIG{label} (type Q) for the intensities {label}; found "
+            f"{path} has no column SIG{found[0]} (type Q) for the intensities {found[0]}; found "
             f"{' '.join(mtz.column_labels())}; write the file with sigmas"
         )
-    return label, sigma
+    n_measured = [_n_measured(columns[label], columns[sigmas[label]]) for label in found]
+    enough = next(k for k, n in enumerate(n_measured) if n >= MOSTLY_FULL * max(n_measured))
+    for label, n in zip(found[:enough], n_measured, strict=False):
+        log.warning("%s: %s is used, not %s: it has %d values", path, found[enough], label, n)
+    return found[enough], sigmas[found[enough]]
+
+
+def _sigma_label(mtz: gemmi.Mtz, label: str) -> str | None:
+    by_name = {c.label.upper(): c.label for c in mtz.columns}
+    others = {f"SIG{c.label.upper()}" for c in mtz.columns_with_type("J")}
+    free = [c.label for c in mtz.columns_with_type("Q") if c.label.upper() not in others]
+    return by_name.get(f"SIG{label.upper()}") or next(iter(free), None)
+
+
+def _n_measured(intensity: Array, sigma: Array) -> int:
+    """Count the rows with an intensity; a column of zeros has none."""
+    with np.errstate(invalid="ignore"):
+        return int(np.sum(np.isfinite(intensity) & (sigma > 0.0) & (intensity != 0.0)))
 
 
 class _Table:
@@ -192,3 +304,12 @@ class _Table:
         columns[sigma_label] = np.sqrt(variance)
         columns["FRACTIONCALC"] = total[is_full]
         return _Table(self.miller_index[largest], columns)
+
+    def with_places(self, intensity_label: str, sigma_label: str, source: str) -> _Table:
+        """Leave out rows and columns as :mod:`merge.io.missing_values` says."""
+        intensity, sigma = self.columns[intensity_label], self.columns[sigma_label]
+        with np.errstate(invalid="ignore"):
+            usable = np.isfinite(intensity) & np.isfinite(sigma) & (sigma > 0.0)
+        columns, placed = without_missing(self.columns, usable, source)
+        keep = placed | ~usable  # unusable rows are dealt with later
+        return _Table(self.miller_index[keep], {n: c[keep] for n, c in columns.items()})

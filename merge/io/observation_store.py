@@ -10,6 +10,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from merge.io.dataset_labels import DatasetLabels
 from merge.io.observations import UnmergedData
 
 Array = NDArray[np.float64]
@@ -26,7 +27,7 @@ class ObservationStore(ABC):
         First row of each image and, at the end, N.
     metadata_names : tuple of str
     has_wavelength : bool
-    cell, space_group, name, has_lp_applied
+    cell, space_group, name, has_lp_applied, labels
         As in :class:`~merge.io.observations.UnmergedData`.
     """
 
@@ -38,6 +39,7 @@ class ObservationStore(ABC):
     space_group: gemmi.SpaceGroup
     name: str
     has_lp_applied: bool
+    labels: DatasetLabels
 
     @property
     def n_images(self) -> int:
@@ -98,7 +100,7 @@ class StoreView(ObservationStore):
         self.image_starts = source.image_starts
         self.metadata_names, self.has_wavelength = source.metadata_names, source.has_wavelength
         self.cell, self.space_group = source.cell, source.space_group
-        self.has_lp_applied = source.has_lp_applied
+        self.has_lp_applied, self.labels = source.has_lp_applied, source.labels
 
     def close(self) -> None:
         """Close the source."""

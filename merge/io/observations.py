@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,17 @@ from numpy.typing import ArrayLike, NDArray
 from integrator.crystal.cell import reciprocal_metric
 from integrator.crystal.symmetry import is_centric, rotations, to_asu
 from integrator.errors import UserError
+from merge.io.dataset_labels import DatasetLabels
+from merge.io.missing_values import without_missing
 
 Array = NDArray[np.float64]
 
+log = logging.getLogger(__name__)
+
 #: Largest relative difference of cell lengths (and of angles, in radians) within a crystal form.
 CELL_TOLERANCE = 0.03
+#: Columns that intensities without LP correction are unusable without.
+NEEDED_RAW = ("LP", "photon_variance")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class UnmergedData:
         Stem of the input file.
     has_lp_applied : bool
         Intensities are already free of the Lorentz and polarization factors.
+    labels : DatasetLabels
+        Names, title, and the wavelength of the whole data set.
     """
 
     miller_index: NDArray[np.int32]
@@ -55,6 +64,7 @@ class UnmergedData:
     space_group: gemmi.SpaceGroup
     name: str
     has_lp_applied: bool = field(default=False)
+    labels: DatasetLabels = field(default=DatasetLabels())
 
     def __post_init__(self) -> None:
         """Refuse columns of unequal length and rows out of order."""
@@ -81,6 +91,13 @@ class UnmergedData:
     def image_starts(self) -> NDArray[np.int64]:
         """First row of each image and, at the end, N: (n_images + 1,)."""
         return np.searchsorted(self.image, np.arange(self.n_images + 1))
+
+    @property
+    def typical_wavelength(self) -> float | None:
+        """Median over the observations, else that of the data set [A]; None where unknown."""
+        if self.wavelength is None or not len(self):
+            return self.labels.wavelength
+        return float(np.median(self.wavelength))
 
     @property
     def is_polychromatic(self) -> bool:
@@ -117,8 +134,9 @@ def make_unmerged(
     space_group: gemmi.SpaceGroup,
     name: str,
     has_lp_applied: bool,
+    labels: DatasetLabels = DatasetLabels(),  # noqa: B008 - immutable
 ) -> UnmergedData:
-    """Drop rows without a usable intensity, sort by image, and number the images from 0.
+    """Drop rows without a usable intensity or place, sort by image, number the images from 0.
 
     Parameters
     ----------
@@ -126,7 +144,11 @@ def make_unmerged(
         The input, for messages.
     image_label : array_like, (N,)
         Any numbers that tell images apart (batch numbers); they are numbered in rising order.
-    miller_index, intensity, sigma, metadata, wavelength, cell, space_group, name, has_lp_applied
+    metadata : mapping of str to (N,)
+        Gaps are dealt with as :mod:`merge.io.missing_values` says.
+    wavelength : array_like, (N,), or None
+        Rows without theirs are left out.
+    miller_index, intensity, sigma, cell, space_group, name, has_lp_applied, labels
         As :class:`UnmergedData` has them.
 
     Raises
@@ -138,6 +160,22 @@ def make_unmerged(
     usable = np.isfinite(intensity) & np.isfinite(sigma) & (sigma > 0.0)
     if not usable.any():
         raise UserError(_why_unusable(source, intensity, sigma))
+    if not usable.all():
+        log.info(
+            "%s: %d of %d observations lack a finite intensity and a sigma above 0: left out",
+            source,
+            np.sum(~usable),
+            len(usable),
+        )
+    columns = {key: np.asarray(column, dtype=float) for key, column in metadata.items()}
+    if wavelength is not None and not np.isfinite(np.asarray(wavelength, float)[usable]).any():
+        wavelength = None
+    essential = {} if has_lp_applied else {n: columns[n] for n in NEEDED_RAW if n in columns}
+    essential |= {"the image number": np.asarray(image_label, dtype=float)}
+    if wavelength is not None:
+        essential["the wavelength"] = np.asarray(wavelength, dtype=float)
+    usable = _with_all(essential, usable, source)
+    columns, usable = without_missing(columns, usable, source)
     _, number = np.unique(np.asarray(image_label)[usable], return_inverse=True)
     order = np.argsort(number, kind="stable")
     rows = np.flatnonzero(usable)[order]
@@ -151,12 +189,30 @@ def make_unmerged(
         sigma=sigma[rows],
         image=number[order].astype(np.int64),
         wavelength=None if wavelength is None else take(wavelength),
-        metadata={key: take(column) for key, column in metadata.items()},
+        metadata={key: take(column) for key, column in columns.items()},
         cell=cell,
         space_group=space_group,
         name=name,
         has_lp_applied=has_lp_applied,
+        labels=labels,
     )
+
+
+def _with_all(
+    essential: Mapping[str, Array], usable: NDArray[np.bool_], source: str
+) -> NDArray[np.bool_]:
+    """Rows that have all of these columns, (N,)."""
+    for name, column in essential.items():
+        lacks = usable & ~np.isfinite(column)
+        if not lacks.any():
+            continue
+        log.warning("%s: %d observations without %s are left out", source, lacks.sum(), name)
+        usable = usable & ~lacks
+        if not usable.any():
+            raise UserError(
+                f"{source}: no observation has {name}; give the column, or a file that has it"
+            )
+    return usable
 
 
 def _why_unusable(source: str, intensity: Array, sigma: Array) -> str:
@@ -287,6 +343,7 @@ def join_halves(*halves: UnmergedData) -> UnmergedData:
         space_group=plus.space_group,
         name=common_name(plus.name, minus.name),
         has_lp_applied=plus.has_lp_applied and minus.has_lp_applied,
+        labels=plus.labels,
     )
 
 

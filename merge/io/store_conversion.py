@@ -16,16 +16,20 @@ from numpy.typing import NDArray
 
 from integrator.errors import UserError
 from merge.io.crystfel_stream import stream_chunks
+from merge.io.mtz_datasets import mtz_datasets
 from merge.io.mtz_observations import (
     DATA_OFFSET,
     PARTIAL_FLAG,
+    batch_column,
     check_complete,
-    column_of_type,
+    check_only_one,
+    isym_column,
     observations_of,
     read_mtz,
 )
 from merge.io.observations import UnmergedData
 from merge.io.unmerged_data import read_unmerged
+from merge.io.unmerged_mtz import put_indices_first
 from merge.io.unmerged_store import write_unmerged_store
 
 #: Rows in memory at a time: of 20 columns, 160 MB.
@@ -75,26 +79,25 @@ def convert_to_store(
 def _one_dataset(path: Path, space_group: gemmi.SpaceGroup | None) -> Iterator[UnmergedData]:
     """Read a file of another kind as a whole; a store holds one dataset."""
     data = read_unmerged([path], space_group=space_group)
-    if len(data) > 1:
-        raise UserError(
-            f"{path} holds {len(data)} datasets of different wavelengths or cells, a store one; "
-            "merge the file itself"
-        )
+    check_only_one([d.name for d in data], path)
     yield data[0]
 
 
 def _mtz_chunks(path: Path, folder: Path, rows_at_a_time: int) -> Iterator[UnmergedData]:
     """Observations of neighbouring images, about ``rows_at_a_time`` of them."""
     mtz = _header(path)
-    batch_column = column_of_type(mtz, "B")
-    if batch_column is None or mtz.nreflections <= rows_at_a_time:
+    batch_label = batch_column(mtz)
+    if batch_label is None or mtz.nreflections <= rows_at_a_time:
         yield read_mtz(path)
         return
-    batch_column = mtz.column_labels().index(batch_column)
-    batches, counts = _count(mtz, path, batch_column, rows_at_a_time)
+    column = mtz.column_labels().index(batch_label)
+    batches, counts = _count(mtz, path, column, rows_at_a_time)
+    intensities = [c.label for c in mtz.columns_with_type("J")] or mtz.column_labels()
+    found = mtz_datasets(mtz, batches.astype(np.int64), intensities[0], path)
+    check_only_one(found.suffixes if len(found.labels) > 1 else (), path)
     bucket_of_batch = (np.cumsum(counts) - 1) // rows_at_a_time
     for rows in _pieces(mtz, path, rows_at_a_time):
-        bucket = bucket_of_batch[np.searchsorted(batches, rows[:, batch_column])]
+        bucket = bucket_of_batch[np.searchsorted(batches, rows[:, column])]
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order], prepend=-1))
         for number, part in zip(bucket[order][edges], np.split(order, edges[1:]), strict=True):
@@ -104,7 +107,7 @@ def _mtz_chunks(path: Path, folder: Path, rows_at_a_time: int) -> Iterator[Unmer
         part = _header(path)  # anew: one whose indices are the original ones stays so
         part.set_data(np.fromfile(folder / str(number), np.float32).reshape(-1, len(mtz.columns)))
         (folder / str(number)).unlink()
-        yield observations_of(part, path)
+        yield from observations_of(put_indices_first(part), path)
 
 
 def _header(path: Path) -> gemmi.Mtz:
@@ -136,7 +139,7 @@ def _count(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Batch numbers and how many rows each has; refuse partials."""
     labels = mtz.column_labels()
-    isym = column_of_type(mtz, "Y")
+    isym = isym_column(mtz)
     batches, counts = np.empty(0, np.float32), np.empty(0, np.int64)
     for rows in _pieces(mtz, path, n_rows):
         if isym and "NPART" not in labels:

@@ -14,7 +14,7 @@ import gemmi
 
 from integrator.errors import UserError
 from merge.io.crystfel_stream import read_stream
-from merge.io.mtz_observations import read_mtz
+from merge.io.mtz_observations import read_mtz, read_mtz_datasets
 from merge.io.observations import (
     CELL_TOLERANCE,
     UnmergedData,
@@ -35,6 +35,7 @@ __all__ = [
     "combine_friedel",
     "make_unmerged",
     "read_mtz",
+    "read_mtz_datasets",
     "read_stream",
     "read_unmerged",
     "reindex",
@@ -61,7 +62,7 @@ def _read_store(path: Path, space_group: gemmi.SpaceGroup | None) -> list[Unmerg
 
 
 FORMATS = (
-    Format("MTZ", ".mtz", (b"MTZ ",), lambda path, _: [read_mtz(path)]),
+    Format("MTZ", ".mtz", (b"MTZ ",), lambda path, _: read_mtz_datasets(path)),
     Format("CrystFEL", ".stream", (b"CrystFEL stream",), lambda p, g: [read_stream(p, g)]),
     Format("XDS", ".HKL", (XDS_ASCII, INTEGRATE), read_xds),
     Format("store", ".h5", (b"\x89HDF",), _read_store),

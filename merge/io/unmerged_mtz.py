@@ -91,6 +91,19 @@ def load_mtz(path: str | Path) -> gemmi.Mtz:
     if mtz.nreflections == 0 or mtz.spacegroup is None:
         lacks = "reflections" if mtz.nreflections == 0 else "known space group"
         raise UserError(f"{path} holds no {lacks}; give a file that does")
+    return put_indices_first(mtz)
+
+
+def put_indices_first(mtz: gemmi.Mtz) -> gemmi.Mtz:
+    """Move the columns H, K, L, which may stand anywhere, where gemmi looks for them."""
+    of_type = [c.label for c in mtz.columns_with_type("H")]
+    labels = ["H", "K", "L"] if {"H", "K", "L"} <= set(mtz.column_labels()) else of_type[:3]
+    if mtz.column_labels()[:3] == labels:
+        return mtz
+    for place, label in enumerate(labels):
+        mtz.copy_column(place, mtz.column_with_label(label))
+        old = next(c.idx for c in list(mtz.columns)[place + 1 :] if c.label == label)
+        mtz.remove_column(old)
     return mtz
 
 

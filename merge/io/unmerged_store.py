@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from integrator.atomic import replacing
 from integrator.errors import UserError
+from merge.io.dataset_labels import DatasetLabels, DatasetNames
 from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData
 
@@ -76,7 +77,26 @@ def write_unmerged_store(
         file.attrs["space_group"] = (space_group or first.space_group).xhm()
         file.attrs["name"] = name or first.name
         file.attrs["has_lp_applied"] = first.has_lp_applied
+        _write_labels(file, first.labels)
         file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+
+
+def _write_labels(file: h5py.File, labels: DatasetLabels) -> None:
+    file.attrs.update(labels.names._asdict() | {"title": labels.title})
+    if labels.wavelength is not None:
+        file.attrs["wavelength"] = labels.wavelength
+
+
+def _read_labels(file: h5py.File) -> DatasetLabels:
+    """Labels of a store; earlier stores have none."""
+    attributes = file.attrs
+    names = {key: str(attributes[key]) for key in DatasetNames._fields if key in attributes}
+    wavelength = attributes.get("wavelength")
+    return DatasetLabels(
+        DatasetNames(**names),
+        str(attributes.get("title", "")),
+        None if wavelength is None else float(wavelength),
+    )
 
 
 def _columns(data: UnmergedData) -> dict[str, NDArray]:
@@ -154,6 +174,7 @@ class UnmergedStore(ObservationStore):
         self.space_group = gemmi.SpaceGroup(attributes["space_group"])
         self.name = str(attributes["name"])
         self.has_lp_applied = bool(attributes["has_lp_applied"])
+        self.labels = _read_labels(self._file)
         self.image_starts: NDArray[np.int64] = self._file["image_starts"][()]
         self.metadata_names = tuple(self._file["metadata"])
         self.has_wavelength = "wavelength" in self._file
@@ -184,6 +205,7 @@ class UnmergedStore(ObservationStore):
             space_group=self.space_group,
             name=self.name,
             has_lp_applied=self.has_lp_applied,
+            labels=self.labels,
         )
 
     def column(self, name: str, rows: slice) -> NDArray:

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
+from merge.io.dataset_labels import DatasetLabels
+from merge.io.dataset_split import WAVELENGTH_TOLERANCE
 from merge.io.observations import CELL_TOLERANCE, UnmergedData, make_unmerged
 from merge.io.sweep_columns import (
     FRAME,
@@ -48,8 +50,6 @@ CLOSURE = 0.02
 IN_HOUSE = ((2.29, 0.01), (1.5418, 0.0019), (1.3414, 0.0005), (0.7107, 0.0005), (0.5608, 0.0005))
 #: FRACTION_OF_POLARIZATION at synchrotrons, and POLARIZATION_PLANE_NORMAL.
 SYNCHROTRON, NORMAL = 0.99, (0.0, 1.0, 0.0)
-#: Difference of wavelengths that makes two sets of XSCALE two datasets [A].
-WAVELENGTH_TOLERANCE = 1e-3
 
 
 def read_xds(path: str | Path, space_group: gemmi.SpaceGroup | None = None) -> list[UnmergedData]:
@@ -242,6 +242,7 @@ def _observations(
 ) -> UnmergedData:
     cell = _cell(text, int(sets[0]))
     index = np.stack([columns[axis] for axis in "HKL"], axis=1)
+    wavelength = text.numbers("X-RAY_WAVELENGTH", iset=int(sets[0]))
     return make_unmerged(
         source=str(text.path),
         miller_index=index[rows].astype(np.int32),
@@ -254,6 +255,7 @@ def _observations(
         space_group=space_group or _space_group(text, cell),
         name=name,
         has_lp_applied=True,
+        labels=DatasetLabels(wavelength=None if wavelength is None else wavelength[0]),
     )
 
 

@@ -1,0 +1,189 @@
+"""Several data sets in one input: which images belong together, and the input cut in parts.
+
+Images of different wavelengths have different anomalous signals and share a scale, not amplitudes.
+Crystals whose cells are far apart share nothing, and are refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+import gemmi
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from integrator.errors import UserError
+from merge.io.dataset_labels import DatasetLabels
+from merge.io.observations import CELL_TOLERANCE, UnmergedData, cell_text
+
+Array = NDArray[np.float64]
+Groups = NDArray[np.int64]
+
+log = logging.getLogger(__name__)
+
+#: Wavelengths that differ by less are one [A], as in dials.merge and dials.export.
+WAVELENGTH_TOLERANCE = 1e-4
+#: Stills vary from pulse to pulse; a relative gap in their wavelengths so wide makes two groups.
+STILLS_GAP = 5e-3
+#: Share of the images, and number of them, that a wavelength of single images must have.
+MIN_SHARE, MIN_IMAGES = 0.05, 2
+#: Cells of single images form two groups when these are so many of their own spreads apart.
+CLEAR_OF_SPREAD = 5.0
+
+
+def wavelength_groups(wavelength: ArrayLike, gap: float = WAVELENGTH_TOLERANCE) -> Groups:
+    """Give the group of each wavelength (n,), rising; groups are more than ``gap`` [A] apart."""
+    values, which = np.unique(np.asarray(wavelength, dtype=float), return_inverse=True)
+    return np.concatenate([[0], np.cumsum(np.diff(values) > gap)])[which]
+
+
+def image_wavelength_groups(wavelength: ArrayLike, is_still: bool) -> Groups:
+    """Group single images, (n,), by their wavelength.
+
+    Pulses of a free-electron laser, and frames whose energy is noted one by one, spread without
+    being several data sets: a group is only what holds its share of the images.
+    """
+    values = np.asarray(wavelength, dtype=float)
+    coarse = STILLS_GAP * float(np.median(values))
+    for gap in (coarse,) if is_still else (WAVELENGTH_TOLERANCE, coarse):
+        group = wavelength_groups(values, gap)
+        if np.bincount(group).min() >= max(MIN_IMAGES, MIN_SHARE * len(values)):
+            return group
+    return np.zeros(len(values), dtype=np.int64)
+
+
+def cell_groups(cells: ArrayLike) -> Groups:
+    """Group the cells of few crystals, (n, 6) [A, degrees]: linked by :data:`CELL_TOLERANCE`."""
+    place = _places(cells)
+    near = np.abs(place[:, None] - place[None]).max(axis=2) <= CELL_TOLERANCE
+    group = np.arange(len(place))
+    for _ in range(len(place)):
+        linked = np.where(near, group[None], len(group)).min(axis=1)
+        if np.array_equal(linked, group):
+            break
+        group = linked
+    return np.unique(group, return_inverse=True)[1]
+
+
+def image_cell_groups(cells: ArrayLike) -> Groups:
+    """Group the cells of many images, (n, 6), in two where a parameter has two clear values.
+
+    The spread of serial data, however wide, is one group, and so are a few strays.
+    """
+    place = _places(cells)
+    n = len(place)
+    least = 1 if n <= 2 * MIN_IMAGES else max(MIN_IMAGES, MIN_SHARE * n)
+    for values in place.T:
+        high = values > _valley(values)
+        if min(high.sum(), n - high.sum()) < least:
+            continue
+        centre = [np.median(values[part]) for part in (high, ~high)]
+        spread = [_spread(values[part]) for part in (high, ~high)]
+        if abs(centre[0] - centre[1]) > max(CELL_TOLERANCE, CLEAR_OF_SPREAD * max(spread)):
+            return high.astype(np.int64)
+    return np.zeros(n, dtype=np.int64)
+
+
+def check_one_form(cells: ArrayLike, group: Groups, source: str, what: str) -> None:
+    """Refuse an input with several crystal forms.
+
+    Parameters
+    ----------
+    cells : array_like, (n, 6)
+        [A, degrees]
+    group : (n,)
+        Of :func:`cell_groups` or :func:`image_cell_groups`.
+    source, what : str
+        The input, and what has the cells: "crystals", "images".
+
+    Raises
+    ------
+    UserError
+    """
+    if not group.any():
+        return
+    cells = np.asarray(cells, dtype=float)
+    forms = [
+        f"{cell_text(gemmi.UnitCell(*np.median(cells[group == k], axis=0)))} "
+        f"({np.sum(group == k)} {what})"
+        for k in range(group.max() + 1)
+    ]
+    raise UserError(
+        f"{source} mixes crystal forms whose cells differ by more than {CELL_TOLERANCE:.0%}: "
+        f"{', '.join(forms)}; they do not share structure factors: write each form to a file of "
+        "its own and merge them in separate runs"
+    )
+
+
+def split_data(
+    data: UnmergedData,
+    group: NDArray[np.integer],
+    suffixes: Sequence[str],
+    labels: Sequence[DatasetLabels],
+    cells: Sequence[gemmi.UnitCell],
+) -> list[UnmergedData]:
+    """Cut an input in its data sets, each with images counted from 0.
+
+    Parameters
+    ----------
+    data : UnmergedData
+    group : (N,)
+        Data set of each observation, from 0.
+    suffixes : sequence of str
+        Added to the name of each data set where there are several.
+    labels, cells : sequence
+        Of each data set.
+    """
+    if len(labels) == 1:
+        return [replace(data, labels=labels[0], cell=cells[0])]
+    names = [f"{data.name}_{file_word(suffix)}" for suffix in suffixes]
+    parts = []
+    for k, name in enumerate(names):
+        part = data.select(group == k)
+        if not len(part):
+            continue
+        image = np.unique(part.image, return_inverse=True)[1]
+        parts.append(replace(part, image=image, name=name, labels=labels[k], cell=cells[k]))
+    log.info(
+        "%s holds %d data sets, which share a scale and have amplitudes of their own: %s",
+        data.name,
+        len(parts),
+        ", ".join(_words(part) for part in parts),
+    )
+    return parts
+
+
+def file_word(text: str) -> str:
+    """Make a word that can be part of a file name."""
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "dataset"
+
+
+def _words(part: UnmergedData) -> str:
+    wavelength = part.labels.wavelength
+    known = "unknown wavelength" if wavelength is None else f"{wavelength:.5f} A"
+    return f"{part.name} ({known}, {len(part)} observations)"
+
+
+def _places(cells: ArrayLike) -> Array:
+    """Log lengths and angles in radians, (n, 6): differences are relative ones."""
+    cells = np.asarray(cells, dtype=float)
+    return np.concatenate([np.log(cells[:, :3]), np.radians(cells[:, 3:])], axis=1)
+
+
+def _valley(values: Array) -> float:
+    """Threshold between two groups of values with the least spread within both (Otsu)."""
+    ordered = np.sort(values)
+    n = np.arange(1, len(ordered))
+    if not len(n):
+        return float(ordered[0])
+    total = np.cumsum(ordered - ordered.mean())[:-1]
+    best = int(np.argmax(total**2 / (n * (len(ordered) - n))))
+    return float(ordered[best])
+
+
+def _spread(values: Array) -> float:
+    """Robust standard deviation."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))

@@ -1,0 +1,192 @@
+"""Data sets within one unmerged MTZ file, told apart by the headers of its batches."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+
+from merge.io.dataset_labels import DatasetLabels, DatasetNames
+from merge.io.dataset_split import (
+    WAVELENGTH_TOLERANCE,
+    cell_groups,
+    check_one_form,
+    image_cell_groups,
+    image_wavelength_groups,
+    wavelength_groups,
+)
+
+Array = NDArray[np.float64]
+
+log = logging.getLogger(__name__)
+
+#: Offset of the rotation at the start and the end of an image in a batch header.
+_PHI = slice(36, 38)
+
+
+@dataclass(frozen=True)
+class MtzDatasets:
+    """Which data set each batch belongs to.
+
+    Parameters
+    ----------
+    batches : (b,) int
+        Batch numbers, rising.
+    group : (b,) int
+        Data set of each, from 0.
+    suffixes : tuple of str
+        A word for each data set.
+    labels : tuple of DatasetLabels
+    cells : tuple of gemmi.UnitCell
+    """
+
+    batches: NDArray[np.int64]
+    group: NDArray[np.int64]
+    suffixes: tuple[str, ...]
+    labels: tuple[DatasetLabels, ...]
+    cells: tuple[gemmi.UnitCell, ...]
+
+    def of_rows(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Give the data set of each observation, (N,), by its batch number."""
+        return self.group[np.searchsorted(self.batches, batch)]
+
+
+def mtz_datasets(
+    mtz: gemmi.Mtz, batches: NDArray[np.int64], intensity_label: str, path: Path
+) -> MtzDatasets:
+    """Group batches as the file does: by the data set of their headers, and by wavelength.
+
+    Data sets of one name and wavelength are one, and so are those of single stills. A batch
+    without a header belongs to the data set of the intensity column.
+
+    Parameters
+    ----------
+    mtz : gemmi.Mtz
+    batches : (b,) int
+        Numbers of the batches with observations, rising.
+    intensity_label : str
+    path : Path
+        For messages.
+
+    Raises
+    ------
+    UserError
+        The cells of the data sets, or of the images of one, are far apart.
+    """
+    found = _Batches(mtz, batches, intensity_label)
+    keys: dict[tuple, int] = {}
+    group = np.zeros(len(batches), dtype=np.int64)
+    wavelength = _wavelengths(found, path)
+    near, is_one = wavelength_groups(wavelength), _is_per_image(found)
+    for k, dataset in enumerate(found.dataset):
+        key = () if is_one else (*_names(dataset), int(near[k]))
+        group[k] = keys.setdefault(key, len(keys))
+    members = [np.flatnonzero(group == k) for k in range(len(keys))]
+    first = [found.dataset[rows[0]] for rows in members]
+    cells = [_cell(dataset, mtz) for dataset in first]
+    parameters = [cell.parameters for cell in cells]
+    check_one_form(parameters, cell_groups(parameters), str(path), "data sets")
+    _check_images(found, path)
+    labels = []
+    for dataset, rows in zip(first, members, strict=True):
+        value = float(np.median(wavelength[rows]))
+        labels.append(DatasetLabels(_names(dataset), _title(mtz), value if value > 0 else None))
+    return MtzDatasets(batches, group, _suffixes(labels), tuple(labels), tuple(cells))
+
+
+class _Batches:
+    """What the headers say of each batch with observations."""
+
+    def __init__(self, mtz: gemmi.Mtz, batches: NDArray[np.int64], intensity_label: str) -> None:
+        datasets = {dataset.id: dataset for dataset in mtz.datasets}
+        own = _own_dataset(mtz, intensity_label)
+        by_number = {header.number: header for header in mtz.batches}
+        headers = [by_number.get(number) for number in batches.tolist()]
+        self.dataset = [own if h is None else datasets.get(h.dataset_id, own) for h in headers]
+        self.wavelength = np.array([0.0 if h is None else h.wavelength for h in headers])
+        cells = [None if h is None else h.cell for h in headers]
+        self.cells = np.array([c.parameters for c in cells if c is not None and c.is_crystal()])
+        phi = np.array([[0.0, 0.0] if h is None else list(h.floats)[_PHI] for h in headers])
+        self.is_still = bool(np.all(phi[:, 0] == phi[:, 1])) and any(
+            h is not None for h in headers
+        )
+
+
+def _own_dataset(mtz: gemmi.Mtz, intensity_label: str) -> gemmi.Mtz.Dataset | None:
+    """Return the data set of the intensities; of HKL_base, which says nothing, the only other."""
+    if not len(mtz.datasets):
+        return None
+    number = mtz.column_with_label(intensity_label).dataset_id
+    own = next((d for d in mtz.datasets if d.id == number), mtz.datasets[0])
+    others = [d for d in mtz.datasets if d.wavelength > 0.0]
+    return others[0] if own.wavelength <= 0.0 and len(others) == 1 else own
+
+
+def _wavelengths(found: _Batches, path: Path) -> Array:
+    """Wavelength of each batch [A], (b,); 0 where nothing says it."""
+    wavelength = np.array([0.0 if d is None else d.wavelength for d in found.dataset])
+    number = np.array([-1 if d is None else d.id for d in found.dataset])
+    for k in np.unique(number):
+        rows = np.flatnonzero((number == k) & (found.wavelength > 0.0))
+        if not len(rows):
+            continue
+        own, given = found.wavelength[rows], wavelength[rows[0]]
+        group = image_wavelength_groups(own, found.is_still)
+        medians = np.array([np.median(own[group == g]) for g in range(group.max() + 1)])
+        if given <= 0.0 or len(medians) > 1:
+            wavelength[rows] = medians[group]
+        elif abs(medians[0] - given) > max(WAVELENGTH_TOLERANCE, np.ptp(own)):
+            log.warning(
+                "%s: data set %d has wavelength %.5f A and its batches have %.5f A; the first is "
+                "written",
+                path,
+                k,
+                given,
+                medians[0],
+            )
+    return wavelength
+
+
+def _is_per_image(found: _Batches) -> bool:
+    """Whether each still has a data set of its own: pulses of one beam."""
+    numbers = {d.id for d in found.dataset if d is not None}
+    if not found.is_still or len(numbers) <= len(found.dataset) / 2:
+        return False
+    return not image_wavelength_groups([d.wavelength for d in found.dataset], True).any()
+
+
+def _check_images(found: _Batches, path: Path) -> None:
+    """Refuse batches of two crystal forms."""
+    if len(found.cells):
+        check_one_form(found.cells, image_cell_groups(found.cells), str(path), "batches")
+
+
+def _names(dataset: gemmi.Mtz.Dataset | None) -> DatasetNames:
+    if dataset is None:
+        return DatasetNames()
+    given = (dataset.project_name, dataset.crystal_name, dataset.dataset_name)
+    return DatasetNames(*(n or own for n, own in zip(given, DatasetNames(), strict=True)))
+
+
+def _cell(dataset: gemmi.Mtz.Dataset | None, mtz: gemmi.Mtz) -> gemmi.UnitCell:
+    """Cell of the data set where it has one, else of the file."""
+    return mtz.cell if dataset is None or not dataset.cell.is_crystal() else dataset.cell
+
+
+def _title(mtz: gemmi.Mtz) -> str:
+    """Title, without what stands for none."""
+    title = (mtz.title or "").strip()
+    return "" if title in ("None", "From None") else title
+
+
+def _suffixes(labels: list[DatasetLabels]) -> tuple[str, ...]:
+    """Shortest of the names that tells the data sets apart, else their number."""
+    for words in (lambda n: n.dataset, lambda n: f"{n.crystal}_{n.dataset}", "_".join):
+        found = [words(own.names) for own in labels]
+        if len(set(found)) == len(found):
+            return tuple(found)
+    return tuple(f"WAVE{k + 1}" for k in range(len(labels)))

@@ -1,0 +1,135 @@
+"""MTZ files whose columns are not as most programs write them: the same observations come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mad_files as mad
+import numpy as np
+import pytest
+
+from integrator.errors import UserError
+from merge.io.mtz import read_merged_mtz
+from merge.io.mtz_observations import read_mtz
+from pipelines import cli
+
+FAST = ("--epochs", "5", "--set", "network_width=8", "--anomalous")
+ROWS = mad.observe(mad.truth(), 0)
+
+
+def write(path: Path, rows=ROWS, valm=None, **options) -> Path:
+    mtz = mad.empty_mtz()
+    mad.add_dataset(mtz, ("p", "x", "d"), mad.PEAK, range(1, 21))
+    if valm is not None:
+        mtz.valm = valm
+    return mad.write(path, rows, mtz, **options)
+
+
+def table_of(path: Path) -> set[tuple]:
+    data = read_mtz(path)
+    columns = [data.intensity, data.sigma, *(data.metadata[n] for n in ("BATCH", "XDET", "ROT"))]
+    rows = np.column_stack([data.miller_index, *np.round(columns, 3)])
+    return set(map(tuple, rows.tolist()))
+
+
+ORDERS = ["M/ISYM", "BATCH", "I", "SIGI", "H", "K", "L", "XDET", "YDET", "ROT"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "options"),
+    [
+        ("M_ISYM", ROWS, {"isym": "M_ISYM"}),
+        ("M_ISYM of another type", ROWS, {"isym": "M_ISYM", "types": {"M_ISYM": "I"}}),
+        ("no M/ISYM", ROWS, {"isym": None}),
+        ("no M/ISYM that says anything", ROWS.but(**{"M/ISYM": np.zeros(6000)}), {"isym": None}),
+        (
+            "indices behind",
+            ROWS,
+            {"order": ["I", "SIGI", "H", "K", "L", *ORDERS[7:], "BATCH", "M/ISYM"]},
+        ),
+        ("indices in the midst", ROWS, {"order": ORDERS}),
+        ("BATCH of type I", ROWS, {"types": {"BATCH": "I"}}),
+        ("BATCH of type R", ROWS, {"types": {"BATCH": "R"}}),
+        ("rows in another order", ROWS.take(np.random.default_rng(1).permutation(6000)), {}),
+    ],
+)
+def test_the_same_observations(kind, rows, options, tmp_path):
+    assert table_of(write(tmp_path / "a.mtz", rows, **options)) == table_of(
+        write(tmp_path / "b.mtz")
+    )
+
+
+def test_zeros_in_m_isym_do_not_swap_the_mates(tmp_path):
+    """The rows are those of a right file: so are F(+) and F(-), to the last digit."""
+    zeros = ROWS.but(**{"M/ISYM": np.zeros(len(ROWS.hkl))})
+    write(tmp_path / "right.mtz")
+    write(tmp_path / "zeros.mtz", zeros, isym=None)
+    tables = []
+    for name in ("right", "zeros"):
+        argv = ["merge", str(tmp_path / f"{name}.mtz"), "--out", str(tmp_path / name), *FAST]
+        assert cli.main(argv) == 0
+        tables.append(read_merged_mtz(tmp_path / name / "merged.mtz").table)
+        path = tmp_path / name / "merged.mtz"
+        assert mad.bijvoet_correlation(path, mad.truth()) > 0.8
+    np.testing.assert_allclose(tables[0].f_plus, tables[1].f_plus, rtol=1e-3)
+    np.testing.assert_allclose(tables[0].f_minus, tables[1].f_minus, rtol=1e-3)
+
+
+def test_m_isym_beyond_the_operations_is_refused(tmp_path):
+    rows = ROWS.but(**{"M/ISYM": np.full(len(ROWS.hkl), 13)})
+    path = write(tmp_path / "a.mtz", rows, isym=None)
+    with pytest.raises(UserError, match="operation 7 and the file lists 4"):
+        read_mtz(path)
+
+
+@pytest.mark.parametrize("empty", [np.nan, 0.0])
+def test_an_empty_profile_fitted_intensity_is_passed_over(empty, tmp_path):
+    rows = ROWS.but(IPR=np.full(6000, empty), SIGIPR=np.full(6000, empty))
+    assert table_of(write(tmp_path / "a.mtz", rows)) == table_of(write(tmp_path / "b.mtz"))
+
+
+def gap(column: str, share: float, value: float) -> tuple[mad.Rows, np.ndarray]:
+    """Rows with ``value`` in a random share of a column, and which."""
+    lacks = np.random.default_rng(3).random(len(ROWS.hkl)) < share
+    return ROWS.but(**{column: np.where(lacks, value, ROWS.columns[column])}), lacks
+
+
+@pytest.mark.parametrize(
+    ("value", "valm"), [(np.nan, None), (np.inf, None), (-999.0, -999.0), (1e-33, 1e-33)]
+)
+@pytest.mark.parametrize("column", ["XDET", "ROT", "I", "SIGI", "BATCH"])
+def test_rows_without_a_number_are_left_out(column, value, valm, tmp_path):
+    if column == "BATCH" and valm is not None:
+        pytest.skip("a batch number is never the missing-number flag")
+    rows, lacks = gap(column, 0.03, value)
+    found = table_of(write(tmp_path / "a.mtz", rows, valm))
+    assert found == table_of(write(tmp_path / "b.mtz", ROWS.take(~lacks)))
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_column_that_many_rows_lack_is_left_out(share, tmp_path):
+    rows, _ = gap("YDET", share, np.nan)
+    data = read_mtz(write(tmp_path / "a.mtz", rows))
+    assert len(data) == len(ROWS.hkl)
+    assert data.metadata.keys() == {"BATCH", "ROT"}  # half a position is none
+
+
+def test_gaps_in_a_column_that_nothing_reads_cost_nothing(tmp_path, capsys):
+    rows = ROWS.but(CHISQ=np.where(np.arange(6000) % 3, 1.0, np.nan))
+    path = write(tmp_path / "a.mtz", rows)
+    assert len(read_mtz(path)) == 6000
+    argv = ["merge", str(path), "--out", str(tmp_path / "out"), *FAST, "--metadata", "dHKL,CHISQ"]
+    assert cli.main(argv) == 2
+    assert "CHISQ is missing in 2000 of 6000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("column", "share"), [("XDET", 0.03), ("XDET", 0.5), ("ROT", 0.03)])
+def test_amplitudes_are_finite_and_right(column, share, tmp_path):
+    rows, _ = gap(column, share, np.nan)
+    path = write(tmp_path / "a.mtz", rows)
+    assert cli.main(["merge", str(path), "--out", str(tmp_path / "out"), *FAST]) == 0
+    merged = tmp_path / "out" / "merged.mtz"
+    table = read_merged_mtz(merged).table
+    assert np.isfinite(table.f).all()
+    assert np.isfinite(table.i_mean).all()
+    assert mad.bijvoet_correlation(merged, mad.truth()) > 0.8
