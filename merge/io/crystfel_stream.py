@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from integrator.errors import UserError
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
+from merge.io.text_files import open_binary, stem_of
 
 Array = NDArray[np.float64]
 
@@ -35,7 +36,7 @@ _CELL = re.compile(rb"Cell parameters" + 3 * _NUMBER + rb" nm," + 3 * _NUMBER + 
 _STARS = [
     re.compile(rb"%sstar =" % axis + 3 * _NUMBER + rb" nm\^-1") for axis in (b"a", b"b", b"c")
 ]
-_ENERGY = re.compile(rb"photon_energy_eV =" + _NUMBER)
+_ENERGY = re.compile(rb"photon_energy_eV =\s*(\S+)")
 _SERIAL = re.compile(rb"Image serial number:" + _NUMBER)
 #: Column of the stream -> name here; others keep theirs.
 _RENAMED = {"sigma(I)": "sigma", "fs/px": "fs", "ss/px": "ss"}
@@ -82,9 +83,10 @@ class StreamCrystal:
 
 
 def iterate_crystals(path: str | Path) -> Iterator[StreamCrystal]:
-    """Go through the indexed crystals of a stream.
+    """Go through the integrated crystals of a stream.
 
-    Memory is that of a few frames. A frame that the file's end cuts short is left out.
+    Memory is that of a few frames. A frame that the file's end cuts short is left out, and so is
+    one without photon energy (0, where a frame's own was not recorded).
 
     Raises
     ------
@@ -92,15 +94,27 @@ def iterate_crystals(path: str | Path) -> Iterator[StreamCrystal]:
         Not a stream, or an entry in it cannot be read.
     """
     path = Path(path)
+    n_empty, n_unknown = 0, 0
     for text in _frames(path):
         crystals = text.split(_CRYSTAL_BEGIN)
+        wavelength = _wavelength(crystals[0], path)
         for block in crystals[1:]:
             if _CRYSTAL_END not in block:
                 log.warning("%s: a crystal without its end is left out", path)
-                continue
-            crystal = _parse_crystal(crystals[0], block, path)
-            if crystal is not None:
+            elif wavelength is None:
+                n_unknown += 1
+            elif (crystal := _parse_crystal(crystals[0], block, wavelength, path)) is None:
+                n_empty += 1
+            else:
                 yield crystal
+    if n_empty:
+        log.info("%s: %d crystals have no integrated reflections", path, n_empty)
+    if n_unknown:
+        log.warning(
+            "%s: %d crystals without photon energy (photon_energy_eV = 0) are left out; write it "
+            "in the geometry and run indexamajig again to have them",
+            *(path, n_unknown),
+        )
 
 
 def stream_chunks(
@@ -124,7 +138,8 @@ def stream_chunks(
             block = []
     if is_empty:
         raise UserError(
-            f"{path} holds no integrated crystal; give a stream in which frames were indexed"
+            f"{path} holds no integrated crystal of known photon energy; give a stream in which "
+            "frames were indexed and integrated"
         )
     if block:
         yield _as_unmerged(block, panel_numbers, space_group, path)
@@ -154,14 +169,14 @@ def read_stream(path: str | Path, space_group: gemmi.SpaceGroup | None) -> Unmer
 def _frames(path: Path) -> Iterator[bytes]:
     """Text of each frame with crystals."""
     tail = b""
-    with path.open("rb") as file:
+    with open_binary(path) as file:
         if not file.read(len(_MAGIC)) == _MAGIC:
             raise UserError(
                 f"{path} is empty or not a CrystFEL stream (it must begin with "
                 f"{_MAGIC.decode()!r}); give one as indexamajig writes it"
             )
         while piece := file.read(_PIECE):
-            *whole, tail = (tail + piece).split(_CHUNK_END)
+            *whole, tail = (tail + piece.replace(b"\r", b"")).split(_CHUNK_END)
             yield from (_body(text) for text in whole if _CRYSTAL_BEGIN in text)
     if _CHUNK_BEGIN in tail:
         log.warning("%s ends within a frame, which is left out", path)
@@ -171,13 +186,32 @@ def _body(text: bytes) -> bytes:
     return text.partition(_CHUNK_BEGIN)[2]
 
 
-def _parse_crystal(frame: bytes, block: bytes, path: Path) -> StreamCrystal | None:
-    cell, energy = _CELL.search(block), _ENERGY.search(frame)
-    stars = [star.search(block) for star in _STARS]
-    if cell is None or energy is None or None in stars or _LIST_BEGIN not in block:
+def _wavelength(frame: bytes, path: Path) -> float | None:
+    """Wavelength of a frame [A]; None where its photon energy is 0."""
+    found = _ENERGY.search(frame)
+    try:
+        energy = float(found.group(1)) if found else None
+    except ValueError:
+        energy = None
+    if energy is None:
         raise UserError(
-            f"{path} has a crystal without its cell, reciprocal axes, photon energy or list of "
-            "reflections; give a stream as indexamajig writes it"
+            f"{path} has a frame without its photon energy (photon_energy_eV = ...); give a "
+            "stream as indexamajig writes it"
+        )
+    return gemmi.hc / energy if energy > 0.0 else None
+
+
+def _parse_crystal(
+    frame: bytes, block: bytes, wavelength: float, path: Path
+) -> StreamCrystal | None:
+    """Read one crystal; None where it has no integrated reflections."""
+    if _LIST_BEGIN not in block:
+        return None  # indexamajig then writes "No integrated reflections."
+    cell, stars = _CELL.search(block), [star.search(block) for star in _STARS]
+    if cell is None or None in stars:
+        raise UserError(
+            f"{path} has a crystal without its cell or reciprocal axes; give a stream as "
+            "indexamajig writes it"
         )
     names, columns, panels = _parse_list(block, path)
     if missing := [name for name in _REQUIRED if name not in names]:
@@ -192,7 +226,7 @@ def _parse_crystal(frame: bytes, block: bytes, path: Path) -> StreamCrystal | No
         panels=panels,
         setting=np.array([star.groups() for star in stars], dtype=float).T / 10.0,
         cell=lengths_and_angles,
-        wavelength=gemmi.hc / float(energy.group(1)),
+        wavelength=wavelength,
         serial=int(serial.group(1)) if serial else -1,
     )
 
@@ -246,6 +280,6 @@ def _as_unmerged(
         wavelength=np.repeat([c.wavelength for c in crystals], counts),
         cell=typical_cell([c.cell for c in crystals], space_group),
         space_group=space_group,
-        name=path.stem,
+        name=stem_of(path),
         has_lp_applied=False,
     )

@@ -174,6 +174,10 @@ def test_a_crystal_without_reflections_is_no_image(tmp_path):
             "photon energy",
         ),
         (
+            "CrystFEL stream format 2.3\n" + frame(1, crystal(A)).replace("9700.0", "0.0"),
+            "known photon energy",
+        ),
+        (
             "CrystFEL stream format 2.3\n" + frame(1, crystal(A)).replace("sigma(I)", "error"),
             "without sigma",
         ),
