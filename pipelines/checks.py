@@ -10,6 +10,7 @@ import numpy as np
 
 from integrator.errors import UserError
 from integrator.io.dials import read_experiments
+from integrator.shoebox.sweep import sweeps_of
 from pipelines.atomic_model import check_same_crystal, read_model
 from pipelines.config import DialsConfig, RunConfig
 
@@ -33,7 +34,7 @@ def check_input(config: RunConfig) -> None:
         A file is missing, the sweeps cannot be merged, or the model is of another crystal.
     """
     config.require("expt", "refl", "out")
-    crystals = [e.crystal for e in read_experiments(config.expt)]
+    crystals = [e.crystal for e in sweeps_of(read_experiments(config.expt))]
     cell, space_group = crystal_form(
         [(c.unit_cell.parameters, c.space_group.xhm()) for c in crystals]
     )

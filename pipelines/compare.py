@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
-from integrator.io.dials import DialsFlag, ReflectionTable, read_reflections
+from integrator.io.dials import (
+    DialsFlag,
+    ReflectionTable,
+    read_experiments,
+    read_reflections,
+    to_array_index,
+)
+from integrator.shoebox.sweep import sweeps_of
 from pipelines.compare_counts import compare_true_counts
 from pipelines.compare_merged import compare_merged
 from pipelines.comparison_rows import (
@@ -113,7 +120,7 @@ def _compare_observations(
     title = "observations by I/sigma of DIALS"
     if not run.integrated_refl.is_file():
         return [missing_row(title, "cc", BOTH, f"{run.integrated_refl.name} is not there yet")]
-    all_ours = read_reflections(run.integrated_refl)
+    all_ours = _our_table(run)
     ours = _profile_fitted(all_ours)
     all_dials = None
     if integrated is None:
@@ -132,13 +139,39 @@ def _compare_observations(
     return rows
 
 
+def _our_table(run: RunDirectory) -> ReflectionTable:
+    """Our integrated.refl with DIALS' array indices as frames.
+
+    Versions that did not write integrated.expt beside it counted from each scan's own start.
+    """
+    table = read_reflections(run.integrated_refl)
+    expt = run.read_config().expt
+    if run.integrated_expt.is_file() or expt is None or not expt.is_file():
+        return table
+    return to_array_index(table, sweeps_of(read_experiments(expt)))
+
+
+def _sweeps(
+    ours: ReflectionTable, dials: ReflectionTable
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sweep of each row of both tables: by experiment identifier, where they share any."""
+    number = {name: i for i, name in ours.identifiers.items() if name}
+    if not number.keys() & set(dials.identifiers.values()):
+        return ours["id"], dials["id"]
+    found = dials["id"].astype(np.int64)
+    for i in np.unique(dials["id"]).tolist():
+        # below any of ours where the run did not have it
+        found[dials["id"] == i] = number.get(dials.identifiers.get(i, ""), -2 - abs(i))
+    return ours["id"], found
+
+
 def _against_dials(title: str, ours: ReflectionTable, dials: ReflectionTable) -> list[Row]:
     a, b = match_observations(
         ours["miller_index"],
         ours["xyzcal.px"],
         dials["miller_index"],
         dials["xyzcal.px"],
-        sweeps=(ours["id"], dials["id"]),
+        sweeps=_sweeps(ours, dials),
     )
     value, sigma = _intensity(ours.select(a))
     dials_value, dials_sigma = _intensity(dials.select(b))

@@ -13,9 +13,12 @@ from integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
     read_experiments,
+    to_array_index,
+    write_experiments,
     write_reflections,
 )
 from integrator.io.shoebox_store import ShoeboxStore
+from integrator.shoebox.sweep import sweeps_of
 from integrator.types import Flag, IntensityTable
 from merge.io.mtz import UnmergedTable, write_unmerged_mtz
 from merge.model.amplitudes import relative_responsibility
@@ -138,11 +141,22 @@ def sum_intensities(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def write_integrated(trainer: Trainer, path: Path, expt: Path) -> None:
-    """Write integrated.refl, which ``dials.scale`` accepts with the run's EXPT."""
+    """Write integrated.refl, and the integrated.expt that ``dials.scale`` takes with it.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    path : Path
+        Of the table; the experiment list gets the suffix ``.expt``.
+    expt : Path
+        The run's; of it the sweeps that were integrated are written.
+    """
     summed = sum_intensities(trainer)
+    sweeps = sweeps_of(read_experiments(expt))
     reflections = integrated_reflections(trainer, trainer.table, summed)
-    reflections.columns["qe"] = sensor_efficiency(trainer.table, read_experiments(expt))
-    write_reflections(path, reflections)
+    reflections.columns["qe"] = sensor_efficiency(trainer.table, sweeps)
+    write_experiments(path.with_suffix(".expt"), sweeps, source=expt)
+    write_reflections(path, to_array_index(reflections, sweeps))
 
 
 def sensor_efficiency(table: IntensityTable, experiments: list[Experiment]) -> np.ndarray:
@@ -184,7 +198,7 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
     write_unmerged_mtz(
         path,
         table,
-        read_experiments(expt),
+        sweeps_of(read_experiments(expt)),
         cell=trainer.problem.cell,
         space_group=trainer.problem.space_group,
         history=["scaled by braggflux; outliers (half as good as their best mate) left out"],

@@ -8,7 +8,8 @@
     peaks_by_epoch.csv   epochs 1, 3, 5, ..., last, DIALS and the gain; sites across
     statistics.csv  compare.csv
     checkpoints/epoch_0007.pt  latest  mtz/epoch_0007.mtz
-    merged.mtz  unmerged.mtz  integrated.refl  shoeboxes.h5  shoebox_examples.npz  report.html
+    merged.mtz  unmerged.mtz  integrated.refl  integrated.expt  shoeboxes.h5
+    shoebox_examples.npz  report.html
     dials/            files and logs of DIALS (`braggflux process`)
 
 Other programs depend on these names. Nothing in it is ever half written: files are written under
@@ -91,6 +92,7 @@ class RunDirectory:
         self.merged = self.path / "merged.mtz"
         self.unmerged = self.path / "unmerged.mtz"
         self.integrated_refl = self.path / "integrated.refl"
+        self.integrated_expt = self.path / "integrated.expt"
         self.shoeboxes = self.path / "shoeboxes.h5"
         self.shoebox_examples = self.path / "shoebox_examples.npz"
         self.report = self.path / "report.html"

@@ -15,7 +15,7 @@ from integrator.errors import UserError
 from integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
-    match_experiments,
+    place_on_scans,
     read_experiments,
     read_reflections,
 )
@@ -111,10 +111,10 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
         The files do not belong together, have no crystal or more than one space group, mix sweeps
         and stills, or hold no integrated reflection.
     """
-    reflections = read_reflections(table)
     models = read_experiments(experiments)
+    reflections, number = place_on_scans(read_reflections(table), models)
+    models, number = _with_crystal(models, number, experiments)
     is_still = _check(models, experiments)
-    number = match_experiments(reflections, models)
     intensity, variance, good = _intensities(reflections)
     good &= (number >= 0) & reflections["miller_index"].any(axis=1)
     if not good.any():
@@ -147,17 +147,32 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
     )
 
 
+def _with_crystal(
+    models: Sequence[Experiment], number: NDArray[np.int64], source: str | Path
+) -> tuple[list[Experiment], NDArray[np.int64]]:
+    """Experiments that have a crystal, and of which of these each row is, (N,); -1 for none."""
+    kept = [i for i, model in enumerate(models) if model.crystal is not None]
+    if not kept:
+        raise UserError(f"{source} has no experiment with a crystal; give one after indexing")
+    if len(kept) < len(models):
+        log.info(
+            "%s: %d of %d experiments have no crystal and are left out",
+            *(source, len(models) - len(kept), len(models)),
+        )
+    renumbered = np.full(len(models) + 1, -1)  # the last for rows of no experiment
+    renumbered[kept] = np.arange(len(kept))
+    return [models[i] for i in kept], renumbered[number]
+
+
 def _check(models: Sequence[Experiment], source: str | Path) -> bool:
     """Whether all are stills."""
-    if not models or any(model.crystal is None for model in models):
-        raise UserError(f"{source} has an experiment without a crystal; give one after indexing")
     groups = {model.crystal.space_group.xhm() for model in models}
     if len(groups) > 1:
         raise UserError(
             f"{source} has crystals of the space groups {', '.join(sorted(groups))}; reindex them "
             "to one (dials.reindex), or give them as separate inputs"
         )
-    stills = {model.scan is None for model in models}
+    stills = {model.is_still for model in models}
     if len(stills) > 1:
         raise UserError(f"{source} mixes sweeps and stills; give them as separate inputs")
     return stills.pop()

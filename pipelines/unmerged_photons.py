@@ -11,7 +11,7 @@ import numpy as np
 from integrator.errors import UserError
 from integrator.io.dials import read_experiments
 from integrator.io.intensity_file import read_experiment_records, read_intensities
-from integrator.shoebox.extract import describe_experiment
+from integrator.shoebox.sweep import describe_experiment, sweeps_of
 from integrator.types import Flag
 from merge.intensities.photon_counts import PHOTON_VARIANCE
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
@@ -82,10 +82,7 @@ def read_photon_table(path: str | Path, experiments: str | Path | None = None) -
 def _sweeps(path: Path, experiments: str | Path | None) -> list[dict]:
     """Cell, space group and scan of each sweep: of the .expt if given, else of the file."""
     if experiments is not None:
-        models = read_experiments(experiments)
-        if any(m.crystal is None or m.scan is None for m in models):
-            raise UserError(f"{experiments} has an experiment without crystal or scan")
-        records = [describe_experiment(m) for m in models]
+        records = [describe_experiment(m) for m in sweeps_of(read_experiments(experiments))]
     else:
         records = read_experiment_records(path)
     if not records:

@@ -5,7 +5,9 @@ Frames and signs are those of dxtbx/imgCIF (laboratory frame in mm and 1/Angstro
 * ``s0 = -direction / wavelength`` points along the beam; ``s1 = s0 + r`` with ``|s1| = |s0|``.
 * ``r(phi) = setting_rotation @ R(rotation_axis, phi) @ fixed_rotation @ A(phi) @ h``.
 * Pixel coordinates are continuous, (fast, slow), with the centre of the first pixel at (0.5, 0.5).
-* Frame coordinates ``z`` are continuous array indices: z = 0 at the start of the first frame.
+* Frame coordinates ``z`` are continuous and counted from the scan's own start: z = 0 at the start
+  of its first image, whatever the number of that image. Files of DIALS count differently; see
+  :mod:`integrator.io.dials_frames`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+
+#: Frames that are narrower are stills to dxtbx.
+MIN_WIDTH_DEG = 1e-7
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,11 @@ class Scan:
         """Number of images."""
         return self.image_range[1] - self.image_range[0] + 1
 
+    @property
+    def array_range(self) -> tuple[int, int]:
+        """DIALS' half-open range of array indices: image n has the index n - 1."""
+        return self.image_range[0] - 1, self.image_range[1]
+
     def phi_deg(self, z: Array) -> Array:
         """Rotation angle [deg] at frame coordinate ``z`` (0 = start of the first image)."""
         return self.oscillation[0] + self.oscillation[1] * np.asarray(z, dtype=float)
@@ -163,3 +173,15 @@ class Experiment:
     crystal: Crystal | None = None
     images: ImageFiles | None = None
     identifier: str = ""
+
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing rotates, as in dxtbx: no scan, no goniometer, or frames of no width."""
+        if self.scan is None or self.goniometer is None:
+            return True
+        return abs(self.scan.oscillation[1]) < MIN_WIDTH_DEG
+
+    @property
+    def can_be_integrated(self) -> bool:
+        """Whether shoeboxes can be cut: a crystal that rotates."""
+        return self.crystal is not None and not self.is_still

@@ -83,7 +83,8 @@ def write_experiments(
         The .expt that the experiments were read from. Blocks whose content did not change are
         copied from it as they are, so that nothing DIALS knows is lost (hierarchy of panels,
         goniometer axes, exposure times, profile and scaling models, covariances); only image
-        paths become absolute. Experiments are found in it by identifier, else by position.
+        paths become absolute. Experiments are found in it by identifier, else by equality, else
+        by position.
 
     Raises
     ------
@@ -146,7 +147,6 @@ def _blocks(document: Block, path: Path) -> list[Block]:
 
 
 def _decode(document: Block, path: Path) -> list[Experiment]:
-    shared_scans = _scans_by_imageset(document)
     experiments = []
     decoded: dict[int, Any] = {}  # one object per block, however many experiments share it
     for entry, blocks in zip(document["experiment"], _blocks(document, path), strict=True):
@@ -158,8 +158,7 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
                     decoded[key] = decode(blocks[name])
                 values[attribute] = decoded[key]
         if "imageset" in blocks:
-            whole = shared_scans.get(entry["imageset"])
-            values["images"] = _decode_images(blocks["imageset"], values.get("scan"), whole)
+            values["images"] = _decode_images(blocks["imageset"], values.get("scan"))
         experiment = Experiment(**values)
         _check_scan_points(experiment)
         experiments.append(experiment)
@@ -176,25 +175,11 @@ def _check_scan_points(experiment: Experiment) -> None:
         raise ValueError(f"the crystal has {points} scan points for {images}")
 
 
-def _scans_by_imageset(document: Block) -> dict[int, tuple[int, int]]:
-    """Image range of each image set: the union over the experiments that share it."""
-    ranges: dict[int, tuple[int, int]] = {}
-    for entry in document["experiment"]:
-        if entry.get("imageset") is None or entry.get("scan") is None:
-            continue
-        first, last = document["scan"][entry["scan"]]["image_range"]
-        known = ranges.get(entry["imageset"], (first, last))
-        ranges[entry["imageset"]] = (min(known[0], first), max(known[1], last))
-    return ranges
-
-
-def _decode_images(
-    block: Block, scan: Scan | None, whole: tuple[int, int] | None
-) -> ImageFiles | None:
+def _decode_images(block: Block, scan: Scan | None) -> ImageFiles | None:
     """Files and frame numbers of an experiment's images.
 
-    ``whole`` is the range of image numbers that the image set covers; the experiment's scan may
-    be a part of it.
+    Of an image sequence in one file, image n is frame n - 1 (counted from 0): dxtbx takes the
+    numbers of the scan and does not look at ``single_file_indices``.
     """
     ignored = [key for key in ("mask", "gain", "pedestal", "dx", "dy") if block.get(key)]
     if ignored:  # these files are pickles of DIALS' own types
@@ -212,16 +197,24 @@ def _decode_images(
             return ImageFiles(paths[:1], tuple(file_indices))
         return ImageFiles(paths, tuple(range(len(paths))))
     template = block["template"]
-    if scan is None or whole is None:
+    if scan is None:
         return ImageFiles((template,), tuple(file_indices or ()))
     numbers = range(scan.image_range[0], scan.image_range[1] + 1)
     if "#" in template:
         return ImageFiles(
             tuple(_expand(template, n) for n in numbers), tuple(range(scan.n_images))
         )
-    if file_indices is not None and len(file_indices) == whole[1] - whole[0] + 1:
-        return ImageFiles((template,), tuple(file_indices[n - whole[0]] for n in numbers))
-    return ImageFiles((template,), tuple(n - 1 for n in numbers))
+    if numbers.start < 1:
+        raise ValueError(f"image {numbers.start} of {template}, whose images count from 1")
+    frames = range(*scan.array_range)
+    if file_indices and not set(frames) <= set(file_indices):
+        log.warning(
+            "%s: images %d to %d are read from frames %d to %d of the file (counted from 0), as "
+            "DIALS does; single_file_indices, which say %d to %d, are not used",
+            *(template, numbers.start, numbers[-1], frames.start, frames[-1]),
+            *(file_indices[0], file_indices[-1]),
+        )
+    return ImageFiles((template,), tuple(frames))
 
 
 def _expand(template: str, number: int) -> str:
@@ -254,6 +247,9 @@ def _find_original(
         for original in originals:
             if original[1].identifier == experiment.identifier:
                 return original
+    for original in originals:  # of a list that lost members, the position says nothing
+        if same(original[1], experiment):
+            return original
     if number < len(originals):
         return originals[number]
     raise UserError(

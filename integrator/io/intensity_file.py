@@ -17,7 +17,9 @@ from integrator.types import IntensityTable
 # imports this module, does without.
 
 FORMAT = "braggflux-intensities"
-VERSION = 1
+VERSION = 2
+#: Version 1 came from boxes that could lie on wrong frames of scans not starting at image 1.
+RIGHT_FROM_IMAGE_1 = 1
 
 
 def write_intensities(
@@ -57,10 +59,14 @@ def read_intensities(path: str | Path) -> IntensityTable:
     try:
         with h5py.File(path) as handle:
             found = (handle.attrs.get("format"), handle.attrs.get("version"))
-            if found != (FORMAT, VERSION):
+            records = json.loads(handle.attrs.get("experiments", "[]"))
+            starts = {record.get("image_range", (1,))[0] for record in records}
+            is_old = found == (FORMAT, RIGHT_FROM_IMAGE_1) and starts <= {1}
+            if found != (FORMAT, VERSION) and not is_old:
                 raise UserError(
-                    f"{path} is no intensity file of version {VERSION} (found {found}); "
-                    "write it again with `braggflux run --coupling staged`"
+                    f"{path} is no intensity file of version {VERSION}, or {RIGHT_FROM_IMAGE_1} "
+                    f"of scans from image 1 (found {found}, scans from {sorted(starts)}); write "
+                    "it again with `braggflux run --coupling staged`"
                 )
             return IntensityTable(
                 **{f.name: torch.as_tensor(handle[f.name][()]) for f in fields(IntensityTable)}

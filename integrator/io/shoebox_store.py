@@ -35,10 +35,12 @@ from integrator.shoebox.mask import MaskBit
 from integrator.types import ReflectionMetadata, ShoeboxBatch
 
 FORMAT = "braggflux-shoeboxes"
-VERSION = 2
+VERSION = 3
+#: Version 2 placed tables on scans that do not start at image 1 wrongly; the others it has right.
+RIGHT_FROM_IMAGE_1 = 2
 UNITS = {
     "counts": "photons",
-    "xyz_px": "pixels, pixels, frames",
+    "xyz_px": "pixels, pixels, frames from the start of the scan",
     "xyz_mm": "mm, mm, rad",
     "s1": "1/A",
     "d": "A",
@@ -175,6 +177,7 @@ class ShoeboxStore:
             self._mask = self._handle["boxes/mask"]
             self.experiments: list[dict] = json.loads(self._handle["experiments"][()])
             self.attributes = dict(self._handle.attrs)
+            self._check_starts()
             if not len(self._counts) == len(self._mask) == self.attributes["n_rows"]:
                 raise KeyError("n_rows")
             self._columns = {k: v[()] for k, v in self._handle["reflections"].items()}
@@ -187,6 +190,15 @@ class ShoeboxStore:
             ) from error
         self.box: tuple[int, int, int] = tuple(int(n) for n in self._counts.shape[1:])
         self._cache: tuple[Tensor, Tensor] | None = None
+
+    def _check_starts(self) -> None:
+        first = max((e.get("image_range", (1,))[0] for e in self.experiments), default=1)
+        if self.attributes["version"] == RIGHT_FROM_IMAGE_1 and first != 1:
+            self._handle.close()
+            raise UserError(
+                f"{self.path} was cut by an earlier version, which could take wrong frames for a "
+                f"scan that starts at image {first}: make it again with braggflux extract"
+            )
 
     @classmethod
     def open(cls, path: str | Path) -> ShoeboxStore:
@@ -344,7 +356,7 @@ def _open_checked(path: Path) -> h5py.File:
             "braggflux extract"
         ) from error
     found, version = handle.attrs.get("format"), handle.attrs.get("version")
-    if found != FORMAT or version != VERSION:
+    if found != FORMAT or version not in (VERSION, RIGHT_FROM_IMAGE_1):
         handle.close()
         what = f"version {version}" if found == FORMAT else f"format {found!r}"
         raise UserError(

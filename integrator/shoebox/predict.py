@@ -110,7 +110,7 @@ def predict_reflections(
     UserError
         For a still, for a resolution that the wavelength cannot reach, and for no reflection.
     """
-    _require_rotation(experiment)
+    require_rotation(experiment)
     geometry = geometry or DiffractionGeometry.from_experiment(
         experiment, static=static, dtype=dtype, device=device
     )
@@ -156,7 +156,7 @@ def prediction_from_columns(
     UserError
         When a column is missing.
     """
-    _require_rotation(experiment)
+    require_rotation(experiment)
     needed = ("miller_index", "panel", "s1", "xyzcal.px", "xyzcal.mm")
     missing = [name for name in needed if name not in columns]
     if missing:
@@ -225,14 +225,14 @@ def detector_limit(experiment: Experiment) -> float:
     return limit
 
 
-def _require_rotation(experiment: Experiment) -> None:
+def require_rotation(experiment: Experiment) -> None:
+    """Refuse an experiment that cannot be integrated; the message says what it lacks."""
     if experiment.crystal is None:
         raise UserError(
             f"experiment {experiment.identifier or '(unnamed)'} has no crystal: give an indexed "
             "or refined EXPT file"
         )
-    scan = experiment.scan
-    if scan is None or experiment.goniometer is None or scan.oscillation[1] == 0:
+    if experiment.is_still:
         raise UserError(
             f"experiment {experiment.identifier or '(unnamed)'} is a still: shoeboxes need a "
             "rotation scan; merge stills with braggflux merge --stills"

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 
 from integrator.crystal.geometry import Experiment
 from integrator.errors import UserError
-from integrator.io.dials import DialsFlag, ReflectionTable, match_experiments
+from integrator.io.dials import DialsFlag, ReflectionTable, place_on_scans
 from integrator.io.images import FrameSource, open_frames
 from integrator.io.shoebox_store import ShoeboxStore
 from integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
@@ -28,7 +28,7 @@ from integrator.shoebox.predict import (
     prediction_from_columns,
 )
 from integrator.shoebox.spikes import QuietFrames
-from integrator.shoebox.sweep import Sweep
+from integrator.shoebox.sweep import Sweep, sweeps_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def run_extraction(
     Parameters
     ----------
     experiments : sequence of Experiment
-        Sweeps; they share one box, the largest needed.
+        Sweeps; they share one box, the largest needed. Stills and members without a crystal are
+        left out: :func:`~integrator.shoebox.sweep.sweeps_of`.
     d_min : float or None
         Resolution limit [A]; ``None`` for all that the detector records.
     out : str or Path
@@ -64,8 +65,9 @@ def run_extraction(
     d_max : float, optional
         Low-resolution limit [A].
     reflections : ReflectionTable, optional
-        A predicted or integrated table gives the positions. Any other (strong, indexed, refined)
-        must agree with the experiments, and the full set is predicted.
+        As read, its frames DIALS' array indices. A predicted or integrated table gives the
+        positions. Any other (strong, indexed, refined) must agree with the experiments, and the
+        full set is predicted.
     extent_override : SpotExtent, optional
         Instead of measuring.
     n_sigma : float
@@ -91,7 +93,15 @@ def run_extraction(
         See the steps; also when ``d_min`` is beyond what the detector records.
     """
     settings = settings or MaskSettings()
-    predictions = _positions(experiments, d_min, d_max, reflections)
+    tables = None if reflections is None else _tables_of_sweeps(experiments, reflections)
+    n_given, experiments = len(experiments), sweeps_of(experiments)
+    if len(experiments) < n_given:
+        logger.warning(
+            "%d of %d experiments, stills or without a crystal, are left out",
+            *(n_given - len(experiments), n_given),
+        )
+    is_full = reflections is not None and is_full_set(reflections)
+    predictions = _positions(experiments, tables, is_full, (d_min, d_max))
     with ExitStack() as stack:
         sweeps = []
         for experiment, prediction in zip(experiments, predictions, strict=True):
@@ -134,18 +144,27 @@ def is_full_set(table: ReflectionTable) -> bool:
     return bool(table.has_flag(DialsFlag.INTEGRATED).any() or predicted_only)
 
 
+def _tables_of_sweeps(
+    experiments: Sequence[Experiment], table: ReflectionTable
+) -> list[ReflectionTable]:
+    """Reflections of each sweep that can be integrated, frames counted from its own start."""
+    if len(table) == 0:
+        raise UserError(
+            f"{table.source} holds no reflection: give the table that belongs to the EXPT"
+        )
+    placed, number = place_on_scans(table, experiments)
+    kept = [i for i, e in enumerate(experiments) if e.can_be_integrated]
+    return [placed.select(number == i) for i in kept]
+
+
 def _positions(
     experiments: Sequence[Experiment],
-    d_min: float | None,
-    d_max: float | None,
-    reflections: ReflectionTable | None,
+    tables: Sequence[ReflectionTable] | None,
+    is_full: bool,
+    limits: tuple[float | None, float | None],
 ) -> list[Prediction]:
-    if not experiments:
-        raise UserError("the EXPT file holds no experiment: give an indexed or refined one")
-    if reflections is not None and len(reflections) == 0:
-        raise UserError(
-            f"{reflections.source} holds no reflection: give the table that belongs to the EXPT"
-        )
+    """Predictions of each sweep within ``limits`` (d_min, d_max): the tables' own, if full."""
+    d_min, d_max = limits
     if d_min is not None:
         limit = min(map(detector_limit, experiments))
         if d_min < limit:
@@ -153,25 +172,24 @@ def _positions(
                 f"d_min of {d_min:g} A is beyond the detector, whose corners record "
                 f"{limit:.2f} A: give --d-min {np.ceil(limit * 100) / 100:.2f} or larger"
             )
-    if reflections is not None and is_full_set(reflections):
-        return _from_table(experiments, reflections, d_min, d_max)
+    if tables is not None and is_full:
+        return _from_tables(experiments, tables, d_min, d_max)
     predictions = [predict_reflections(e, d_min, d_max=d_max) for e in experiments]
-    if reflections is not None:
-        _require_agreement(experiments, reflections, predictions)
+    if tables is not None:
+        _require_agreement(experiments, tables, predictions)
     return predictions
 
 
-def _from_table(
+def _from_tables(
     experiments: Sequence[Experiment],
-    table: ReflectionTable,
+    tables: Sequence[ReflectionTable],
     d_min: float | None,
     d_max: float | None,
 ) -> list[Prediction]:
-    """Positions of a full table, those on the frames and within the resolution limits."""
-    number = match_experiments(table, experiments)
+    """Positions of full tables, those on the frames and within the resolution limits."""
     predictions = []
-    for i, experiment in enumerate(experiments):
-        record = prediction_from_columns(experiment, table.select(number == i).columns)
+    for experiment, table in zip(experiments, tables, strict=True):
+        record = prediction_from_columns(experiment, table.columns)
         xyz = record.xyz_px
         sizes = [p.image_size for p in experiment.panels]
         upper = xyz.new_tensor([(*size, experiment.scan.n_images) for size in sizes])
@@ -180,27 +198,33 @@ def _from_table(
         predictions.append(record[keep])
     if not any(map(len, predictions)):
         raise UserError(
-            f"none of the {len(table)} reflections of {table.source} falls on the frames within "
-            "the resolution limits: give the EXPT file of the same DIALS step, or a smaller d_min"
+            f"none of the {sum(map(len, tables))} reflections of {tables[0].source} falls on the "
+            "frames within the resolution limits: give the EXPT file of the same DIALS step, or "
+            "a smaller d_min"
         )
     return predictions
 
 
 def _require_agreement(
-    experiments: Sequence[Experiment], table: ReflectionTable, predictions: Sequence[Prediction]
+    experiments: Sequence[Experiment],
+    tables: Sequence[ReflectionTable],
+    predictions: Sequence[Prediction],
 ) -> None:
-    """Refuse a table whose spots are not where its indices are predicted."""
-    table.require(["miller_index", "xyzobs.px.value"], "tells where spots were observed")
-    number = match_experiments(table, experiments)
+    """Refuse tables whose spots on the scan's images are not where their indices are predicted."""
     n_seen = n_near = 0
-    for i, (experiment, prediction) in enumerate(zip(experiments, predictions, strict=True)):
-        rows = table.select(number == i)
-        index = rows["miller_index"].astype(float)
+    for experiment, table, prediction in zip(experiments, tables, predictions, strict=True):
+        table.require(["miller_index", "xyzobs.px.value"], "tells where spots were observed")
+        index = table["miller_index"].astype(float)
         inv_d = np.linalg.norm(index @ experiment.crystal.A.T, axis=1)
-        wanted = np.nonzero((inv_d > 0) & (inv_d <= 1 / float(prediction.d.min())))[0][:5000]
+        seen = table["xyzobs.px.value"]
+        # of a wedge, the table may be that of the whole sweep; without a centroid it holds zeros
+        on_images = (seen[:, 2] >= 0) & (seen[:, 2] < experiment.scan.n_images)
+        on_images &= seen[:, :2].any(axis=1)
+        in_range = (inv_d > 0) & (inv_d <= 1 / float(prediction.d.min()))
+        wanted = np.nonzero(on_images & in_range)[0][:5000]
         distance = _distance_to_same_index(
             index[wanted],
-            rows["xyzobs.px.value"][wanted],
+            seen[wanted],
             prediction,
             _tolerance(experiment),
         )
@@ -208,9 +232,9 @@ def _require_agreement(
         n_near += int(np.isfinite(distance).sum())
     if n_near < 0.5 * n_seen or n_seen == 0:
         raise UserError(
-            f"only {n_near} of {n_seen} spots of {table.source} lie within 5 pixels and 2 degrees "
-            "of where the EXPT file predicts their index: give the EXPT and REFL files of the "
-            "same DIALS step"
+            f"only {n_near} of {n_seen} spots of {tables[0].source} lie within 5 pixels and 2 "
+            "degrees of where the EXPT file predicts their index: give the EXPT and REFL files "
+            "of the same DIALS step"
         )
 
 

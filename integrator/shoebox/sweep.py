@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from integrator.crystal.geometry import Experiment
-from integrator.shoebox.predict import Prediction
+from integrator.errors import UserError
+from integrator.shoebox.predict import Prediction, require_rotation
 
 if TYPE_CHECKING:
     from integrator.io.images import FrameSource
@@ -31,6 +33,22 @@ class Sweep:
     frames: FrameSource
     prediction: Prediction
     neighbours: Prediction | None = None
+
+
+def sweeps_of(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """Members of an experiment list that can be integrated, in its order.
+
+    Raises
+    ------
+    UserError
+        There is none; the message says what the first one lacks.
+    """
+    if not experiments:
+        raise UserError("the EXPT file holds no experiment: give an indexed or refined one")
+    sweeps = [e for e in experiments if e.can_be_integrated]
+    if not sweeps:
+        require_rotation(experiments[0])
+    return sweeps
 
 
 def describe_experiment(experiment: Experiment) -> dict[str, object]:
