@@ -8,6 +8,7 @@ from pathlib import Path
 import gemmi
 import numpy as np
 
+from integrator.crystal.lattice import check_lattice
 from integrator.errors import UserError
 from integrator.io.dials import read_experiments
 from integrator.shoebox.sweep import sweeps_of
@@ -16,8 +17,6 @@ from pipelines.config import DialsConfig, RunConfig
 
 #: Largest relative difference of cell edges between sweeps that are merged into one crystal form.
 CELL_TOLERANCE = 0.03
-#: Error that the metric of a cell may have in its space group, over its longest edge squared.
-SYMMETRY_TOLERANCE = 0.01
 
 
 def check_input(config: RunConfig) -> None:
@@ -61,7 +60,7 @@ def check_known_crystal(dials: DialsConfig, model: Path | None) -> None:
             "symbol or number, like P43212 or 96, or leave it to indexing"
         )
     if dials.unit_cell is not None:
-        _require_compatible(gemmi.UnitCell(*dials.unit_cell), space_group)
+        check_lattice(gemmi.UnitCell(*dials.unit_cell), space_group, "--unit-cell")
     if structure is not None:
         # the cell given to indexing is a rough one, so the model's own stands in for it
         check_same_crystal(structure, structure.cell, space_group, model)
@@ -103,16 +102,5 @@ def crystal_form(
             f"group and within {100 * CELL_TOLERANCE:.0f} %: run them apart"
         )
     cell, space_group = gemmi.UnitCell(*cells.mean(0)), gemmi.SpaceGroup(groups.pop())
-    _require_compatible(cell, space_group)
+    check_lattice(cell, space_group, "the EXPT file")
     return cell, space_group
-
-
-def _require_compatible(cell: gemmi.UnitCell, space_group: gemmi.SpaceGroup) -> None:
-    """Refuse symmetry that the lattice does not have: merging would mix different reflections."""
-    error = SYMMETRY_TOLERANCE * max(cell.a, cell.b, cell.c) ** 2
-    if not cell.is_compatible_with_spacegroup(space_group, error):
-        shown = ", ".join(f"{x:g}" for x in np.round(cell.parameters, 3))
-        raise UserError(
-            f"the cell {shown} cannot be in space group {space_group.xhm()}; index again in a "
-            "space group of this lattice (--space-group), with its --unit-cell"
-        )

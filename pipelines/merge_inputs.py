@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gemmi
 
+from integrator.crystal.lattice import check_lattice
 from integrator.errors import UserError
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.saved_scale import scale_file
@@ -18,6 +19,7 @@ from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData, combine_friedel
 from merge.io.reindexed_store import reindex_store
 from merge.io.reindexing import reindex
+from merge.io.screening import screened
 from merge.io.unmerged_store import UnmergedStore
 from pipelines import log, provenance, schema
 from pipelines.reindexing import Dataset, apply_reindex, parse_reindex
@@ -57,14 +59,15 @@ class MergeInputs:
     prior_model: Path | None = None
     freeze_scales: Path | None = None
 
-    def read(self) -> list[UnmergedData]:
-        """Read all observations, reindexed, Friedel halves joined.
+    def read(self, *, is_laue: bool = False) -> list[UnmergedData]:
+        """Read all observations, screened, reindexed, Friedel halves joined.
 
         Raises
         ------
         UserError
         """
         data = read_inputs(self.paths, space_group=parse_space_group(self.space_group))
+        data = [screened(d, is_laue=is_laue) for d in data]
         return self._as_asked(data, reindex, combine_friedel)
 
     @contextmanager
@@ -85,6 +88,8 @@ class MergeInputs:
         reindex: Callable[[Dataset, str], Dataset],
         combine_friedel: Callable[[Dataset, Dataset], Dataset],
     ) -> list[Dataset]:
+        for dataset in data:
+            check_lattice(dataset.cell, dataset.space_group, dataset.name)
         data = apply_reindex(data, parse_reindex(self.reindex), reindex)
         if not self.is_friedel:
             return data

@@ -55,9 +55,14 @@ RULES: tuple[Rule, ...] = (
         "each image keeps its indices (--resolve-ambiguity none)",
     ),
     (
-        ("metadata", "alternatives", "network_depth", "embedding_size"),
+        ("metadata", "network_depth", "embedding_size"),
         lambda a: a.config.network_width == 0,
         "there is no scale network (network_width=0)",
+    ),
+    (
+        ("alternatives",),
+        lambda a: a.config.network_width == 0 and a.config.alternatives == "on",
+        "they need the scale network (network_width=0)",
     ),
     (
         ("wilson_b",),
@@ -139,9 +144,14 @@ def say_what_data_leave_idle(
     has_offset = bool((problem.table.terms.ewald_offset != 0).any())
     rules: tuple[Rule, ...] = (
         (
-            ("network_width", "network_depth", "embedding_size", "alternatives"),
+            ("network_width", "network_depth", "embedding_size"),
             lambda _: is_scan and not has_network and config.network_width > 0,
             "a physical scale does without the network; give --metadata to have both",
+        ),
+        (
+            ("alternatives",),
+            lambda _: is_scan and not has_network and config.alternatives == "on",
+            "they need the network, which a physical scale does without; give --metadata",
         ),
         (
             ("absorption_order",),

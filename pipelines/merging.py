@@ -67,7 +67,7 @@ def _merge_in_memory(
     device: torch.device,
     saved: SavedScale | None,
 ) -> list[Path]:
-    data, out = inputs.read(), inputs.out
+    data, out = inputs.read(is_laue=config.laue), inputs.out
     operators = ambiguous_operators(data, config)
     standard = None if saved is None else saved.standard
     problem = build_problem(data, config, inputs.parents, operators, standard)

@@ -140,6 +140,7 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
         cell=typical_cell(
             [models[i].crystal.unit_cell.parameters for i in np.unique(number)],
             models[0].crystal.space_group,
+            str(experiments),
         ),
         space_group=models[0].crystal.space_group,
         name=Path(table).stem,

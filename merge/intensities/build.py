@@ -17,6 +17,7 @@ from integrator.errors import UserError
 from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
 from merge.intensities.columns import Columns, is_kept, join_columns
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.data_limit import end_of_data
 from merge.intensities.harmonics import (
     Harmonics,
     harmonics,
@@ -135,9 +136,9 @@ def _asus(
     asus = []
     matrices = [np.eye(3, dtype=int)] if operators is None else operators.matrices
     for d in data:
-        finest = min(float(inv_d2(d.miller_index @ m, d.cell).max()) ** -0.5 for m in matrices)
-        # a hair beyond: the reflection that sets the limit is inside
-        d_min = max(finest * (1 - 1e-6), config.d_min or 0.0)
+        # of the ways to index a row, the one that needs the finest limit
+        finest = np.max([inv_d2(d.miller_index @ m, d.cell) for m in matrices], axis=0)
+        d_min = end_of_data([finest], len(d), config.d_min, d.name)
         asus.append(ReciprocalAsu(d.cell, d.space_group, d_min, config.anomalous))
     return asus
 

@@ -26,6 +26,7 @@ from integrator.errors import UserError
 from merge.intensities.build import build_problem
 from merge.intensities.columns import is_kept
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.data_limit import end_of_data
 from merge.intensities.held_out import Split, split
 from merge.intensities.standard import Standard
 from merge.intensities.table import MIN_BATCHES, Batch, ObservationTable
@@ -151,12 +152,11 @@ class ObservationStream:
 
     def _d_min(self, store: ObservationStore) -> float:
         """Resolution limit: as configured, or that of the data."""
-        largest = 0.0
-        for rows in store.row_blocks(ROWS_AT_A_TIME):
-            index = store.column("miller_index", rows)
-            largest = max(largest, float(inv_d2(index, store.cell).max()))
-        # a hair beyond: the reflection that sets the limit is inside
-        return max(largest**-0.5 * (1 - 1e-6), self.config.d_min or 0.0)
+        values = (
+            inv_d2(store.column("miller_index", rows), store.cell)
+            for rows in store.row_blocks(ROWS_AT_A_TIME)
+        )
+        return end_of_data(values, len(store), self.config.d_min, store.name)
 
     def _sample(self, order: NDArray[np.int64], standard: Standard | None) -> ObservationTable:
         """Read some batches as one table, not the carriers while there are others."""

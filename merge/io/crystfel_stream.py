@@ -278,7 +278,7 @@ def _as_unmerged(
         image_label=np.repeat(np.arange(len(crystals)), counts),
         metadata=metadata,
         wavelength=np.repeat([c.wavelength for c in crystals], counts),
-        cell=typical_cell([c.cell for c in crystals], space_group),
+        cell=typical_cell([c.cell for c in crystals], space_group, str(path)),
         space_group=space_group,
         name=stem_of(path),
         has_lp_applied=False,

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from integrator.crystal.cell import reciprocal_metric
+from integrator.crystal.lattice import FREE_TOLERANCE, check_lattice
 from integrator.crystal.symmetry import is_centric, rotations, to_asu
 from integrator.errors import UserError
 from merge.io.dataset_labels import DatasetLabels
@@ -266,7 +267,9 @@ def check_one_crystal_form(
             )
 
 
-def typical_cell(cells: ArrayLike, space_group: gemmi.SpaceGroup) -> gemmi.UnitCell:
+def typical_cell(
+    cells: ArrayLike, space_group: gemmi.SpaceGroup, source: str = "the data"
+) -> gemmi.UnitCell:
     """Return the median of many cells, made to obey the symmetry.
 
     The metric tensor G of the median cell is averaged over the rotations R of the space group,
@@ -277,8 +280,16 @@ def typical_cell(cells: ArrayLike, space_group: gemmi.SpaceGroup) -> gemmi.UnitC
     cells : array_like, (n, 6)
         [A, degrees]
     space_group : gemmi.SpaceGroup
+    source : str
+        The input, for the message.
+
+    Raises
+    ------
+    UserError
+        The median is far from the symmetry.
     """
     median = gemmi.UnitCell(*np.median(np.asarray(cells, dtype=float), axis=0))
+    check_lattice(median, space_group, source, FREE_TOLERANCE)
     metric = np.linalg.inv(reciprocal_metric(median))
     turns = rotations(space_group)
     return cell_of_metric(np.mean(turns.transpose(0, 2, 1) @ metric @ turns, axis=0))

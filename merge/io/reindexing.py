@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.crystal.cell import reciprocal_metric
+from integrator.crystal.lattice import TOLERANCE, lattice_misfit
 from integrator.crystal.symmetry import is_absent, rotations
 from integrator.errors import UserError
 from merge.io.observations import CrystalForm, UnmergedData, cell_of_metric, cell_text
@@ -45,7 +46,7 @@ def reindexed_form(data: CrystalForm, operator: str) -> tuple[NDArray[np.int32],
     # r = h M = h' R^-1 M with the rows of M being a*, b*, c*
     inverse = np.linalg.inv(rotation)
     cell = cell_of_metric(np.linalg.inv(inverse @ reciprocal_metric(data.cell) @ inverse.T))
-    if not cell.is_compatible_with_spacegroup(data.space_group, eps=0.01):
+    if lattice_misfit(cell, data.space_group) > TOLERANCE:
         raise UserError(
             f"the reindexing operator {operator} turns the cell of {data.name} into "
             f"{cell_text(cell)}, unfit for {data.space_group.xhm()}; give one of this lattice"

@@ -148,7 +148,7 @@ CASES = {
     ),
     "missing file": (lambda f: [f.path / "none.mtz"], "does not exist"),
     "folder": (lambda f: [f.path], "does not exist"),
-    "unknown kind": (lambda f: [f.text("a.csv", "h,k,l")], "ends in '.csv'"),
+    "unknown kind": (lambda f: [f.text("a.csv", "h,k,l")], "is none of the files"),
     "refl without expt": (lambda f: [f.text("a.refl")], "each .refl needs the .expt"),
     "refl is text": (lambda f: [f.text("a.refl", "x"), f.text("a.expt", "{}")], "a."),
     "one friedel half": (lambda f: [f.mtz(), "--friedel"], "PLUS.mtz MINUS.mtz"),
