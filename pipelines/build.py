@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import gemmi
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from integrator.model.build import build_integrator, start_from_strong_spots, sw
 from integrator.types import Flag, ReflectionMetadata
 from merge.model.merger import Merger
 from merge.model.scale_features import scale_features
-from pipelines.checks import crystal_form
+from pipelines.checks import crystal_form, one_wavelength
 from pipelines.config import RunConfig
 from pipelines.joint import JointModel
 
@@ -73,6 +72,6 @@ def build_problem(store: ShoeboxStore, config: RunConfig) -> Problem:
     features = scale_features(metadata, n_frames, list(sweep_widths(store)), config.merge)
     n_obs = torch.bincount(refl_id[used], minlength=len(asu))
     merger = Merger(asu, features, n_obs, config.merge)
-    wavelength = float(np.mean([e["wavelength"] for e in store.experiments]))
+    wavelength = one_wavelength([e["wavelength"] for e in store.experiments])
     model = JointModel(integrator, merger, refl_id, store.flags)
     return Problem(store, asu, model, cell, space_group, wavelength)

@@ -12,6 +12,7 @@ from integrator.crystal.lattice import check_lattice
 from integrator.errors import UserError
 from integrator.io.dials import read_experiments
 from integrator.shoebox.sweep import sweeps_of
+from merge.io.dataset_split import wavelength_groups
 from pipelines.atomic_model import check_same_crystal, read_model
 from pipelines.config import DialsConfig, RunConfig
 
@@ -33,7 +34,9 @@ def check_input(config: RunConfig) -> None:
         A file is missing, the sweeps cannot be merged, or the model is of another crystal.
     """
     config.require("expt", "refl", "out")
-    crystals = [e.crystal for e in sweeps_of(read_experiments(config.expt))]
+    experiments = sweeps_of(read_experiments(config.expt))
+    crystals = [e.crystal for e in experiments]
+    one_wavelength([e.beam.wavelength for e in experiments])
     cell, space_group = crystal_form(
         [(c.unit_cell.parameters, c.space_group.xhm()) for c in crystals]
     )
@@ -104,3 +107,22 @@ def crystal_form(
     cell, space_group = gemmi.UnitCell(*cells.mean(0)), gemmi.SpaceGroup(groups.pop())
     check_lattice(cell, space_group, "the EXPT file")
     return cell, space_group
+
+
+def one_wavelength(wavelengths: Sequence[float]) -> float:
+    """Median wavelength of the sweeps of a run [A].
+
+    Raises
+    ------
+    UserError
+        There are several: their anomalous signals differ and must not be merged.
+    """
+    groups = wavelength_groups(wavelengths)
+    if groups.any():
+        found = [float(np.median(np.asarray(wavelengths)[groups == k])) for k in set(groups)]
+        raise UserError(
+            f"the sweeps have {len(found)} wavelengths ({', '.join(f'{w:.5f}' for w in found)} "
+            "A), whose anomalous signals must not be merged into one; run each wavelength on its "
+            "own (dials.split_experiments by_wavelength=True)"
+        )
+    return float(np.median(wavelengths))

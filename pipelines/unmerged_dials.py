@@ -20,6 +20,14 @@ from integrator.io.dials import (
     read_reflections,
 )
 from integrator.io.intensity_file import is_intensity_file
+from merge.io.dataset_split import (
+    cell_groups,
+    check_one_form,
+    check_only_one,
+    image_cell_groups,
+    split_by_sweep,
+    split_by_wavelength,
+)
 from merge.io.mtz import batch_offsets
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA, zeta
@@ -79,16 +87,29 @@ def read_inputs(
             # 28 MiB: it takes the description of sweeps from the cutting of boxes
             from pipelines.unmerged_photons import read_photon_table
 
-            datasets.append(read_photon_table(path, experiments))
+            datasets += read_photon_table(path, experiments)
         elif path.suffix == ".refl":
-            datasets.append(read_dials(path, experiments))
+            datasets += read_dials_datasets(path, experiments)
         elif path.suffix != ".expt":
             datasets += read_unmerged([path], space_group=space_group)
     return datasets
 
 
 def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
-    """Read integrated or scaled reflections.
+    """Read the only data set of a table, as :func:`read_dials_datasets` does.
+
+    Raises
+    ------
+    UserError
+        As there, or the table holds several data sets.
+    """
+    datasets = read_dials_datasets(table, experiments)
+    check_only_one([data.name for data in datasets], table)
+    return datasets[0]
+
+
+def read_dials_datasets(table: str | Path, experiments: str | Path) -> list[UnmergedData]:
+    """Read integrated or scaled reflections: a data set for each wavelength of the beam.
 
     Intensities are ``intensity.scale / inverse_scale_factor`` when the table was scaled, else
     those of profile fitting, else (reflections that were not fitted) summed and divided by the
@@ -108,8 +129,8 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
     Raises
     ------
     UserError
-        The files do not belong together, have no crystal or more than one space group, mix sweeps
-        and stills, or hold no integrated reflection.
+        The files do not belong together, have no crystal or more than one space group or crystal
+        form, mix sweeps and stills, or hold no integrated reflection.
     """
     models = read_experiments(experiments)
     reflections, number = place_on_scans(read_reflections(table), models)
@@ -129,23 +150,25 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
     if "xyzobs.px.value" in reflections:
         metadata["xobs"], metadata["yobs"] = reflections["xyzobs.px.value"][:, :2].T
     metadata |= {name: reflections[name] for name in _METADATA if name in reflections}
-    return make_unmerged(
+    cells = np.array([model.crystal.unit_cell.parameters for model in models])
+    wavelength = np.array([model.beam.wavelength for model in models])
+    used = np.unique(number)
+    forms = image_cell_groups(cells[used]) if is_still else cell_groups(cells[used])
+    check_one_form(cells[used], forms, str(experiments), "crystals")
+    data = make_unmerged(
         source=str(table),
         miller_index=reflections["miller_index"],
         intensity=intensity[good],
         sigma=np.sqrt(np.maximum(variance[good], 0.0)),
         image_label=metadata["BATCH"],
         metadata=metadata,
-        wavelength=np.array([m.beam.wavelength for m in models])[number] if is_still else None,
-        cell=typical_cell(
-            [models[i].crystal.unit_cell.parameters for i in np.unique(number)],
-            models[0].crystal.space_group,
-            str(experiments),
-        ),
+        wavelength=wavelength[number] if is_still else None,
+        cell=typical_cell(cells[used], models[0].crystal.space_group, str(experiments)),
         space_group=models[0].crystal.space_group,
         name=Path(table).stem,
         has_lp_applied="lp" in reflections,
     )
+    return split_by_wavelength(data) if is_still else split_by_sweep(data, wavelength, cells)
 
 
 def _with_crystal(

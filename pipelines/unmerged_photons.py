@@ -14,6 +14,7 @@ from integrator.io.intensity_file import read_experiment_records, read_intensiti
 from integrator.shoebox.sweep import describe_experiment, sweeps_of
 from integrator.types import Flag
 from merge.intensities.photon_counts import PHOTON_VARIANCE
+from merge.io.dataset_split import cell_groups, check_one_form, split_by_sweep
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
 from merge.io.unmerged_mtz import BATCH_STEP
@@ -21,8 +22,10 @@ from merge.io.unmerged_mtz import BATCH_STEP
 logger = logging.getLogger(__name__)
 
 
-def read_photon_table(path: str | Path, experiments: str | Path | None = None) -> UnmergedData:
-    """Read ``intensities.h5`` of a run in staged coupling.
+def read_photon_table(
+    path: str | Path, experiments: str | Path | None = None
+) -> list[UnmergedData]:
+    """Read ``intensities.h5`` of a run in staged coupling: a data set for each wavelength.
 
     Intensities are maximum-likelihood photons (before Lorentz and polarization factors), sigmas
     those of their background, and the metadata ``photon_variance`` what each expected photon adds:
@@ -38,7 +41,8 @@ def read_photon_table(path: str | Path, experiments: str | Path | None = None) -
     Raises
     ------
     UserError
-        Not such a file, without cell, with several space groups, or without a usable observation.
+        Not such a file, without cell, with several space groups or crystal forms, or without a
+        usable observation.
     """
     path = Path(path)
     table = read_intensities(path)
@@ -62,9 +66,12 @@ def read_photon_table(path: str | Path, experiments: str | Path | None = None) -
     logger.info("%s: %d of %d observations are used", path, good.sum(), len(good))
     metadata = _metadata(columns, records) | _places(columns, records)
     metadata[PHOTON_VARIANCE] = 1.0 / np.maximum(t, 1e-6)
-    cells = [records[k]["unit_cell"] for k in np.unique(number)]
+    cells = np.array([record["unit_cell"] for record in records])
+    wavelength = [record.get("wavelength", 0.0) for record in records]
+    used = cells[np.unique(number)]
+    check_one_form(used, cell_groups(used), str(path), "sweeps")
     space_group = gemmi.SpaceGroup(records[0]["space_group"])
-    return make_unmerged(
+    data = make_unmerged(
         source=str(path),
         miller_index=columns["miller_index"][good],
         intensity=(a / np.maximum(t, 1e-6) - beta)[good],
@@ -72,11 +79,12 @@ def read_photon_table(path: str | Path, experiments: str | Path | None = None) -
         image_label=metadata["BATCH"][good],
         metadata={name: values[good] for name, values in metadata.items()},
         wavelength=None,
-        cell=typical_cell(cells, space_group, str(path)),
+        cell=typical_cell(used, space_group, str(path)),
         space_group=space_group,
         name=path.stem,
         has_lp_applied=False,
     )
+    return split_by_sweep(data, wavelength, cells)
 
 
 def _sweeps(path: Path, experiments: str | Path | None) -> list[dict]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gemmi
 import numpy as np
 
+from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.crystal.symmetry import to_asu
+from integrator.io.dials import (
+    DialsFlag,
+    ReflectionTable,
+    write_experiments,
+    write_reflections,
+)
 from merge.io.mtz import read_merged_mtz
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
@@ -110,6 +117,41 @@ def write(path: Path, rows: Rows, mtz: gemmi.Mtz, *, isym="M/ISYM", order=None, 
     mtz.set_data(np.column_stack([columns[label] for label in order]).astype(np.float32))
     mtz.write_to_file(str(path))
     return path
+
+
+def sweep(wavelength: float, cell: gemmi.UnitCell = CELL, n_images: int = 20) -> Experiment:
+    setting = np.array(cell.frac.mat.tolist()).T  # columns a*, b*, c*
+    return Experiment(
+        Beam(np.array([0.0, 0.0, 1.0 / wavelength]), wavelength),
+        (),
+        Goniometer(np.array([1.0, 0.0, 0.0])),
+        Scan((1, n_images), (0.0, 1.0)),
+        Crystal(setting, GROUP),
+    )
+
+
+def write_tables(folder: Path, sweeps: list[tuple[Rows, Experiment]]) -> tuple[Path, Path]:
+    """DIALS files of integrated sweeps, whose images count from 1."""
+    rows = joined(*(rows for rows, _ in sweeps))
+    column, n = rows.columns, len(rows.hkl)
+    flags = DialsFlag.PREDICTED | DialsFlag.INTEGRATED_PRF | DialsFlag.INTEGRATED_SUM
+    direction = np.column_stack([column["XDET"] - 500, column["YDET"] - 500, np.full(n, 900.0)])
+    table = {
+        "miller_index": rows.hkl.astype(np.int32),
+        "id": np.repeat(np.arange(len(sweeps)), [len(r.hkl) for r, _ in sweeps]).astype(np.int32),
+        "panel": np.zeros(n, np.uint64),
+        "flags": np.full(n, flags, np.uint64),
+        "s1": direction / np.linalg.norm(direction, axis=1, keepdims=True),
+        "xyzcal.px": np.column_stack([column["XDET"], column["YDET"], column["BATCH"] - 0.5]),
+        "lp": np.ones(n),
+        "intensity.prf.value": column["I"],
+        "intensity.prf.variance": column["SIGI"] ** 2,
+    }
+    names = {k: f"sweep{k}" for k in range(len(sweeps))}
+    experiments = [replace(e, identifier=names[k]) for k, (_, e) in enumerate(sweeps)]
+    write_experiments(folder / "mad.expt", experiments)
+    write_reflections(folder / "mad.refl", ReflectionTable(table, names, "mad"))
+    return folder / "mad.refl", folder / "mad.expt"
 
 
 def bijvoet_correlation(path: Path, crystal) -> float:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
+from merge.io.dataset_split import check_one_form, image_cell_groups
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from merge.io.text_files import open_binary, stem_of
 
@@ -259,6 +260,8 @@ def _as_unmerged(
     path: Path,
 ) -> UnmergedData:
     counts = [len(crystal) for crystal in crystals]
+    cells = [crystal.cell for crystal in crystals]
+    check_one_form(cells, image_cell_groups(cells), str(path), "crystals")
     names = [n for n in crystals[0].columns if all(n in c.columns for c in crystals)]
     columns = {n: np.concatenate([c.columns[n] for c in crystals]) for n in names}
     metadata = {n: c for n, c in columns.items() if n not in _REQUIRED}
@@ -278,7 +281,7 @@ def _as_unmerged(
         image_label=np.repeat(np.arange(len(crystals)), counts),
         metadata=metadata,
         wavelength=np.repeat([c.wavelength for c in crystals], counts),
-        cell=typical_cell([c.cell for c in crystals], space_group, str(path)),
+        cell=typical_cell(cells, space_group, str(path)),
         space_group=space_group,
         name=stem_of(path),
         has_lp_applied=False,

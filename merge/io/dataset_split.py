@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import gemmi
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from integrator.errors import UserError
 from merge.io.dataset_labels import DatasetLabels
-from merge.io.observations import CELL_TOLERANCE, UnmergedData, cell_text
+from merge.io.observations import CELL_TOLERANCE, UnmergedData, cell_text, typical_cell
+from merge.io.sweep_columns import SWEEP
 
 Array = NDArray[np.float64]
 Groups = NDArray[np.int64]
@@ -31,7 +33,9 @@ STILLS_GAP = 5e-3
 #: Share of the images, and number of them, that a wavelength of single images must have.
 MIN_SHARE, MIN_IMAGES = 0.05, 2
 #: Cells of single images form two groups when these are so many of their own spreads apart.
-CLEAR_OF_SPREAD = 5.0
+CLEAR_OF_SPREAD = 6.0
+#: A group of so many values has a spread that does not depend on a few strays.
+ENOUGH = 20
 
 
 def wavelength_groups(wavelength: ArrayLike, gap: float = WAVELENGTH_TOLERANCE) -> Groups:
@@ -156,6 +160,69 @@ def split_data(
     return parts
 
 
+def check_only_one(names: Sequence[str], path: str | Path) -> None:
+    """Refuse several data sets where they would be mixed.
+
+    Raises
+    ------
+    UserError
+    """
+    if len(names) > 1:
+        raise UserError(
+            f"{path} holds {len(names)} data sets ({', '.join(names)}) and one is needed here; "
+            "give a file of one data set, or merge this one as it is"
+        )
+
+
+def split_by_wavelength(data: UnmergedData) -> list[UnmergedData]:
+    """Cut stills of two or more wavelengths; the spread of the pulses of one beam is one."""
+    if data.wavelength is None or data.is_polychromatic:
+        return [data]
+    first = np.unique(data.image, return_index=True)[1]
+    group = image_wavelength_groups(data.wavelength[first], is_still=True)
+    of_row = group[np.searchsorted(first, np.arange(len(data)), "right") - 1]
+    n = int(group.max()) + 1
+    return split_data(data, of_row, *_waves(data, [None] * n), [data.cell] * n)
+
+
+def split_by_sweep(
+    data: UnmergedData, wavelength: ArrayLike, cells: ArrayLike
+) -> list[UnmergedData]:
+    """Cut sweeps of different wavelengths.
+
+    Parameters
+    ----------
+    data : UnmergedData
+        With the number of the sweep of each observation.
+    wavelength, cells : array_like, (n,) and (n, 6)
+        Of each sweep; the cells are of one form.
+    """
+    sweep = data.metadata[SWEEP].astype(np.int64)
+    wavelength, cells = np.asarray(wavelength, dtype=float), np.asarray(cells, dtype=float)
+    used = np.unique(sweep)
+    near = np.zeros(len(wavelength), dtype=np.int64)
+    near[used] = wavelength_groups(wavelength[used])
+    members = [used[near[used] == k] for k in range(near.max() + 1)]
+    known = [float(np.median(wavelength[own])) or None for own in members]  # 0 is unknown
+    forms = [typical_cell(cells[own], data.space_group) for own in members]
+    suffixes, labels = _waves(data, known)
+    return split_data(data, near[sweep], suffixes, labels, forms)
+
+
+def _waves(
+    data: UnmergedData, wavelength: Sequence[float | None]
+) -> tuple[list[str], list[DatasetLabels]]:
+    """Name data sets by their wavelengths, WAVE1 and so on, where there are several."""
+    labels = [data.labels._replace(wavelength=value) for value in wavelength]
+    suffixes = [f"WAVE{k + 1}" for k in range(len(labels))]
+    if len(labels) > 1:
+        labels = [
+            own._replace(names=own.names._replace(dataset=suffix))
+            for own, suffix in zip(labels, suffixes, strict=True)
+        ]
+    return suffixes, labels
+
+
 def file_word(text: str) -> str:
     """Make a word that can be part of a file name."""
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "dataset"
@@ -185,5 +252,8 @@ def _valley(values: Array) -> float:
 
 
 def _spread(values: Array) -> float:
-    """Robust standard deviation."""
-    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+    """Give the standard deviation, robust where strays can be told from spread."""
+    robust = 1.4826 * float(np.median(np.abs(values - np.median(values))))
+    if len(values) >= ENOUGH:
+        return robust
+    return max(robust, float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)

@@ -7,7 +7,6 @@ them) are summed by FRACTIONCALC; programs that sum partials themselves leave th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import gemmi
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
-from merge.io.dataset_split import split_data
+from merge.io.dataset_split import check_only_one, split_by_wavelength, split_data
 from merge.io.missing_values import without_missing
 from merge.io.mtz_datasets import mtz_datasets
 from merge.io.observations import UnmergedData, make_unmerged
@@ -54,20 +53,6 @@ def read_mtz(path: str | Path) -> UnmergedData:
     datasets = read_mtz_datasets(path)
     check_only_one([data.name for data in datasets], path)
     return datasets[0]
-
-
-def check_only_one(names: Sequence[str], path: str | Path) -> None:
-    """Refuse several data sets where they would be mixed.
-
-    Raises
-    ------
-    UserError
-    """
-    if len(names) > 1:
-        raise UserError(
-            f"{path} holds {len(names)} data sets ({', '.join(names)}) and one is needed here; "
-            "give a file of one data set, or merge this one as it is"
-        )
 
 
 def read_mtz_datasets(path: str | Path) -> list[UnmergedData]:
@@ -148,7 +133,8 @@ def observations_of(mtz: gemmi.Mtz, path: Path) -> list[UnmergedData]:
     )
     number = data.metadata["BATCH"].astype(np.int64)
     found = mtz_datasets(mtz, np.unique(number), intensity_label, path)
-    return split_data(data, found.of_rows(number), found.suffixes, found.labels, found.cells)
+    parts = split_data(data, found.of_rows(number), found.suffixes, found.labels, found.cells)
+    return [own for part in parts for own in split_by_wavelength(part)]
 
 
 def _to_original_indices(mtz: gemmi.Mtz, isym_label: str | None, path: Path) -> NDArray[np.bool_]:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from integrator.errors import UserError
 from merge.io.crystfel_stream import stream_chunks
+from merge.io.dataset_split import check_only_one
 from merge.io.mtz_datasets import mtz_datasets
 from merge.io.mtz_observations import (
     DATA_OFFSET,
     PARTIAL_FLAG,
     batch_column,
     check_complete,
-    check_only_one,
     isym_column,
     observations_of,
     read_mtz,

@@ -14,6 +14,7 @@ import gemmi
 
 from integrator.errors import UserError
 from merge.io.crystfel_stream import read_stream
+from merge.io.dataset_split import split_by_wavelength
 from merge.io.mtz_observations import read_mtz, read_mtz_datasets
 from merge.io.observations import (
     CELL_TOLERANCE,
@@ -61,9 +62,18 @@ def _read_store(path: Path, space_group: gemmi.SpaceGroup | None) -> list[Unmerg
         return [store.read()]
 
 
+def _read_stream(path: Path, space_group: gemmi.SpaceGroup | None) -> list[UnmergedData]:
+    return split_by_wavelength(read_stream(path, space_group))
+
+
 FORMATS = (
     Format("MTZ", ".mtz", (b"MTZ ",), lambda path, _: read_mtz_datasets(path)),
-    Format("CrystFEL", ".stream", (b"CrystFEL stream",), lambda p, g: [read_stream(p, g)]),
+    Format(
+        "CrystFEL",
+        ".stream",
+        (b"CrystFEL stream",),
+        lambda p, g: split_by_wavelength(read_stream(p, g)),
+    ),
     Format("XDS", ".HKL", (XDS_ASCII, INTEGRATE), read_xds),
     Format("store", ".h5", (b"\x89HDF",), _read_store),
 )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from integrator.atomic import replacing
 from integrator.errors import UserError
 from merge.io.dataset_labels import DatasetLabels, DatasetNames
+from merge.io.dataset_split import check_one_form, image_cell_groups
 from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "braggflux unmerged", 1
 SUFFIX = ".h5"
 _ROWS_PER_CHUNK = 1 << 16
+#: Chunks of fewer images do not show what their crystals have in common.
+MIN_IMAGES_OF_A_CELL = 20
 _LARGEST_INDEX = np.iinfo(np.int16).max
 
 
@@ -73,6 +76,10 @@ def write_unmerged_store(
         if first is None:
             raise UserError(f"there are no observations to write to {path}; check the input")
         file["image_starts"] = np.array(starts, dtype=np.int64)
+        large = np.array(weights) >= MIN_IMAGES_OF_A_CELL
+        if large.any():  # the last few crystals may be odd
+            own = np.array(cells)[large]
+            check_one_form(own, image_cell_groups(own), first.name, "pieces")
         file.attrs["cell"] = np.average(cells, axis=0, weights=weights)
         file.attrs["space_group"] = (space_group or first.space_group).xhm()
         file.attrs["name"] = name or first.name

@@ -51,7 +51,7 @@ def run(*argv):
 def test_what_is_read(experiment, table):
     assert is_intensity_file(table)
     assert read_experiment_records(table) == [RECORD]
-    data = read_photon_table(table)
+    (data,) = read_photon_table(table)
     n = len(experiment.table)
     assert len(data) == n
     order = np.argsort(np.floor(experiment.table.xyz_px[:, 2].numpy()), kind="stable")
@@ -83,7 +83,7 @@ def test_sweeps_have_images_of_their_own(experiment, tmp_path):
     write_intensities(
         path, replace(experiment.table, experiment=half, flags=flags), [RECORD, RECORD]
     )
-    data = read_photon_table(path)
+    (data,) = read_photon_table(path)
     assert len(data) == len(half) - 10
     batch = data.metadata["BATCH"]
     assert batch.min() == 1
@@ -122,7 +122,7 @@ def test_an_expt_beside_a_table_without_cell(experiment, table, tmp_path):
     bare = tmp_path / "intensities.h5"
     write_intensities(bare, experiment.table)
     expt = expt_file(tmp_path / "refined.expt")
-    given, own = read_photon_table(bare, expt), read_photon_table(table)
+    (given,), (own,) = read_photon_table(bare, expt), read_photon_table(table)
     np.testing.assert_allclose(given.metadata["ROT"], own.metadata["ROT"])
     np.testing.assert_allclose(given.cell.parameters, own.cell.parameters, rtol=1e-6)
     assert run(bare, expt, "--out", tmp_path / "one", *FAST) == 0

@@ -1,0 +1,165 @@
+"""Wavelengths and crystal forms of sweeps and stills: kept apart, refused, and written."""
+
+from __future__ import annotations
+
+import gemmi
+import mad_files as mad
+import numpy as np
+import pytest
+
+from integrator.errors import UserError
+from merge.io.dataset_split import (
+    cell_groups,
+    image_cell_groups,
+    image_wavelength_groups,
+    split_by_wavelength,
+)
+from merge.io.observations import make_unmerged
+from merge.io.unmerged_store import write_unmerged_store
+from pipelines import cli
+from pipelines.checks import one_wavelength
+from pipelines.unmerged_dials import read_dials_datasets
+
+FAST = ("--epochs", "20", "--set", "network_width=8")
+
+
+def merge(*argv) -> int:
+    return cli.main(["merge", *(str(a) for a in argv), *FAST])
+
+
+def wavelength_of(path) -> float:
+    (dataset,) = gemmi.read_mtz_file(str(path)).datasets
+    return dataset.wavelength
+
+
+class TestSweeps:
+    def test_opposite_anomalous_signals_stay_apart(self, tmp_path):
+        sweeps = [
+            (mad.observe(mad.truth(sign), seed), mad.sweep(wavelength))
+            for sign, seed, wavelength in ((1, 0, mad.PEAK), (-1, 1, mad.REMOTE), (1, 2, mad.PEAK))
+        ]
+        out = tmp_path / "out"
+        assert merge(*mad.write_tables(tmp_path, sweeps), "--anomalous", "--out", out) == 0
+        for name, sign, wavelength in (("WAVE1", 1, mad.PEAK), ("WAVE2", -1, mad.REMOTE)):
+            path = out / f"mad_{name}_merged.mtz"
+            assert mad.bijvoet_correlation(path, mad.truth(sign)) > 0.85
+            assert wavelength_of(path) == pytest.approx(wavelength, abs=1e-5)
+
+    def test_one_wavelength_is_one_data_set_and_is_written(self, tmp_path):
+        sweeps = [
+            (mad.observe(mad.truth(), seed, n_images=6), mad.sweep(1.54178 + 2e-5 * seed))
+            for seed in range(2)
+        ]
+        paths = mad.write_tables(tmp_path, sweeps)
+        assert merge(*paths, "--out", tmp_path / "out") == 0
+        assert wavelength_of(tmp_path / "out" / "merged.mtz") == pytest.approx(1.54179, abs=1e-5)
+
+    @pytest.mark.parametrize(("length", "is_refused"), [(63.6, True), (61.2, False)])
+    def test_crystal_forms(self, tmp_path, length, is_refused):
+        cell = gemmi.UnitCell(40, 50, length, 90, 90, 90)
+        rows = mad.observe(mad.truth(), 0, n_images=6)
+        files = mad.write_tables(tmp_path, [(rows, mad.sweep(1.0)), (rows, mad.sweep(1.0, cell))])
+        if is_refused:
+            with pytest.raises(UserError, match=r"60\.00 .*\(1 crystals\).*63\.60"):
+                read_dials_datasets(*files)
+            return
+        (data,) = read_dials_datasets(*files)
+        assert data.cell.c == pytest.approx(60.6)
+
+    def test_a_run_has_one_wavelength(self):
+        assert one_wavelength([0.9793, 0.97932]) == pytest.approx(0.97931)
+        with pytest.raises(UserError, match=r"2 wavelengths \(0\.97930, 0\.97950 A\)"):
+            one_wavelength([0.9793, 0.9795, 0.9793])
+
+
+def stills(wavelength, cells=None, n_per_image=20):
+    """Stills with these wavelengths."""
+    rows = mad.observe(mad.truth(), 0, len(wavelength), n_per_image)
+    return make_unmerged(
+        source="stills",
+        miller_index=rows.hkl,
+        intensity=rows.columns["I"],
+        sigma=rows.columns["SIGI"],
+        image_label=rows.columns["BATCH"],
+        metadata={},
+        wavelength=np.repeat(wavelength, n_per_image),
+        cell=mad.CELL,
+        space_group=mad.GROUP,
+        name="stills",
+        has_lp_applied=False,
+    )
+
+
+class TestStills:
+    @pytest.mark.parametrize("n", [4, 10, 40, 1000])
+    @pytest.mark.parametrize("seed", range(5))
+    def test_the_pulses_of_one_beam_are_one_data_set(self, n, seed):
+        rng = np.random.default_rng(seed)
+        pulses = 1.3 * (1 + 2e-3 * rng.standard_normal(n))
+        assert not image_wavelength_groups(pulses, is_still=True).any()
+        # the machine is tuned anew in the midst
+        drift = pulses * (1 + 2e-3 * (np.arange(n) > n / 2))
+        assert not image_wavelength_groups(drift, is_still=True).any()
+
+    def test_two_beams_are_two(self):
+        rng = np.random.default_rng(0)
+        beams = np.repeat([1.30, 1.36], [30, 20]) * (1 + 2e-3 * rng.standard_normal(50))
+        parts = split_by_wavelength(stills(rng.permutation(beams)))
+        assert [p.name for p in parts] == ["stills_WAVE1", "stills_WAVE2"]
+        assert [p.n_images for p in parts] == [30, 20]
+        assert [p.typical_wavelength for p in parts] == pytest.approx([1.30, 1.36], rel=1e-3)
+
+    def test_a_pulse_of_wrong_energy_is_no_data_set(self):
+        assert len(split_by_wavelength(stills([1.3, 1.301, 1.299, 1.3, 2.6]))) == 1
+
+
+def cells_of(length, n, spread, seed=0):
+    rng = np.random.default_rng(seed)
+    scatter = 1 + spread * rng.standard_normal((n, 6)) * [1, 1, 1, 0.3, 0.3, 0.3]
+    return np.array([79.0, 79.0, length, 90, 90, 90]) * scatter
+
+
+class TestCells:
+    @pytest.mark.parametrize("n", [10, 200, 2000])
+    @pytest.mark.parametrize("spread", [0.001, 0.005, 0.012])
+    def test_the_spread_of_serial_data_is_one_form(self, n, spread):
+        for seed in range(5):
+            cells = cells_of(38.0, n, spread, seed)
+            assert not image_cell_groups(cells).any()
+            # strays: one in fifty indexed with another cell
+            cells[::50] = np.random.default_rng(seed).uniform(30, 120, (len(cells[::50]), 6))
+            assert not image_cell_groups(cells).any()
+
+    @pytest.mark.parametrize("n", [1, 10, 500])
+    def test_two_forms_are_seen(self, n):
+        cells = np.concatenate([cells_of(38.0, 3 * n, 0.004), cells_of(40.28, n, 0.004, 1)])
+        order = np.random.default_rng(0).permutation(len(cells))
+        group = image_cell_groups(cells[order])
+        np.testing.assert_array_equal(group, order >= 3 * n)
+
+    def test_crystals_of_sweeps_are_linked(self):
+        cells = np.array([[79, 79, c, 90, 90, 90] for c in (38.0, 38.8, 39.6, 42.0, 42.5)])
+        np.testing.assert_array_equal(cell_groups(cells), [0, 0, 0, 1, 1])
+
+
+def test_pieces_of_a_store_have_one_form(tmp_path):
+    from dataclasses import replace
+
+    piece = stills(np.full(30, 1.3))
+    other = replace(piece, cell=gemmi.UnitCell(40, 50, 63.6, 90, 90, 90))
+    with pytest.raises(UserError, match="mixes crystal forms"):
+        write_unmerged_store(tmp_path / "a.h5", [piece, other])
+    assert not (tmp_path / "a.h5").exists()
+
+
+def test_the_wavelength_goes_through_a_store(tmp_path):
+    mtz = mad.empty_mtz()
+    mad.add_dataset(mtz, ("proj", "xtal", "PEAK"), mad.PEAK, range(1, 9))
+    rows = mad.observe(mad.truth(), 0, n_images=8)
+    mad.write(tmp_path / "a.mtz", rows, mtz)
+    argv = ["convert", str(tmp_path / "a.mtz"), "--out", str(tmp_path / "a.h5")]
+    assert cli.main(argv) == 0
+    assert merge(tmp_path / "a.h5", "--out", tmp_path / "out") == 0
+    path = tmp_path / "out" / "merged.mtz"
+    assert wavelength_of(path) == pytest.approx(mad.PEAK, abs=1e-5)
+    assert gemmi.read_mtz_file(str(path)).datasets[0].dataset_name == "PEAK"
