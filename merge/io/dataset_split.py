@@ -229,7 +229,7 @@ def file_word(text: str) -> str:
 
 
 def _words(part: UnmergedData) -> str:
-    wavelength = part.labels.wavelength
+    wavelength = part.typical_wavelength
     known = "unknown wavelength" if wavelength is None else f"{wavelength:.5f} A"
     return f"{part.name} ({known}, {len(part)} observations)"
 
