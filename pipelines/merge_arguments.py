@@ -18,7 +18,13 @@ logger = logging.getLogger(__name__)
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files and their relations."""
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help=".mtz .refl+.expt .HKL .stream .h5")
+    add(
+        "inputs",
+        nargs="+",
+        type=Path,
+        metavar="INPUT",
+        help=".mtz .refl+.expt .HKL .sca .cif .stream .h5",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     text = (
         "dataset that each dataset resembles, by its number from 0, or none; sets the "
@@ -29,6 +35,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add("--friedel", action="store_true", help=text)
     text = "for files that hold none (.stream), e.g. P6122"
     add("--space-group", metavar="SG", help=text)
+    text = "for files that hold none (.sca), e.g. 79.4,79.4,37.8,90,90,90"
+    add("--unit-cell", metavar="A,B,C,AL,BE,GA", help=text)
     text = (
         "new indices of dataset N (from 0; of all without) by the old, e.g. 1:k,h,-l; repeatable"
     )
@@ -70,6 +78,7 @@ def inputs_from_args(args: argparse.Namespace) -> MergeInputs:
         parents=parse_parents(args.parents),
         is_friedel=args.friedel,
         space_group=args.space_group,
+        unit_cell=args.unit_cell,
         reindex=tuple(args.reindex),
         prior_model=args.prior_model or args.reference,
         freeze_scales=args.freeze_scales,

@@ -42,6 +42,8 @@ class MergeInputs:
         The two files are the Friedel halves of one dataset.
     space_group : str, optional
         For files that hold none (streams).
+    unit_cell : str, optional
+        For files that hold none (SCALEPACK).
     reindex : tuple of str
         Operators (:func:`pipelines.reindexing.parse_reindex`).
     prior_model : Path, optional
@@ -55,6 +57,7 @@ class MergeInputs:
     parents: tuple[int | None, ...] | None = None
     is_friedel: bool = False
     space_group: str | None = None
+    unit_cell: str | None = None
     reindex: tuple[str, ...] = ()
     prior_model: Path | None = None
     freeze_scales: Path | None = None
@@ -66,7 +69,8 @@ class MergeInputs:
         ------
         UserError
         """
-        data = read_inputs(self.paths, space_group=parse_space_group(self.space_group))
+        group, cell = parse_space_group(self.space_group), parse_unit_cell(self.unit_cell)
+        data = read_inputs(self.paths, space_group=group, cell=cell)
         data = [screened(d, is_laue=is_laue) for d in data]
         return self._as_asked(data, reindex, combine_friedel)
 
@@ -163,3 +167,24 @@ def parse_space_group(name: str | None) -> gemmi.SpaceGroup | None:
             "e.g. P43212 or 'P 63'"
         )
     return group
+
+
+def parse_unit_cell(text: str | None) -> gemmi.UnitCell | None:
+    """Read ``79.4,79.4,37.8,90,90,90`` [A, degrees].
+
+    Raises
+    ------
+    UserError
+    """
+    if text is None:
+        return None
+    try:
+        values = [float(word) for word in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 6 or min(values) <= 0.0 or max(values[3:]) >= 180.0:
+        raise UserError(
+            f"--unit-cell {text}: six positive numbers are needed, lengths in A and angles below "
+            "180 degrees, for example 79.4,79.4,37.8,90,90,90"
+        )
+    return gemmi.UnitCell(*values)

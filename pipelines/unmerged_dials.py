@@ -44,7 +44,10 @@ _METADATA = ("zeta", "background.mean", "partiality", "profile.correlation", "qe
 
 
 def read_inputs(
-    paths: Sequence[str | Path], *, space_group: gemmi.SpaceGroup | None = None
+    paths: Sequence[str | Path],
+    *,
+    space_group: gemmi.SpaceGroup | None = None,
+    cell: gemmi.UnitCell | None = None,
 ) -> list[UnmergedData]:
     """Read the datasets of each file, or of each pair of DIALS files.
 
@@ -56,6 +59,8 @@ def read_inputs(
     paths : sequence of str or Path
         In any order; the datasets come in the order of the files other than .expt.
     space_group : gemmi.SpaceGroup, optional
+        Of files that do not know it.
+    cell : gemmi.UnitCell, optional
         Of files that do not know it.
 
     Raises
@@ -91,7 +96,7 @@ def read_inputs(
         elif path.suffix == ".refl":
             datasets += read_dials_datasets(path, experiments)
         elif path.suffix != ".expt":
-            datasets += read_unmerged([path], space_group=space_group)
+            datasets += read_unmerged([path], space_group=space_group, cell=cell)
     return datasets
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +207,45 @@ def split_by_sweep(
     forms = [typical_cell(cells[own], data.space_group) for own in members]
     suffixes, labels = _waves(data, known)
     return split_data(data, near[sweep], suffixes, labels, forms)
+
+
+def split_sets(
+    data: UnmergedData,
+    batch: ArrayLike,
+    iset: ArrayLike,
+    wavelengths: Mapping[int, float],
+    cells: Mapping[int, gemmi.UnitCell],
+) -> list[UnmergedData]:
+    """Cut an input whose observations belong to numbered sets: those of one wavelength are one.
+
+    Parameters
+    ----------
+    data : UnmergedData
+        With ``BATCH``; the numbers of no two sets are the same.
+    batch, iset : array_like, (M,)
+        Batch and set of each observation, before any were left out and in any order.
+    wavelengths : mapping of int to float
+        [A] of each set, 0 where unknown.
+    cells : mapping of int to gemmi.UnitCell
+
+    Raises
+    ------
+    UserError
+        The cells of the sets are far apart.
+    """
+    sets = np.unique(iset)
+    parameters = [cells[k].parameters for k in sets.tolist()]
+    check_one_form(parameters, cell_groups(parameters), data.name, "sets")
+    wavelength = np.array([wavelengths[k] for k in sets.tolist()])
+    group, start = wavelength_groups(wavelength), {}
+    of_set = np.array([start.setdefault(k, len(start)) for k in group.tolist()])  # in their order
+    batches, first = np.unique(batch, return_index=True)
+    of_batch = of_set[np.searchsorted(sets, np.asarray(iset)[first])]
+    members = [np.flatnonzero(of_set == k) for k in range(of_set.max() + 1)]
+    known = [float(np.median(wavelength[rows])) or None for rows in members]  # 0 is unknown
+    forms = [typical_cell(np.array(parameters)[rows], data.space_group) for rows in members]
+    of_row = of_batch[np.searchsorted(batches, data.metadata["BATCH"])]
+    return split_data(data, of_row, *_waves(data, known), forms)
 
 
 def _waves(

@@ -41,6 +41,7 @@ def convert_to_store(
     target: str | Path,
     *,
     space_group: gemmi.SpaceGroup | None = None,
+    cell: gemmi.UnitCell | None = None,
     rows_at_a_time: int = ROWS_AT_A_TIME,
 ) -> None:
     """Write the observations of a file to a store.
@@ -56,6 +57,8 @@ def convert_to_store(
         The store, and during the work as much again beside it.
     space_group : gemmi.SpaceGroup, optional
         Of a stream, which does not know it.
+    cell : gemmi.UnitCell, optional
+        Of a file that does not know it.
     rows_at_a_time : int
 
     Raises
@@ -73,12 +76,14 @@ def convert_to_store(
             chunks = _mtz_chunks(path, Path(folder), rows_at_a_time)
             write_unmerged_store(target, chunks)
     else:
-        write_unmerged_store(target, _one_dataset(path, space_group))
+        write_unmerged_store(target, _one_dataset(path, space_group, cell))
 
 
-def _one_dataset(path: Path, space_group: gemmi.SpaceGroup | None) -> Iterator[UnmergedData]:
+def _one_dataset(
+    path: Path, space_group: gemmi.SpaceGroup | None, cell: gemmi.UnitCell | None
+) -> Iterator[UnmergedData]:
     """Read a file of another kind as a whole; a store holds one dataset."""
-    data = read_unmerged([path], space_group=space_group)
+    data = read_unmerged([path], space_group=space_group, cell=cell)
     check_only_one([d.name for d in data], path)
     yield data[0]
 

@@ -15,6 +15,7 @@ import gemmi
 from integrator.errors import UserError
 from merge.io.crystfel_stream import read_stream
 from merge.io.dataset_split import split_by_wavelength
+from merge.io.mmcif import is_cif, read_mmcif
 from merge.io.mtz_observations import read_mtz, read_mtz_datasets
 from merge.io.observations import (
     CELL_TOLERANCE,
@@ -25,6 +26,7 @@ from merge.io.observations import (
     typical_cell,
 )
 from merge.io.reindexing import reindex
+from merge.io.scalepack import is_scalepack, read_scalepack
 from merge.io.text_files import head_of
 from merge.io.unmerged_store import UnmergedStore
 from merge.io.xds import INTEGRATE, XDS_ASCII, read_xds
@@ -44,45 +46,62 @@ __all__ = [
 ]
 
 
+class Given(NamedTuple):
+    """What the user says of a crystal where a file does not."""
+
+    space_group: gemmi.SpaceGroup | None = None
+    cell: gemmi.UnitCell | None = None
+
+
 class Format(NamedTuple):
     """A kind of file.
 
-    ``begins`` are the bytes of which it begins with one; ``suffix`` decides where they are not
-    there (the reader then says what is wrong).
+    ``begins`` says by its first bytes whether a file is one; ``suffix`` decides where none does
+    (the reader then says what is wrong).
     """
 
     name: str
     suffix: str
-    begins: tuple[bytes, ...]
-    read: Callable[[Path, gemmi.SpaceGroup | None], list[UnmergedData]]
+    begins: Callable[[bytes], bool]
+    read: Callable[[Path, Given], list[UnmergedData]]
 
 
-def _read_store(path: Path, space_group: gemmi.SpaceGroup | None) -> list[UnmergedData]:
+def _starts(*words: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.startswith(words)
+
+
+def _read_store(path: Path) -> list[UnmergedData]:
     with UnmergedStore(path) as store:
         return [store.read()]
 
 
-def _read_stream(path: Path, space_group: gemmi.SpaceGroup | None) -> list[UnmergedData]:
-    return split_by_wavelength(read_stream(path, space_group))
-
-
 FORMATS = (
-    Format("MTZ", ".mtz", (b"MTZ ",), lambda path, _: read_mtz_datasets(path)),
+    Format("MTZ", ".mtz", _starts(b"MTZ "), lambda path, _: read_mtz_datasets(path)),
     Format(
         "CrystFEL",
         ".stream",
-        (b"CrystFEL stream",),
-        lambda p, g: split_by_wavelength(read_stream(p, g)),
+        _starts(b"CrystFEL stream"),
+        lambda path, given: split_by_wavelength(read_stream(path, given.space_group)),
     ),
-    Format("XDS", ".HKL", (XDS_ASCII, INTEGRATE), read_xds),
-    Format("store", ".h5", (b"\x89HDF",), _read_store),
+    Format(
+        "XDS",
+        ".HKL",
+        _starts(XDS_ASCII, INTEGRATE),
+        lambda path, given: read_xds(path, given.space_group),
+    ),
+    Format("SCALEPACK", ".sca", is_scalepack, lambda path, given: [read_scalepack(path, *given)]),
+    Format("mmCIF", ".cif", is_cif, lambda path, given: read_mmcif(path, *given)),
+    Format("store", ".h5", _starts(b"\x89HDF"), lambda path, _: _read_store(path)),
 )
 #: Of the files read here, in words.
 SUFFIXES = tuple(format.suffix for format in FORMATS)
 
 
 def read_unmerged(
-    paths: Sequence[str | Path], *, space_group: gemmi.SpaceGroup | None = None
+    paths: Sequence[str | Path],
+    *,
+    space_group: gemmi.SpaceGroup | None = None,
+    cell: gemmi.UnitCell | None = None,
 ) -> list[UnmergedData]:
     """Read the datasets of each file, by what it begins with, else by its suffix.
 
@@ -92,23 +111,26 @@ def read_unmerged(
         Of any of :data:`FORMATS`.
     space_group : gemmi.SpaceGroup, optional
         Of files that do not know it.
+    cell : gemmi.UnitCell, optional
+        Of files that do not know it.
 
     Raises
     ------
     UserError
         A file is missing, of an unknown kind, or not usable.
     """
-    return [data for path in paths for data in _read(Path(path), space_group)]
+    given = Given(space_group, cell)
+    return [data for path in paths for data in _read(Path(path), given)]
 
 
-def _read(path: Path, space_group: gemmi.SpaceGroup | None) -> list[UnmergedData]:
+def _read(path: Path, given: Given) -> list[UnmergedData]:
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of unmerged reflections")
     head = head_of(path)
-    by_content = [f for f in FORMATS if head.startswith(f.begins)]
-    by_suffix = [f for f in FORMATS if path.suffix == f.suffix]
+    by_content = [kind for kind in FORMATS if kind.begins(head)]
+    by_suffix = [kind for kind in FORMATS if path.suffix == kind.suffix]
     for kind in (*by_content, *by_suffix):
-        return kind.read(path, space_group)
+        return kind.read(path, given)
     raise UserError(
         f"{path} is none of the files of unmerged reflections that are read here: "
         f"{', '.join(f'{f.name} ({f.suffix})' for f in FORMATS)}, and DIALS .refl with its .expt"

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
-from merge.io.dataset_labels import DatasetLabels
-from merge.io.dataset_split import WAVELENGTH_TOLERANCE
-from merge.io.observations import CELL_TOLERANCE, UnmergedData, make_unmerged
+from merge.io.dataset_split import split_sets
+from merge.io.observations import UnmergedData, make_unmerged
 from merge.io.sweep_columns import (
     FRAME,
     FRAME_WIDTH,
@@ -73,12 +72,13 @@ def read_xds(path: str | Path, space_group: gemmi.SpaceGroup | None = None) -> l
     Returns
     -------
     list of UnmergedData
-        One for each wavelength and cell among the sets of XSCALE.
+        One for each wavelength among the sets of XSCALE.
 
     Raises
     ------
     UserError
-        Not a file of unmerged reflections, damaged, or without cell or space group.
+        Not a file of unmerged reflections, damaged, without cell or space group, or of several
+        crystal forms.
     """
     text = read_text(Path(path))
     columns = {_RENAMED.get(name, name): column for name, column in text.columns.items()}
@@ -93,11 +93,24 @@ def read_xds(path: str | Path, space_group: gemmi.SpaceGroup | None = None) -> l
         )
     metadata = _metadata(text, columns)
     sets = columns.get("ISET", np.zeros(len(columns["H"]))).astype(int)
-    groups = _datasets(text, sets)
-    return [
-        _observations(text, columns, metadata, np.isin(sets, group), group, space_group, name)
-        for group, name in zip(groups, _names(text, len(groups)), strict=True)
-    ]
+    numbers = np.unique(sets).tolist()
+    cells = {k: _cell(text, k) for k in numbers}
+    wavelengths = {k: (text.numbers("X-RAY_WAVELENGTH", iset=k) or [0.0])[0] for k in numbers}
+    cell = cells[numbers[0]]
+    data = make_unmerged(
+        source=str(path),
+        miller_index=np.stack([columns[axis] for axis in "HKL"], axis=1),
+        intensity=columns["IOBS"],
+        sigma=columns["SIGMA"],
+        image_label=metadata["BATCH"],
+        metadata=metadata,
+        wavelength=None,
+        cell=cell,
+        space_group=space_group or _space_group(text, cell),
+        name=stem_of(text.path),
+        has_lp_applied=True,
+    )
+    return split_sets(data, metadata["BATCH"], sets, wavelengths, cells)
 
 
 def _check(text: XdsText, columns: dict[str, Array]) -> None:
@@ -231,34 +244,6 @@ def polarization(s0: Array, s1: Array, fraction: float, normal: Array) -> Array:
     return (1.0 - 2.0 * fraction) * (1.0 - along_normal) + fraction * (1.0 + cos2)
 
 
-def _observations(
-    text: XdsText,
-    columns: dict[str, Array],
-    metadata: dict[str, Array],
-    rows: NDArray[np.bool_],
-    sets: NDArray[np.int64],
-    space_group: gemmi.SpaceGroup | None,
-    name: str,
-) -> UnmergedData:
-    cell = _cell(text, int(sets[0]))
-    index = np.stack([columns[axis] for axis in "HKL"], axis=1)
-    wavelength = text.numbers("X-RAY_WAVELENGTH", iset=int(sets[0]))
-    return make_unmerged(
-        source=str(text.path),
-        miller_index=index[rows].astype(np.int32),
-        intensity=columns["IOBS"][rows],
-        sigma=columns["SIGMA"][rows],
-        image_label=metadata["BATCH"][rows],
-        metadata={key: column[rows] for key, column in metadata.items()},
-        wavelength=None,
-        cell=cell,
-        space_group=space_group or _space_group(text, cell),
-        name=name,
-        has_lp_applied=True,
-        labels=DatasetLabels(wavelength=None if wavelength is None else wavelength[0]),
-    )
-
-
 def _cell(text: XdsText, iset: int | None = None) -> gemmi.UnitCell:
     cell = text.numbers("UNIT_CELL_CONSTANTS", 6, iset)
     if cell is None:
@@ -280,25 +265,3 @@ def _space_group(text: XdsText, cell: gemmi.UnitCell) -> gemmi.SpaceGroup:
         )
     # hexagonal or rhombohedral axes, by the angles
     return gemmi.find_spacegroup_by_name(group.hm, cell.alpha, cell.gamma) or group
-
-
-def _datasets(text: XdsText, sets: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Return the sets of XSCALE with the same wavelength and cell, as lists of their numbers."""
-    groups: list[list[int]] = []
-    for iset in np.unique(sets).tolist():
-        wavelength = (text.numbers("X-RAY_WAVELENGTH", iset=iset) or [0.0])[0]
-        for group in groups:
-            other = (text.numbers("X-RAY_WAVELENGTH", iset=group[0]) or [0.0])[0]
-            degrees = float(np.degrees(CELL_TOLERANCE))
-            is_alike = _cell(text, iset).is_similar(_cell(text, group[0]), CELL_TOLERANCE, degrees)
-            if is_alike and abs(wavelength - other) < WAVELENGTH_TOLERANCE:
-                group.append(iset)
-                break
-        else:
-            groups.append([iset])
-    return [np.array(group) for group in groups]
-
-
-def _names(text: XdsText, n: int) -> list[str]:
-    stem = stem_of(text.path)
-    return [stem] if n == 1 else [f"{stem}_{i + 1}" for i in range(n)]

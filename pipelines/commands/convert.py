@@ -1,7 +1,7 @@
 r"""Write unmerged reflections to a store (.h5) that `merge --stills` can read batch by batch.
 
-INPUT is an unmerged MTZ file or a CrystFEL stream of any size: memory does not depend on it. Files
-of XDS are read as a whole.
+INPUT is an unmerged MTZ file or a CrystFEL stream of any size: memory does not depend on it. Other
+formats of `braggflux merge` are read as a whole.
 
 Examples
 --------
@@ -22,12 +22,15 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files."""
-    parser.add_argument("input", type=Path, metavar="INPUT", help=".mtz .stream .HKL")
+    parser.add_argument("input", type=Path, metavar="INPUT", help=".mtz .stream .HKL .sca .cif")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.h5", help="store to write"
     )
     parser.add_argument(
         "--space-group", metavar="SG", help="of a file that does not know it, e.g. P6122"
+    )
+    parser.add_argument(
+        "--unit-cell", metavar="A,B,C,AL,BE,GA", help="of a file that does not know it (.sca)"
     )
 
 
@@ -35,11 +38,12 @@ def run(args: argparse.Namespace) -> None:
     """Check the arguments and convert."""
     from merge.io.store_conversion import convert_to_store
     from merge.io.unmerged_store import SUFFIX, UnmergedStore
-    from pipelines.merge_inputs import parse_space_group
+    from pipelines.merge_inputs import parse_space_group, parse_unit_cell
 
     if args.out.suffix != SUFFIX:
         raise UserError(f"--out {args.out} must end in {SUFFIX}, by which merge knows a store")
-    convert_to_store(args.input, args.out, space_group=parse_space_group(args.space_group))
+    group, cell = parse_space_group(args.space_group), parse_unit_cell(args.unit_cell)
+    convert_to_store(args.input, args.out, space_group=group, cell=cell)
     with UnmergedStore(args.out) as store:
         logger.info("%d observations on %d images", len(store), store.n_images)
     logger.info("wrote %s", args.out)

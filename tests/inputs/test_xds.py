@@ -85,7 +85,7 @@ class TestCorrect:
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12)
         assert correct.space_group.xhm() == "P 43 21 2"
-        assert correct.cell.parameters == (79.336, 79.336, 37.797, 90.0, 90.0, 90.0)
+        assert correct.cell.parameters == pytest.approx((79.336, 79.336, 37.797, 90, 90, 90))
         assert correct.has_lp_applied
 
     def test_as_gemmi_makes_an_mtz_file_of_it(self, small, correct, tmp_path):
