@@ -38,19 +38,19 @@ class DialsConfig:
     # Integrate, scale and merge with DIALS too, to set its results beside ours.
     has_reference: bool = True
     # More PHIL parameters for dials.import.
-    import_args: tuple[str, ...] = ()
+    import_args: tuple[schema.CommandLine, ...] = ()
     # More PHIL parameters for dials.find_spots.
-    find_spots_args: tuple[str, ...] = ()
+    find_spots_args: tuple[schema.CommandLine, ...] = ()
     # More PHIL parameters for dials.index.
-    index_args: tuple[str, ...] = ()
+    index_args: tuple[schema.CommandLine, ...] = ()
     # More PHIL parameters for dials.refine.
-    refine_args: tuple[str, ...] = ()
+    refine_args: tuple[schema.CommandLine, ...] = ()
     # More PHIL parameters for dials.integrate.
-    integrate_args: tuple[str, ...] = ()
+    integrate_args: tuple[schema.CommandLine, ...] = ()
     # More PHIL parameters for dials.scale.
-    scale_args: tuple[str, ...] = ()
+    scale_args: tuple[schema.CommandLine, ...] = ()
     # More PHIL parameters for dials.merge.
-    merge_args: tuple[str, ...] = ()
+    merge_args: tuple[schema.CommandLine, ...] = ()
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from integrator.errors import UserError
 from pipelines import schema
@@ -68,6 +68,8 @@ def add_config_arguments(
         parser.add_argument(
             flag,
             dest=_destination(key),
+            # parts of a command line add up
+            action="append" if schema.CommandLine in get_args(hint) else "store",
             metavar=flag.lstrip("-").replace("-", "_").upper(),
             help=f"{text} [{schema.type_name(hint)}{default}]".replace("%", "%%"),
         )

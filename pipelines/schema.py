@@ -26,6 +26,10 @@ _TRUE, _FALSE, _NONE = {"true", "yes", "on"}, {"false", "no", "off"}, {"none", "
 Options = TypeVar("Options")
 
 
+class CommandLine(str):
+    """Type of an option that is part of a command line: its commas and blanks are not ours."""
+
+
 def from_mapping(cls: type[Options], mapping: Any, section: str = "") -> Options:
     """Build ``cls`` from nested plain values.
 
@@ -165,9 +169,9 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
         raise _wrong(key, value, hint)
     if origin is tuple:
         return _coerce_tuple(value, hint, key)
-    scalar = {bool: _to_bool, int: _to_int, float: _to_float, str: _to_str, Path: _to_path}[hint]
+    scalar = {bool: _to_bool, int: _to_int, float: _to_float, Path: _to_path}
     try:
-        return scalar(value)
+        return scalar.get(hint, _to_str)(value)
     except (TypeError, ValueError, OverflowError):
         raise _wrong(key, value, hint) from None
 
@@ -184,8 +188,8 @@ def type_name(hint: Any) -> str:
         if args[-1] is Ellipsis:
             return f"a list, each entry {type_name(args[0])}"
         return f"{len(args)} values, each {type_name(args[0])}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    return names.get(hint, "a path")
+    names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
+    return names.get(hint, "text")
 
 
 def _coerce_optional(value: Any, hint: Any, key: str) -> Any:
@@ -199,9 +203,11 @@ def _coerce_optional(value: Any, hint: Any, key: str) -> Any:
 
 
 def _coerce_tuple(value: Any, hint: Any, key: str) -> tuple:
-    if isinstance(value, str):
-        value = [part for part in value.replace(",", " ").split() if part]
     args = get_args(hint)
+    if isinstance(value, str) and args[0] is CommandLine:
+        value = [value] if value.strip() else []
+    elif isinstance(value, str):
+        value = [part for part in value.replace(",", " ").split() if part]
     if not isinstance(value, list | tuple):
         raise _wrong(key, value, hint)
     if args[-1] is Ellipsis:
