@@ -33,7 +33,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parents", metavar="none,0", help=text)
     text = "the two inputs are the Friedel halves of one dataset; sets --anomalous"
     add("--friedel", action="store_true", help=text)
-    text = "for files that hold none (.stream), e.g. P6122"
+    text = "instead of that of the files, which some (.stream) do not hold, e.g. P6122"
     add("--space-group", metavar="SG", help=text)
     text = "for files that hold none (.sca), e.g. 79.4,79.4,37.8,90,90,90"
     add("--unit-cell", metavar="A,B,C,AL,BE,GA", help=text)

@@ -14,6 +14,7 @@ from integrator.crystal.lattice import check_lattice
 from integrator.errors import UserError
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.saved_scale import scale_file
+from merge.io.chosen_group import StoreInGroup, in_group
 from merge.io.friedel_store import FriedelStore
 from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData, combine_friedel
@@ -41,7 +42,7 @@ class MergeInputs:
     is_friedel : bool
         The two files are the Friedel halves of one dataset.
     space_group : str, optional
-        For files that hold none (streams).
+        Instead of that of the files, which some (streams) do not hold.
     unit_cell : str, optional
         For files that hold none (SCALEPACK).
     reindex : tuple of str
@@ -71,6 +72,8 @@ class MergeInputs:
         """
         group, cell = parse_space_group(self.space_group), parse_unit_cell(self.unit_cell)
         data = read_inputs(self.paths, space_group=group, cell=cell)
+        if group is not None:
+            data = [in_group(d, group) for d in data]
         data = [screened(d, is_laue=is_laue) for d in data]
         return self._as_asked(data, reindex, combine_friedel)
 
@@ -84,6 +87,9 @@ class MergeInputs:
         """
         with ExitStack() as opened:
             stores = [opened.enter_context(UnmergedStore(path)) for path in self.paths]
+            group = parse_space_group(self.space_group)
+            if group is not None:
+                stores = [StoreInGroup(store, group) for store in stores]
             yield self._as_asked(stores, reindex_store, FriedelStore)
 
     def _as_asked(

@@ -59,7 +59,7 @@ def read_inputs(
     paths : sequence of str or Path
         In any order; the datasets come in the order of the files other than .expt.
     space_group : gemmi.SpaceGroup, optional
-        Of files that do not know it.
+        Of files that do not know it; others keep their own.
     cell : gemmi.UnitCell, optional
         Of files that do not know it.
 
@@ -94,7 +94,7 @@ def read_inputs(
 
             datasets += read_photon_table(path, experiments)
         elif path.suffix == ".refl":
-            datasets += read_dials_datasets(path, experiments)
+            datasets += read_dials_datasets(path, experiments, space_group)
         elif path.suffix != ".expt":
             datasets += read_unmerged([path], space_group=space_group, cell=cell)
     return datasets
@@ -113,7 +113,9 @@ def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
     return datasets[0]
 
 
-def read_dials_datasets(table: str | Path, experiments: str | Path) -> list[UnmergedData]:
+def read_dials_datasets(
+    table: str | Path, experiments: str | Path, space_group: gemmi.SpaceGroup | None = None
+) -> list[UnmergedData]:
     """Read integrated or scaled reflections: a data set for each wavelength of the beam.
 
     Intensities are ``intensity.scale / inverse_scale_factor`` when the table was scaled, else
@@ -130,6 +132,8 @@ def read_dials_datasets(table: str | Path, experiments: str | Path) -> list[Unme
     ----------
     table, experiments : str or Path
         The .refl and .expt of one step.
+    space_group : gemmi.SpaceGroup, optional
+        That the data will be given instead of their own, which the cell then need not obey.
 
     Raises
     ------
@@ -160,6 +164,8 @@ def read_dials_datasets(table: str | Path, experiments: str | Path) -> list[Unme
     used = np.unique(number)
     forms = image_cell_groups(cells[used]) if is_still else cell_groups(cells[used])
     check_one_form(cells[used], forms, str(experiments), "crystals")
+    # with another group to come, the file's own need not fit
+    symmetry = models[0].crystal.space_group if space_group is None else gemmi.SpaceGroup("P 1")
     data = make_unmerged(
         source=str(table),
         miller_index=reflections["miller_index"],
@@ -168,7 +174,7 @@ def read_dials_datasets(table: str | Path, experiments: str | Path) -> list[Unme
         image_label=metadata["BATCH"],
         metadata=metadata,
         wavelength=wavelength[number] if is_still else None,
-        cell=typical_cell(cells[used], models[0].crystal.space_group, str(experiments)),
+        cell=typical_cell(cells[used], symmetry, str(experiments)),
         space_group=models[0].crystal.space_group,
         name=Path(table).stem,
         has_lp_applied="lp" in reflections,

@@ -119,14 +119,14 @@ def write(path: Path, rows: Rows, mtz: gemmi.Mtz, *, isym="M/ISYM", order=None, 
     return path
 
 
-def sweep(wavelength: float, cell: gemmi.UnitCell = CELL, n_images: int = 20) -> Experiment:
+def sweep(wavelength: float, cell=CELL, n_images: int = 20, group=GROUP) -> Experiment:
     setting = np.array(cell.frac.mat.tolist()).T  # columns a*, b*, c*
     return Experiment(
         Beam(np.array([0.0, 0.0, 1.0 / wavelength]), wavelength),
         (),
         Goniometer(np.array([1.0, 0.0, 0.0])),
         Scan((1, n_images), (0.0, 1.0)),
-        Crystal(setting, GROUP),
+        Crystal(setting, group),
     )
 
 

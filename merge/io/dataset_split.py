@@ -197,6 +197,9 @@ def split_by_sweep(
     wavelength, cells : array_like, (n,) and (n, 6)
         Of each sweep; the cells are of one form.
     """
+    if not wavelength_groups(wavelength).any():
+        value = float(np.median(wavelength)) or None
+        return [replace(data, labels=data.labels._replace(wavelength=value))]
     sweep = data.metadata[SWEEP].astype(np.int64)
     wavelength, cells = np.asarray(wavelength, dtype=float), np.asarray(cells, dtype=float)
     used = np.unique(sweep)

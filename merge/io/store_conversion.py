@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
+from merge.io.chosen_group import in_group
 from merge.io.crystfel_stream import stream_chunks
 from merge.io.dataset_split import check_only_one
 from merge.io.mtz_datasets import mtz_datasets
@@ -56,7 +57,7 @@ def convert_to_store(
     target : str or Path
         The store, and during the work as much again beside it.
     space_group : gemmi.SpaceGroup, optional
-        Of a stream, which does not know it.
+        Instead of that of the file; a stream does not know it.
     cell : gemmi.UnitCell, optional
         Of a file that does not know it.
     rows_at_a_time : int
@@ -74,9 +75,17 @@ def convert_to_store(
     elif path.suffix == ".mtz":
         with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
             chunks = _mtz_chunks(path, Path(folder), rows_at_a_time)
-            write_unmerged_store(target, chunks)
+            write_unmerged_store(target, _in_group(chunks, space_group))
     else:
-        write_unmerged_store(target, _one_dataset(path, space_group, cell))
+        chunks = _one_dataset(path, space_group, cell)
+        write_unmerged_store(target, _in_group(chunks, space_group))
+
+
+def _in_group(
+    chunks: Iterator[UnmergedData], space_group: gemmi.SpaceGroup | None
+) -> Iterator[UnmergedData]:
+    for data in chunks:
+        yield data if space_group is None else in_group(data, space_group)
 
 
 def _one_dataset(

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="FILE.h5", help="store to write"
     )
     parser.add_argument(
-        "--space-group", metavar="SG", help="of a file that does not know it, e.g. P6122"
+        "--space-group",
+        metavar="SG",
+        help="instead of that of the file, if any, e.g. P6122",
     )
     parser.add_argument(
         "--unit-cell", metavar="A,B,C,AL,BE,GA", help="of a file that does not know it (.sca)"
