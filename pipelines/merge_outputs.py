@@ -36,6 +36,7 @@ from merge.statistics import (
     unique_reflections,
     write_statistics_csv,
 )
+from pipelines.findings import model_rows, say_of_dataset
 from pipelines.provenance import package_version
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def write_dataset(
     _write_mtz(path, asu, table, normalised, labels, config)
     evidence = _observations(asu, scaled, rows)
     _write_statistics(asu, evidence, table, out / f"{stem}statistics.csv", names[dataset])
+    say_of_dataset(names[dataset], asu, table, *model_rows(merger, rows), config)
     return path
 
 
@@ -123,6 +125,7 @@ def write_stream(
         pair = tuple(HalfSet.of(asu, *(x.numpy()[rows] for x in half)) for half in intensities)
         evidence = _reflection_sums(asu, sums, merged, rows)
         _write_statistics(asu, evidence, table, out / f"{stem}statistics.csv", store.name, pair)
+        say_of_dataset(store.name, asu, table, *model_rows(merger, rows), config)
     return paths
 
 

@@ -17,6 +17,7 @@ from pipelines.ambiguity import (
     write_choices,
 )
 from pipelines.device import choose_device
+from pipelines.findings import say_images
 from pipelines.merge_fit import Knowledge, MergeFit, is_coupled
 from pipelines.merge_inputs import MergeInputs
 from pipelines.merge_metrics import write_metrics
@@ -92,6 +93,7 @@ def _merge_in_memory(
     if problem.ambiguity is not None:
         write_choices(problem, number, out / "indexing.csv")
     save_scale(out / FILE_NAME, merger, problem.table, config)
+    say_images(merger, problem.table, number, problem.names, config.stills)
     return [write_dataset(problem, merger, config, k, out, own) for k, own in enumerate(labels)]
 
 
