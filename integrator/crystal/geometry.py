@@ -38,12 +38,15 @@ class Beam:
         Normal of the polarization plane.
     polarization_fraction : float
         Fraction polarized in the plane; 0.5 is unpolarized.
+    s0_at_scan_points : Array, (n_images + 1, 3), optional
+        Incident beam vector [1/A] at the frame boundaries, when refined scan-varying.
     """
 
     direction: Array
     wavelength: float
     polarization_normal: Array = field(default_factory=lambda: np.array([0.0, 1.0, 0.0]))
     polarization_fraction: float = 0.999
+    s0_at_scan_points: Array | None = None
 
     @property
     def s0(self) -> Array:
@@ -57,7 +60,8 @@ class Panel:
 
     ``mu`` [1/mm] and ``thickness`` [mm] give the parallax correction when ``parallax`` is true.
     Photons are ``(ADU - pedestal) / gain``. ``mask`` holds untrusted rectangles (fast0, slow0,
-    fast1, slow1) in pixels, half-open.
+    fast1, slow1) in pixels, half-open. ``is_distorted`` says that pixel positions need the maps
+    ``dx``, ``dy`` of the images.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Panel:
     type: str = "SENSOR_PAD"
     pedestal: float = 0.0
     mask: tuple[tuple[int, int, int, int], ...] = ()
+    is_distorted: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,11 +94,16 @@ class Panel:
 
 @dataclass(frozen=True)
 class Goniometer:
-    """Single-axis goniometer: ``S @ R(axis, phi) @ F``."""
+    """Single-axis goniometer: ``S @ R(axis, phi) @ F``.
+
+    ``setting_rotation_at_scan_points``, when refined scan-varying, has one ``S`` per frame
+    boundary: (n_images + 1, 3, 3).
+    """
 
     rotation_axis: Array
     fixed_rotation: Array = field(default_factory=lambda: np.eye(3))
     setting_rotation: Array = field(default_factory=lambda: np.eye(3))
+    setting_rotation_at_scan_points: Array | None = None
 
     @property
     def lab_axis(self) -> Array:
@@ -151,6 +161,21 @@ class Crystal:
 
 
 @dataclass(frozen=True)
+class ExternalLookup:
+    """Files of what DIALS knows of the pixels of an image set, besides the images themselves.
+
+    ``mask`` of usable pixels; ``gain`` [ADU per photon] and ``pedestal`` [ADU] in place of the
+    panels'; ``dx``, ``dy`` [pixels], added to positions on the ideal detector.
+    """
+
+    mask: str | None = None
+    gain: str | None = None
+    pedestal: str | None = None
+    dx: str | None = None
+    dy: str | None = None
+
+
+@dataclass(frozen=True)
 class ImageFiles:
     """Where the frames are.
 
@@ -160,6 +185,7 @@ class ImageFiles:
 
     paths: tuple[str, ...]
     indices: tuple[int, ...] = ()
+    lookup: ExternalLookup = ExternalLookup()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import gemmi
 import numpy as np
 
 from integrator.atomic import replacing
-from integrator.crystal.geometry import Experiment, ImageFiles, Scan
+from integrator.crystal.geometry import Experiment, ExternalLookup, ImageFiles, Scan
 from integrator.errors import UserError
 from integrator.io import dials_models as models
 
@@ -37,6 +37,7 @@ _MODELS: dict[str, tuple[str, Callable, Callable]] = {
     "crystal": ("crystal", models.decode_crystal, models.encode_crystal),
 }
 _PASSED_THROUGH = ("profile", "scaling_model")  # not ours to understand
+_LOOKUP = tuple(field.name for field in fields(ExternalLookup))
 _MULTI_IMAGE_SUFFIXES = (".h5", ".nxs", ".hdf5", ".nexus")
 
 
@@ -158,7 +159,10 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
                     decoded[key] = decode(blocks[name])
                 values[attribute] = decoded[key]
         if "imageset" in blocks:
-            values["images"] = _decode_images(blocks["imageset"], values.get("scan"))
+            images = _decode_images(blocks["imageset"], values.get("scan"))
+            values["images"] = images and replace(
+                images, lookup=_decode_lookup(blocks["imageset"])
+            )
         experiment = Experiment(**values)
         _check_scan_points(experiment)
         experiments.append(experiment)
@@ -181,13 +185,6 @@ def _decode_images(block: Block, scan: Scan | None) -> ImageFiles | None:
     Of an image sequence in one file, image n is frame n - 1 (counted from 0): dxtbx takes the
     numbers of the scan and does not look at ``single_file_indices``.
     """
-    ignored = [key for key in ("mask", "gain", "pedestal", "dx", "dy") if block.get(key)]
-    if ignored:  # these files are pickles of DIALS' own types
-        log.warning(
-            "the external %s of the images is not applied; only the image files' own mask and the "
-            "panels' rectangles are",
-            " and ".join(f"{key} ({block[key]})" for key in ignored),
-        )
     file_indices = block.get("single_file_indices")
     if "template" not in block:
         if "images" not in block:
@@ -217,6 +214,11 @@ def _decode_images(block: Block, scan: Scan | None) -> ImageFiles | None:
     return ImageFiles((template,), tuple(frames))
 
 
+def _decode_lookup(block: Block) -> ExternalLookup:
+    """Files of masks and maps; empty names are none."""
+    return ExternalLookup(**{key: block.get(key) or None for key in _LOOKUP})
+
+
 def _expand(template: str, number: int) -> str:
     """Put an image number in place of the ``#`` of a template."""
     return re.sub(r"#+", lambda run: str(number).zfill(len(run.group())), template, count=1)
@@ -232,7 +234,7 @@ def _with_absolute_paths(block: Block, folder: Path) -> Block:
         return os.path.abspath(os.path.join(folder, expanded))
 
     result = dict(block)
-    for key in ("template", "mask", "gain", "pedestal", "dx", "dy"):
+    for key in ("template", *_LOOKUP):
         if key in result:
             result[key] = absolute(result[key])
     if "images" in result:
@@ -280,7 +282,7 @@ def _encode(
 
 def _encode_images(images: ImageFiles, scan: Scan | None) -> Block:
     paths = [os.path.abspath(path) for path in images.paths]
-    block: Block = dict.fromkeys(("mask", "gain", "pedestal", "dx", "dy"))
+    block: Block = asdict(images.lookup)
     block["params"] = {}
     multi_image = len(paths) == 1 and paths[0].endswith(_MULTI_IMAGE_SUFFIXES)
     if scan is None:

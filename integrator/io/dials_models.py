@@ -6,7 +6,6 @@ the file. ``decode_*`` takes one JSON block, ``encode_*`` makes one that dxtbx r
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,26 +18,23 @@ from integrator.crystal.geometry import Beam, Crystal, Goniometer, Panel, Scan
 Block = dict[str, Any]
 _IDENTITY = tuple(np.eye(3).ravel())
 
-log = logging.getLogger(__name__)
-
 
 def decode_beam(block: Block) -> Beam:
     """Read a monochromatic beam."""
     if "wavelength" not in block:
         raise ValueError(f"beam of type {block.get('__id__')!r}; only monochromatic is supported")
-    if block.get("s0_at_scan_points"):
-        log.warning("the beam was refined scan-varying; its static direction is used")
     return Beam(
         direction=np.asarray(block["direction"], dtype=float),
         wavelength=float(block["wavelength"]),
         polarization_normal=np.asarray(block.get("polarization_normal", (0, 1, 0)), dtype=float),
         polarization_fraction=float(block.get("polarization_fraction", 0.999)),
+        s0_at_scan_points=_at_scan_points(block, "s0_at_scan_points", (3,)),
     )
 
 
 def encode_beam(beam: Beam) -> Block:
     """Write a monochromatic beam."""
-    return {
+    block: Block = {
         "direction": beam.direction.tolist(),
         "wavelength": beam.wavelength,
         "divergence": 0.0,
@@ -48,6 +44,9 @@ def encode_beam(beam: Beam) -> Block:
         "flux": 0.0,
         "transmission": 1.0,
     }
+    if beam.s0_at_scan_points is not None:
+        block["s0_at_scan_points"] = beam.s0_at_scan_points.tolist()
+    return block
 
 
 def decode_detector(block: Block | list[Block]) -> tuple[Panel, ...]:
@@ -91,8 +90,6 @@ def _frame(block: Block) -> NDArray[np.float64]:
 def _decode_panel(block: Block, parent: NDArray[np.float64]) -> Panel:
     frame = parent @ _frame(block)
     strategy = block.get("px_mm_strategy", {}).get("type", "")
-    if strategy.startswith("Offset"):
-        log.warning("panel %s: its distortion map (%s) is ignored", block.get("name"), strategy)
     return Panel(
         name=block.get("name", ""),
         fast_axis=frame[:3, 0],
@@ -109,6 +106,7 @@ def _decode_panel(block: Block, parent: NDArray[np.float64]) -> Panel:
         type=block.get("type", ""),
         pedestal=float(block.get("pedestal", 0.0)),
         mask=tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in block.get("mask", ())),
+        is_distorted=strategy.startswith("Offset"),
     )
 
 
@@ -119,6 +117,8 @@ def encode_detector(panels: Sequence[Panel]) -> Block:
 
 def _encode_panel(panel: Panel) -> Block:
     strategy = "ParallaxCorrectedPxMmStrategy" if panel.parallax else "SimplePxMmStrategy"
+    if panel.is_distorted:
+        strategy = "Offset" + strategy.removeprefix("Simple")
     return {
         "name": panel.name,
         "type": panel.type,
@@ -146,8 +146,7 @@ def decode_goniometer(block: Block) -> Goniometer:
     The axes of the latter are listed from the crystal outwards: those before the scan axis
     give the fixed rotation, those after it the setting rotation.
     """
-    if block.get("setting_rotation_at_scan_points"):
-        log.warning("the goniometer was refined scan-varying; its static setting is used")
+    varying = _at_scan_points(block, "setting_rotation_at_scan_points", (3, 3))
     if {"axes", "angles", "scan_axis"} <= block.keys():
         axes, angles = np.asarray(block["axes"], dtype=float), block["angles"]
         scan = int(block["scan_axis"])
@@ -155,11 +154,13 @@ def decode_goniometer(block: Block) -> Goniometer:
             rotation_axis=axes[scan],
             fixed_rotation=_compose(axes[:scan], angles[:scan]),
             setting_rotation=_compose(axes[scan + 1 :], angles[scan + 1 :]),
+            setting_rotation_at_scan_points=varying,
         )
     return Goniometer(
         rotation_axis=np.asarray(block["rotation_axis"], dtype=float),
         fixed_rotation=_matrix(block.get("fixed_rotation", _IDENTITY)),
         setting_rotation=_matrix(block.get("setting_rotation", _IDENTITY)),
+        setting_rotation_at_scan_points=varying,
     )
 
 
@@ -176,11 +177,15 @@ def _compose(axes: NDArray[np.float64], angles_deg: Sequence[float]) -> NDArray[
 
 def encode_goniometer(goniometer: Goniometer) -> Block:
     """Write a single-axis goniometer."""
-    return {
+    block: Block = {
         "rotation_axis": goniometer.rotation_axis.tolist(),
         "fixed_rotation": goniometer.fixed_rotation.ravel().tolist(),
         "setting_rotation": goniometer.setting_rotation.ravel().tolist(),
     }
+    if goniometer.setting_rotation_at_scan_points is not None:
+        points = goniometer.setting_rotation_at_scan_points.reshape(-1, 9)
+        block["setting_rotation_at_scan_points"] = points.tolist()
+    return block
 
 
 def decode_scan(block: Block) -> Scan:
@@ -216,11 +221,10 @@ def encode_scan(scan: Scan) -> Block:
 def decode_crystal(block: Block) -> Crystal:
     """Read a crystal: real-space axes, Hall symbol and, when scan-varying, A per boundary."""
     axes = np.array([block[f"real_space_{name}"] for name in "abc"], dtype=float)
-    points = block.get("A_at_scan_points")
     return Crystal(
         A=np.linalg.inv(axes),
         space_group=_space_group(block["space_group_hall_symbol"]),
-        A_at_scan_points=np.asarray(points, float).reshape(-1, 3, 3) if points else None,
+        A_at_scan_points=_at_scan_points(block, "A_at_scan_points", (3, 3)),
     )
 
 
@@ -245,6 +249,12 @@ def encode_crystal(crystal: Crystal) -> Block:
         points = crystal.A_at_scan_points.reshape(-1, 9)
         block["A_at_scan_points"] = points.tolist()
     return block
+
+
+def _at_scan_points(block: Block, name: str, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """Values at the frame boundaries, (n_images + 1, ...); None where there are none."""
+    points = block.get(name)
+    return np.asarray(points, dtype=float).reshape(-1, *shape) if points else None
 
 
 def _matrix(values: Sequence[float]) -> NDArray[np.float64]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from integrator.crystal.geometry import Experiment, Panel
 from integrator.errors import UserError
+from integrator.io.dials_lookup import LookupMaps, read_lookup
 from integrator.io.nxmx import NxmxFrames
 from integrator.io.photons import (
     INVALID,
@@ -105,7 +106,7 @@ def open_frames(experiment: Experiment) -> ExperimentFrames:
     ------
     UserError
         When files are missing, damaged, of another detector, fewer than the scan needs, or of a
-        format that needs dxtbx where that is not installed.
+        format that needs dxtbx where that is not installed; or a mask or map that does not fit.
     """
     images = experiment.images
     if images is None or not images.paths:
@@ -123,6 +124,7 @@ def open_frames(experiment: Experiment) -> ExperimentFrames:
             "missing); copy the images there, or correct the path in the .expt"
         )
     shapes = [panel.shape for panel in experiment.panels]
+    lookup = read_lookup(images.lookup, shapes)
     if _is_hdf5(images.paths[0]):
         names = [panel.name for panel in experiment.panels]
         raw: RawFrames = NxmxFrames(images.paths[0], names, shapes, needed=indices)
@@ -130,11 +132,11 @@ def open_frames(experiment: Experiment) -> ExperimentFrames:
     else:
         raw, numbers = DxtbxFrames(images.paths, indices, shapes), range(len(indices))
     first = experiment.scan.image_range[0] if experiment.scan is not None else 1
-    return ExperimentFrames(raw, numbers, experiment.panels, images.paths[0], first)
+    return ExperimentFrames(raw, numbers, experiment.panels, lookup, images.paths[0], first)
 
 
 class ExperimentFrames:
-    """Raw frames made photons: pedestal, gain and trusted range of the panels applied.
+    """Raw frames made photons: trusted range, pedestal and gain applied.
 
     Parameters
     ----------
@@ -142,6 +144,8 @@ class ExperimentFrames:
     numbers : sequence of int
         Number in ``raw`` of each frame of the experiment.
     panels : sequence of Panel
+    lookup : LookupMaps, optional
+        Mask to apply; gain and pedestal in place of the panels'.
     name : str
         Of the images, for messages.
     first_image : int
@@ -166,12 +170,18 @@ class ExperimentFrames:
         raw: RawFrames,
         numbers: Sequence[int],
         panels: Sequence[Panel],
+        lookup: LookupMaps | None = None,
         name: str = "the images",
         first_image: int = 1,
     ) -> None:
         self._raw, self._numbers, self._panels = raw, numbers, panels
         self._first_image = first_image
-        self._scales = [PhotonScale(p.trusted_range, p.gain, p.pedestal) for p in panels]
+        lookup = lookup or LookupMaps()
+        self._external = lookup.mask or [np.True_] * len(panels)
+        gain = lookup.gain or [panel.gain for panel in panels]
+        pedestal = lookup.pedestal or [panel.pedestal for panel in panels]
+        ranges = [panel.trusted_range for panel in panels]
+        self._scales = list(map(PhotonScale, ranges, gain, pedestal))
         if all(scale.is_empty for scale in self._scales):
             low, high = panels[0].trusted_range
             raise UserError(
@@ -201,7 +211,10 @@ class ExperimentFrames:
         self._raw.close()
 
     def static_mask(self) -> list[NDArray[np.bool_]]:
-        """Return pixels usable on every frame: detector's mask and the panels' rectangles.
+        """Return pixels usable on every frame.
+
+        Those that neither the detector's mask, the panels' rectangles nor the mask of the image
+        set leave out, and that have a gain.
 
         Returns
         -------
@@ -213,6 +226,8 @@ class ExperimentFrames:
             for mask, panel in zip(masks, self._panels, strict=True):
                 for fast0, slow0, fast1, slow1 in panel.mask:
                     mask[max(slow0, 0) : max(slow1, 0), max(fast0, 0) : max(fast1, 0)] = False
+            for mask, external, scale in zip(masks, self._external, self._scales, strict=True):
+                mask &= external & scale.is_calibrated
             self._mask = masks
         return self._mask
 

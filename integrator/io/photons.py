@@ -41,9 +41,15 @@ class PhotonScale:
         at 0. Hence a negative lower end means the former, any other the latter. An empty range
         trusts nothing.
     gain : float or ndarray, (slow, fast)
-        ADU per photon, positive.
+        ADU per photon.
     pedestal : float or ndarray, (slow, fast)
         [ADU]
+
+    Attributes
+    ----------
+    is_calibrated : ndarray of bool, () or (slow, fast)
+        Where gain and pedestal can be used: not where they are no number, or the gain is not
+        positive.
     """
 
     def __init__(
@@ -53,7 +59,9 @@ class PhotonScale:
         pedestal: float | NDArray[np.float64] = 0.0,
     ) -> None:
         self.low, self.high = trusted_range
-        self._gain, self._pedestal = gain, pedestal
+        self.is_calibrated = np.isfinite(gain) & np.isfinite(pedestal) & (np.asarray(gain) > 0)
+        self._gain = np.where(self.is_calibrated, gain, 1.0)
+        self._pedestal = np.where(self.is_calibrated, pedestal, 0.0)
         self._is_identity = bool(np.all(gain == 1.0) and np.all(pedestal == 0.0))
 
     @property

@@ -6,14 +6,15 @@ A point ``r(phi) = S R(e, phi) F A(z) h`` diffracts when ``|s0 + r| = |s0|``. Wi
 ``a cos(phi) + b sin(phi) = c``, ``a = s . w_perp``, ``b = s . (e x w)``,
 ``c = -|w|^2 / 2 - (s . e)(w . e)``,
 
-with the two roots ``atan2(b, a) +- arccos(c / hypot(a, b))``. A crystal refined scan-varying has
-one ``A`` per frame boundary, interpolated linearly inside a frame; ``phi`` is then the fixed point
-of the closed form with ``A`` taken at its own ``z``.
+with the two roots ``atan2(b, a) +- arccos(c / hypot(a, b))``. A crystal, beam or goniometer
+refined scan-varying has one ``A``, ``s0`` or ``S`` per frame boundary, interpolated linearly
+inside a frame; ``phi`` is then the fixed point of the closed form with them taken at its own
+``z``.
 
 Every function takes :class:`DiffractionGeometry`, whose tensors may require gradients. Gradients
 of ``phi`` are those of the implicit function: one Newton step from the detached root.
 
-Not handled: a beam or goniometer that varies along the scan, divergence and bandwidth.
+Not handled: divergence and bandwidth.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from integrator.crystal.geometry import Experiment
+from integrator.io.dials_lookup import read_offsets
 
 MAX_ITERATIONS = 20
 """Of the fixed point in a scan-varying crystal; its error shrinks by the drift per turn angle."""
@@ -38,12 +40,14 @@ class DiffractionGeometry:
 
     Parameters
     ----------
-    s0 : Tensor, (3,)
-        Incident beam [1/A], from the source to the sample.
+    s0 : Tensor, (1, 3) or (n_images + 1, 3)
+        Incident beam [1/A], from the source to the sample, static or at the frame boundaries.
     axis : Tensor, (3,)
         Unit rotation axis before the setting rotation.
-    fixed, setting : Tensor, (3, 3)
-        Goniometer rotations inside and outside of the scan rotation.
+    fixed : Tensor, (3, 3)
+        Goniometer rotation inside of the scan rotation.
+    setting : Tensor, (1, 3, 3) or (n_images + 1, 3, 3)
+        Goniometer rotation outside of it.
     A : Tensor, (1, 3, 3) or (n_images + 1, 3, 3)
         Crystal setting [1/A], static or at the frame boundaries.
     panel_d : Tensor, (P, 3, 3)
@@ -55,6 +59,8 @@ class DiffractionGeometry:
     phi_start, phi_width : Tensor, ()
         Start of the scan and width of a frame [rad].
     n_images : int
+    offsets : tuple of Tensor, (2, slow, fast), optional
+        Per panel, what is added to ideal (fast, slow) positions [pixels].
     """
 
     s0: Tensor
@@ -70,6 +76,7 @@ class DiffractionGeometry:
     phi_start: Tensor
     phi_width: Tensor
     n_images: int
+    offsets: tuple[Tensor, ...] | None = None
 
     @classmethod
     def from_experiment(
@@ -80,25 +87,32 @@ class DiffractionGeometry:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> DiffractionGeometry:
-        """Take the tensors of a sweep; ``static`` ignores scan-varying crystal settings.
+        """Take the tensors of a sweep; ``static`` ignores what was refined scan-varying.
 
-        Setting matrices that are not one per frame boundary are ignored too, as DIALS does.
+        Values that are not one per frame boundary are ignored too, as DIALS does.
+
+        Raises
+        ------
+        UserError
+            When the images need distortion maps that cannot be read.
         """
 
         def tensor(values) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
+        def along_scan(at_scan_points, constant) -> Tensor:
+            is_usable = at_scan_points is not None and len(at_scan_points) == scan.n_images + 1
+            return tensor(at_scan_points if is_usable and not static else constant[None])
+
         crystal, scan, gonio = experiment.crystal, experiment.scan, experiment.goniometer
-        varying = crystal.A_at_scan_points
-        if static or varying is None or len(varying) != scan.n_images + 1:
-            varying = crystal.A[None]
-        panels = experiment.panels
+        beam, panels = experiment.beam, experiment.panels
+        offsets = read_offsets(experiment)
         return cls(
-            s0=tensor(experiment.beam.s0),
+            s0=along_scan(beam.s0_at_scan_points, beam.s0),
             axis=tensor(gonio.rotation_axis) / tensor(gonio.rotation_axis).norm(),
             fixed=tensor(gonio.fixed_rotation),
-            setting=tensor(gonio.setting_rotation),
-            A=tensor(varying),
+            setting=along_scan(gonio.setting_rotation_at_scan_points, gonio.setting_rotation),
+            A=along_scan(crystal.A_at_scan_points, crystal.A),
             panel_d=torch.stack([tensor(p.d_matrix) for p in panels]),
             pixel_size=tensor([p.pixel_size for p in panels]),
             image_size=tensor([p.image_size for p in panels]),
@@ -107,12 +121,40 @@ class DiffractionGeometry:
             phi_start=tensor(math.radians(scan.oscillation[0])),
             phi_width=tensor(math.radians(scan.oscillation[1])),
             n_images=scan.n_images,
+            offsets=offsets and tuple(map(tensor, offsets)),
         )
 
     @property
-    def lab_axis(self) -> Tensor:
-        """Rotation axis in the laboratory, (3,)."""
-        return self.setting @ self.axis
+    def is_varying(self) -> bool:
+        """Whether crystal, beam or goniometer vary along the scan."""
+        return max(len(self.A), len(self.s0), len(self.setting)) > 1
+
+    def at(self, values: Tensor, phi: Tensor) -> Tensor:
+        """Value of ``A``, ``s0`` or ``setting`` at rotation angles, (N, ...) or (1, ...).
+
+        Linear inside a frame, held constant beyond the ends of the scan.
+        """
+        if len(values) == 1:
+            return values
+        first, weight = self._frame_and_weight(phi)
+        weight = weight.reshape(-1, *[1] * (values.ndim - 1))
+        return (1 - weight) * values[first] + weight * values[first + 1]
+
+    def drift(self, values: Tensor, phi: Tensor) -> Tensor:
+        """Change of such a value per radian of rotation, (N, ...) or (1, ...)."""
+        if len(values) == 1:
+            return torch.zeros_like(values)
+        first, _ = self._frame_and_weight(phi.detach())
+        return (values[first + 1] - values[first]) / self.phi_width
+
+    def _frame_and_weight(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.frame(phi).clamp(0, self.n_images)
+        first = z.detach().floor().long().clamp_max(self.n_images - 1)
+        return first, z - first
+
+    def lab_axis(self, phi: Tensor) -> Tensor:
+        """Rotation axis in the laboratory at rotation angles, (N, 3) or (1, 3)."""
+        return self.at(self.setting, phi) @ self.axis
 
     def frame(self, phi: Tensor) -> Tensor:
         """Frame coordinate of a rotation angle, (N,)."""
@@ -142,19 +184,6 @@ class Impacts(NamedTuple):
 
     mm: Tensor
     px: Tensor
-
-
-def setting_at(geometry: DiffractionGeometry, z: Tensor) -> Tensor:
-    """Crystal setting at frame coordinates, (N, 3, 3); held constant beyond the ends.
-
-    A static crystal gives one matrix, (1, 3, 3).
-    """
-    if len(geometry.A) == 1:
-        return geometry.A
-    z = z.clamp(0, geometry.n_images)
-    first = z.detach().floor().long().clamp_max(geometry.n_images - 1)
-    weight = (z - first)[:, None, None]
-    return (1 - weight) * geometry.A[first] + weight * geometry.A[first + 1]
 
 
 def solve_ewald(
@@ -188,9 +217,9 @@ def solve_ewald(
         turns = torch.round((start - angle) / (2 * math.pi))
         phi[active] = angle + 2 * math.pi * turns
         active = active[(phi[active] - start).abs() > 1e-10]
-        if len(geometry.A) == 1 or len(active) == 0:
+        if not geometry.is_varying or len(active) == 0:
             break
-    if len(geometry.A) == 1:
+    if not geometry.is_varying:
         return phi, reach
     # Near the rotation axis the fixed point is slow or fails: finish with Newton's steps, and
     # tell what still does not lie on the sphere.
@@ -198,30 +227,38 @@ def solve_ewald(
         excess, slope = _excess(geometry, hkl, phi)
         phi = phi - (excess / torch.where(slope == 0, torch.inf, slope)).clamp(-0.01, 0.01)
     excess, _ = _excess(geometry, hkl, phi)
-    on_sphere = excess.abs() <= 1e-9 * geometry.s0.dot(geometry.s0)
+    on_sphere = excess.abs() <= 1e-9 * geometry.s0[0].dot(geometry.s0[0])
     return phi, torch.where(on_sphere, reach.clamp(-1, 1), torch.inf)
 
 
 def closed_form(
     geometry: DiffractionGeometry, hkl: Tensor, root: Tensor, phi: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Root of the Ewald condition with the crystal as it is at ``phi``: (phi, reach)."""
-    A = setting_at(geometry, geometry.frame(phi))
-    w = (geometry.fixed @ A @ hkl[:, :, None])[:, :, 0]
-    s = geometry.setting.T @ geometry.s0
-    along = w @ geometry.axis
-    a = w @ s - along * (s @ geometry.axis)
-    b = w @ torch.linalg.cross(s, geometry.axis)  # s . (e x w)
-    c = -0.5 * (w * w).sum(1) - along * (s @ geometry.axis)
+    """Root of the Ewald condition with everything as it is at ``phi``: (phi, reach)."""
+    w = _before_rotation(geometry, geometry.at(geometry.A, phi), hkl)
+    s = apply(geometry.at(geometry.setting, phi).mT, geometry.at(geometry.s0, phi))
+    along, s_along = w @ geometry.axis, s @ geometry.axis
+    a = (w * s).sum(1) - along * s_along
+    b = (w * torch.linalg.cross(s, geometry.axis.expand_as(s))).sum(1)  # s . (e x w)
+    c = -0.5 * (w * w).sum(1) - along * s_along
     reach = c / torch.hypot(a, b).clamp_min(1e-300)
     return torch.atan2(b, a) + root * torch.arccos(reach.clamp(-1, 1)), reach
 
 
 def scattering_vector(geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor) -> Tensor:
     """Reciprocal-lattice vector in the laboratory at rotation ``phi``, (N, 3) [1/A]."""
-    A = setting_at(geometry, geometry.frame(phi))
-    w = (geometry.fixed @ A @ hkl[:, :, None])[:, :, 0]
-    return rotate(w, geometry.axis, phi) @ geometry.setting.T
+    w = _before_rotation(geometry, geometry.at(geometry.A, phi), hkl)
+    return apply(geometry.at(geometry.setting, phi), rotate(w, geometry.axis, phi))
+
+
+def _before_rotation(geometry: DiffractionGeometry, A: Tensor, hkl: Tensor) -> Tensor:
+    """``F A h``, (N, 3)."""
+    return apply(geometry.fixed @ A, hkl)
+
+
+def apply(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Multiply (N or 1, 3, 3) matrices with (N or 1, 3) vectors, row by row."""
+    return (matrix @ vector[:, :, None])[:, :, 0]
 
 
 def rotate(vector: Tensor, axis: Tensor, angle: Tensor) -> Tensor:
@@ -252,21 +289,23 @@ def trace_rays(geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor) -> Rays:
     excess, slope = _excess(geometry, hkl, phi)
     slope = slope.detach()
     phi = phi - excess / torch.where(slope == 0, torch.inf, slope)
-    s1 = geometry.s0 + scattering_vector(geometry, hkl, phi)
+    s1 = geometry.at(geometry.s0, phi) + scattering_vector(geometry, hkl, phi)
     return Rays(phi, s1, slope * torch.sign(geometry.phi_width.detach()) < 0)
 
 
 def _excess(geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
     """``|s0 + r|^2 - |s0|^2`` [1/A^2] and its derivative by phi, each (N,)."""
     r = scattering_vector(geometry, hkl, phi)
-    excess = (r * r).sum(1) + 2 * r @ geometry.s0
-    slope = 2 * torch.linalg.cross(geometry.lab_axis.expand_as(r), r) @ geometry.s0
-    if len(geometry.A) > 1:
-        first = geometry.frame(phi).detach().floor().long().clamp(0, geometry.n_images - 1)
-        drift = (geometry.A[first + 1] - geometry.A[first]) / geometry.phi_width
-        w = (geometry.fixed @ drift @ hkl[:, :, None])[:, :, 0]
-        dr = rotate(w, geometry.axis, phi) @ geometry.setting.T
-        slope = slope + 2 * ((r + geometry.s0) * dr).sum(1)
+    s0 = geometry.at(geometry.s0, phi)
+    excess = (r * r).sum(1) + 2 * (r * s0).sum(1)
+    dr = torch.linalg.cross(geometry.lab_axis(phi).expand_as(r), r)
+    if geometry.is_varying:
+        setting = geometry.at(geometry.setting, phi)
+        w = _before_rotation(geometry, geometry.drift(geometry.A, phi), hkl)
+        dr = dr + apply(setting, rotate(w, geometry.axis, phi))
+        w = _before_rotation(geometry, geometry.at(geometry.A, phi), hkl)
+        dr = dr + apply(geometry.drift(geometry.setting, phi), rotate(w, geometry.axis, phi))
+    slope = 2 * ((r + s0) * dr).sum(1) + 2 * (r * geometry.drift(geometry.s0, phi)).sum(1)
     return excess, slope
 
 
@@ -289,7 +328,8 @@ def intersect(geometry: DiffractionGeometry, s1: Tensor, panel: Tensor) -> Impac
 
     The pixel position includes the parallax: photons are absorbed at a mean depth of
     ``1/mu - (t/cos + 1/mu) exp(-mu t / cos)`` along the ray, t/cos being the path through the
-    sensor (the strategy ``ParallaxCorrectedPxMmStrategy`` of dxtbx).
+    sensor (the strategy ``ParallaxCorrectedPxMmStrategy`` of dxtbx), and the distortion maps
+    (``Offset...PxMmStrategy``).
 
     Parameters
     ----------
@@ -301,7 +341,20 @@ def intersect(geometry: DiffractionGeometry, s1: Tensor, panel: Tensor) -> Impac
     d = geometry.panel_d[panel]
     v = torch.linalg.solve(d, s1)
     mm = v[:, :2] / v[:, 2:]
-    return Impacts(mm, (mm + _parallax(geometry, s1, panel)) / geometry.pixel_size[panel])
+    px = (mm + _parallax(geometry, s1, panel)) / geometry.pixel_size[panel]
+    return Impacts(mm, px if geometry.offsets is None else px + _offset(geometry, px, panel))
+
+
+def _offset(geometry: DiffractionGeometry, px: Tensor, panel: Tensor) -> Tensor:
+    """Distortion of the detector at ideal positions [pixels], (N, 2): that of the pixel."""
+    assert geometry.offsets is not None
+    offset = torch.zeros_like(px)
+    for number, maps in enumerate(geometry.offsets):
+        rows = torch.nonzero(panel == number)[:, 0]
+        fast, slow = px[rows].detach().floor().long().unbind(1)
+        slow, fast = slow.clamp(0, maps.shape[1] - 1), fast.clamp(0, maps.shape[2] - 1)
+        offset[rows] = maps[:, slow, fast].T
+    return offset
 
 
 def _parallax(geometry: DiffractionGeometry, s1: Tensor, panel: Tensor) -> Tensor:

@@ -129,6 +129,9 @@ def extract_shoeboxes(
 
 def _count_type(sweeps: Sequence[Sweep]) -> np.dtype:
     """Choose the smallest integer that holds the photons of every trusted value."""
+    lookups = [sweep.experiment.images.lookup for sweep in sweeps if sweep.experiment.images]
+    if any(lookup.gain or lookup.pedestal for lookup in lookups):
+        return np.dtype(np.int32)
     panels = [panel for sweep in sweeps for panel in sweep.experiment.panels]
     highest = max((panel.trusted_range[1] - panel.pedestal) / panel.gain for panel in panels)
     return np.dtype(np.uint16 if highest <= np.iinfo(np.uint16).max else np.int32)

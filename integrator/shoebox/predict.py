@@ -255,7 +255,7 @@ def _crossings(
     it is when they diffract and tested again.
     """
     geometry = geometry.detach()
-    varying = len(geometry.A) > 1
+    varying = geometry.is_varying
     middle = geometry.phi_start + 0.5 * geometry.n_images * geometry.phi_width
     half_scan = (0.5 * geometry.n_images + padding) * geometry.phi_width.abs()
     margin = SCAN_MARGIN if varying else 0.0
@@ -290,7 +290,7 @@ def _on_detector(
     d_min, d_max = limits
     r = diffraction.scattering_vector(geometry, hkl, phi)
     inv_d = r.norm(dim=1)
-    panel = diffraction.choose_panel(geometry, geometry.s0 + r)
+    panel = diffraction.choose_panel(geometry, geometry.at(geometry.s0, phi) + r)
     keep = (panel >= 0) & (inv_d <= 1 / d_min)
     if d_max is not None:
         keep &= inv_d >= 1 / d_max
@@ -306,17 +306,19 @@ def _describe(
     impacts: diffraction.Impacts,
 ) -> Prediction:
     """Everything that follows from hkl, phi, s1 and the position."""
-    s0, s1 = geometry.s0, rays.s1
-    vectors = [v.detach().cpu().double().numpy() for v in (s1, s0, geometry.lab_axis)]
+    s1, s0 = rays.s1, geometry.at(geometry.s0, rays.phi)
+    setting = geometry.at(geometry.setting, rays.phi)
+    # of the mean beam and axis, as in DIALS
+    constant = (s1, geometry.s0.mean(0), geometry.setting.mean(0) @ geometry.axis)
+    vectors = [v.detach().cpu().double().numpy() for v in constant]
     beam = experiment.beam
     lp = corrections.lp_correction(*vectors, beam.polarization_normal, beam.polarization_fraction)
     zeta = np.abs(corrections.zeta_factor(*vectors))
 
     def undo_goniometer(vector: Tensor) -> Tensor:
         unit = vector / vector.norm(dim=1, keepdim=True)
-        return (
-            diffraction.rotate(unit @ geometry.setting, geometry.axis, -rays.phi) @ geometry.fixed
-        )
+        inside = diffraction.apply(setting.mT, unit)
+        return diffraction.rotate(inside, geometry.axis, -rays.phi) @ geometry.fixed
 
     A = torch.from_numpy(experiment.crystal.A).to(hkl)
     frame = geometry.frame(rays.phi)[:, None]

@@ -14,6 +14,7 @@ from integrator.crystal.geometry import (
     Beam,
     Crystal,
     Experiment,
+    ExternalLookup,
     Goniometer,
     ImageFiles,
     Panel,
@@ -46,6 +47,9 @@ def load(dxtbx, path):
 def assert_same_models(ours: Experiment, theirs) -> None:
     """Our dataclasses hold what dxtbx computes."""
     np.testing.assert_allclose(ours.beam.s0, theirs.beam.get_s0(), rtol=1e-14)
+    assert_same_scan_points(
+        ours.beam.s0_at_scan_points, theirs.beam, theirs.beam.get_s0_at_scan_point
+    )
     assert ours.beam.polarization_fraction == theirs.beam.get_polarization_fraction()
     np.testing.assert_array_equal(
         ours.beam.polarization_normal, theirs.beam.get_polarization_normal()
@@ -79,6 +83,11 @@ def assert_same_models(ours: Experiment, theirs) -> None:
         np.testing.assert_allclose(
             ours.goniometer.lab_axis, theirs.goniometer.get_rotation_axis(), atol=1e-14
         )
+        assert_same_scan_points(
+            ours.goniometer.setting_rotation_at_scan_points,
+            theirs.goniometer,
+            theirs.goniometer.get_setting_rotation_at_scan_point,
+        )
     if theirs.scan is None:
         assert ours.scan is None
     else:
@@ -110,11 +119,14 @@ def assert_same_crystal(ours: Crystal, theirs) -> None:
         ours.unit_cell.parameters, theirs.get_unit_cell().parameters(), rtol=1e-9
     )
     assert operations_of(theirs.get_space_group()) == operations_of(ours.space_group)
-    assert (ours.A_at_scan_points is None) == (theirs.num_scan_points == 0)
+    assert_same_scan_points(ours.A_at_scan_points, theirs, theirs.get_A_at_scan_point)
+
+
+def assert_same_scan_points(ours, theirs, get) -> None:
+    """Values at the frame boundaries, where a model is refined scan-varying."""
+    assert (ours is None) == (theirs.num_scan_points == 0)
     for i in range(theirs.num_scan_points):
-        np.testing.assert_array_equal(
-            ours.A_at_scan_points[i].ravel(), theirs.get_A_at_scan_point(i)
-        )
+        np.testing.assert_allclose(ours[i].ravel(), get(i), rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["hewl_nai/refined.expt", "small/stills.expt"])
@@ -141,7 +153,7 @@ def test_real_files_round_trip(dxtbx, shared, tmp_path, name):
 
 @pytest.fixture
 def hard(dxtbx, tmp_path):
-    """Nested panels, a kappa goniometer, a late scan start, a scan-varying crystal in C2."""
+    """Nested panels, a kappa goniometer, a late scan start, a crystal in C2; all scan-varying."""
     model = dxtbx.model
     rng = np.random.default_rng(11)
     detector = model.Detector()
@@ -185,6 +197,11 @@ def hard(dxtbx, tmp_path):
     beam = model.Beam(s0=(0.01, -0.02, -1.0))
     beam.set_polarization_normal((0, 0, 1))
     beam.set_polarization_fraction(0.9)
+    beam.set_s0_at_scan_points([(0.01, -0.02 - 1e-4 * i, -1.0) for i in range(9)])
+    setting = np.reshape(goniometer.get_setting_rotation(), (3, 3))
+    goniometer.set_setting_rotation_at_scan_points(
+        [tuple((setting + 1e-4 * rng.normal(size=(3, 3))).ravel()) for _ in range(9)]
+    )
     experiment = model.Experiment(
         beam=beam, detector=detector, goniometer=goniometer, scan=scan, crystal=crystal
     )
@@ -314,14 +331,17 @@ def test_template_is_expanded_relative_to_the_file(dxtbx, tmp_path):
         assert block["template"] == str(tmp_path / "images" / "a_1_####.cbf")
 
 
-def test_external_mask_is_kept_in_the_file_and_reported_as_not_applied(tmp_path, caplog):
-    imageset = {"__id__": "ImageSequence", "template": "a_###.cbf", "mask": "pixels.mask"}
+@pytest.mark.parametrize("has_source", [True, False])
+def test_masks_and_maps_keep_their_files(tmp_path, has_source):
+    names = {"mask": "pixels.mask", "gain": "g.pickle", "pedestal": "", "dx": "x", "dy": None}
+    imageset = {"__id__": "ImageSequence", "template": "a_###.cbf", **names}
     path = with_scan(tmp_path, {"image_range": [1, 2], "oscillation": [0, 1]}, imageset)
     experiments = read_experiments(path)
-    assert "pixels.mask) of the images is not applied" in caplog.text
-    write_experiments(tmp_path / "copy.expt", experiments, source=path)
+    files = {key: str(tmp_path / name) if name else None for key, name in names.items()}
+    assert experiments[0].images.lookup == ExternalLookup(**files)
+    write_experiments(tmp_path / "copy.expt", experiments, source=path if has_source else None)
     block = json.loads((tmp_path / "copy.expt").read_text())["imageset"][0]
-    assert block["mask"] == str(tmp_path / "pixels.mask")
+    assert {key: block[key] or None for key in names} == files
 
 
 def test_scans_that_share_one_image_set_get_their_own_frames(tmp_path):
