@@ -22,32 +22,41 @@ from integrator.shoebox.sweep import sweeps_of
 from integrator.types import Flag, IntensityTable
 from merge.io.mtz import UnmergedTable, write_unmerged_mtz
 from merge.model.amplitudes import relative_responsibility
+from pipelines.spot_measures import SpotMeasures, measure_spots
 from pipelines.trainer import Trainer
 
 N_EXAMPLES = 12
 
 
 def integrated_reflections(
-    trainer: Trainer, table: IntensityTable, summed: tuple[np.ndarray, np.ndarray, np.ndarray]
+    trainer: Trainer, table: IntensityTable, measured: SpotMeasures
 ) -> ReflectionTable:
     """Our observations as a DIALS table of integrated reflections.
 
-    ``intensity.prf`` is the maximum of the photon-count likelihood and ``intensity.sum`` the
-    plain sum over the spot: both raw photons, before L/P, and free of any prior.
+    ``intensity.prf`` is the maximum of the photon-count likelihood, of the whole spot, and
+    ``intensity.sum`` the plain sum of what the scan recorded of it: both raw photons, before L/P,
+    and free of any prior. ``xyzobs`` is where the photons fell. Rows that were not integrated
+    hold their prediction and zeros.
 
     Parameters
     ----------
     trainer : Trainer
     table : IntensityTable
-    summed : tuple of ndarray, (N,)
-        Summed intensity, its variance and the number of voxels, see :func:`sum_intensities`.
+    measured : SpotMeasures
+        Rows as in ``table``.
+
+    Returns
+    -------
+    ReflectionTable
+        Frames counted from the start of each scan.
     """
     store = trainer.problem.store
-    n = len(table)
+    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
     # variance expected at the estimate: an observed count of 0 is not known without error
     variance = (table.intensity.clamp_min(0) + table.effective_background) / table.exposure
     xyz, xyz_mm = table.xyz_px.double().numpy(), table.xyz_mm.double().numpy()
-    value, variance = table.intensity.double().numpy(), variance.double().numpy()
+    value = np.where(usable, table.intensity.double().numpy(), 0.0)
+    variance = np.where(usable, variance.double().numpy(), 0.0)
     columns = {
         "miller_index": table.miller_index.numpy().astype(np.int32),
         "id": table.experiment.numpy().astype(np.int32),
@@ -57,33 +66,53 @@ def integrated_reflections(
         "s1": table.s1.double().numpy(),
         "xyzcal.px": xyz,
         "xyzcal.mm": xyz_mm,
-        "xyzobs.px.value": xyz,
-        "xyzobs.px.variance": np.full_like(xyz, 0.1),
-        "xyzobs.mm.value": xyz_mm,
-        "xyzobs.mm.variance": np.full_like(xyz, 1e-4),
         "d": table.d.double().numpy(),
         "bbox": _bounding_boxes(store),
         "zeta": store.metadata().zeta.double().numpy(),
         "lp": table.lp.double().numpy(),
-        "partiality": np.ones(n),
-        "partial_id": np.arange(n, dtype=np.uint64),
+        "partiality": measured.partiality,
+        "partial_id": np.arange(len(table), dtype=np.uint64),
         "intensity.prf.value": value,
         "intensity.prf.variance": variance,
-        "profile.correlation": np.ones(n),
+        "profile.correlation": measured.correlation,
         "flags": _dials_flags(table, value, variance),
-        **_sum_columns(table, summed, int(np.prod(store.box))),
+        **_centroid_columns(store, xyz, xyz_mm, measured),
+        **_sum_columns(store, table, measured),
     }
     identifiers = {i: e["identifier"] for i, e in enumerate(store.experiments)}
     return ReflectionTable(columns, identifiers)
 
 
 def _bounding_boxes(store: ShoeboxStore) -> np.ndarray:
-    """(N, 6) int32: fast, slow and frame ranges, half-open."""
+    """(N, 6) int32: fast, slow and frame ranges, half-open; frames that there are, as in DIALS."""
     depth, height, width = store.box
-    frame, slow, fast = store.metadata().corner.numpy().T
-    depth = depth * store.metadata().frames_per_layer.numpy()
-    box = [fast, fast + width, slow, slow + height, frame, frame + depth]
-    return np.stack(box, 1).astype(np.int32)
+    metadata = store.metadata()
+    frame, slow, fast = metadata.corner.numpy().T
+    end = frame + depth * metadata.frames_per_layer.numpy()
+    n_images = np.array([e["n_images"] for e in store.experiments])[metadata.experiment.numpy()]
+    frames = [np.maximum(frame, 0), np.minimum(end, n_images)]
+    return np.stack([fast, fast + width, slow, slow + height, *frames], 1).astype(np.int32)
+
+
+def _centroid_columns(
+    store: ShoeboxStore, xyz: np.ndarray, xyz_mm: np.ndarray, measured: SpotMeasures
+) -> dict[str, np.ndarray]:
+    """Observed positions; the parallax is that of the predicted one."""
+    metadata = store.metadata()
+    to_mm = np.empty_like(xyz)
+    for number, experiment in enumerate(store.experiments):
+        rows = (metadata.experiment == number).numpy()
+        pixel = np.array(experiment["pixel_size_mm"])[metadata.panel.numpy()[rows]]
+        to_mm[rows, :2] = pixel
+        to_mm[rows, 2] = np.radians(experiment["oscillation_deg"][1])
+    is_measured = (measured.centroid_variance > 0).any(axis=1, keepdims=True)
+    in_mm = xyz_mm + (measured.centroid - xyz) * to_mm
+    return {
+        "xyzobs.px.value": measured.centroid,
+        "xyzobs.px.variance": measured.centroid_variance,
+        "xyzobs.mm.value": np.where(is_measured, in_mm, 0.0),
+        "xyzobs.mm.variance": measured.centroid_variance * to_mm**2,
+    }
 
 
 def _dials_flags(table: IntensityTable, value: np.ndarray, variance: np.ndarray) -> np.ndarray:
@@ -98,46 +127,21 @@ def _dials_flags(table: IntensityTable, value: np.ndarray, variance: np.ndarray)
 
 
 def _sum_columns(
-    table: IntensityTable, summed: tuple[np.ndarray, np.ndarray, np.ndarray], n_box: int
+    store: ShoeboxStore, table: IntensityTable, measured: SpotMeasures
 ) -> dict[str, np.ndarray]:
-    value, variance, n_voxels = summed
-    background = table.background.double().numpy()
-    rest = (n_box - n_voxels).astype(np.int32)
+    # the boxes' background is that of a layer
+    background = table.background / store.metadata().frames_per_layer
     return {
-        "intensity.sum.value": value,
-        "intensity.sum.variance": variance,
-        "background.mean": background,
-        "background.sum.value": background * n_voxels,
-        "background.sum.variance": background * n_voxels,
-        "num_pixels.valid": n_voxels.astype(np.int32),
-        "num_pixels.foreground": n_voxels.astype(np.int32),
-        "num_pixels.background": rest,
-        "num_pixels.background_used": rest,
+        "intensity.sum.value": measured.total,
+        "intensity.sum.variance": measured.variance,
+        "background.mean": background.double().numpy(),
+        "background.sum.value": measured.background,
+        "background.sum.variance": measured.background,
+        "num_pixels.valid": measured.n_valid.astype(np.int32),
+        "num_pixels.foreground": measured.n_core.astype(np.int32),
+        "num_pixels.background": measured.n_background.astype(np.int32),
+        "num_pixels.background_used": measured.n_background.astype(np.int32),
     }
-
-
-@torch.no_grad()
-def sum_intensities(trainer: Trainer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Background-subtracted sum over the voxels that hold the spot, its variance, their number.
-
-    The share of the profile on the summed, valid voxels divides the sum, so that a spot cut by a
-    gap is not summed short.
-    """
-    n = len(trainer.problem.store)
-    value, variance, voxels = np.zeros(n), np.ones(n), np.ones(n)
-    for batch in trainer.dataset.batches(trainer.config.training.batch_size):
-        batch = batch.to(trainer.device)
-        posterior = trainer.model.integrator.inference(batch)
-        counts, valid = batch.counts.flatten(1), batch.is_valid.flatten(1)
-        core = valid & (posterior.profile > 1e-3)
-        share = (posterior.profile * core).sum(1).clamp_min(0.05)
-        background = posterior.background_fit.background
-        rows = batch.metadata.refl_row.numpy(force=True)
-        value[rows] = (((counts - background) * core).sum(1) / share).numpy(force=True)
-        spread = ((counts.clamp_min(0) * core).sum(1) + 1.0) / share**2
-        variance[rows] = spread.numpy(force=True)
-        voxels[rows] = core.sum(1).numpy(force=True)
-    return value, variance, np.maximum(voxels, 1)
 
 
 def write_integrated(trainer: Trainer, path: Path, expt: Path) -> None:
@@ -151,9 +155,8 @@ def write_integrated(trainer: Trainer, path: Path, expt: Path) -> None:
     expt : Path
         The run's; of it the sweeps that were integrated are written.
     """
-    summed = sum_intensities(trainer)
     sweeps = sweeps_of(read_experiments(expt))
-    reflections = integrated_reflections(trainer, trainer.table, summed)
+    reflections = integrated_reflections(trainer, trainer.table, measure_spots(trainer))
     reflections.columns["qe"] = sensor_efficiency(trainer.table, sweeps)
     write_experiments(path.with_suffix(".expt"), sweeps, source=expt)
     write_reflections(path, to_array_index(reflections, sweeps))

@@ -1,7 +1,8 @@
 """Wedges of the simulated sweep of ../shared/data/hewl_nai, numbered as one likes.
 
-Observations are those of :func:`predict_reflections`, intensities the true photons with the noise
-of a background. A wedge keeps its place in the sweep, ``images 101-200``, or counts from 1.
+Observations are those of :func:`predict_reflections`, intensities the true photons in a beam whose
+strength swings by a factor of 2.7 in 16 images, with the noise of a background. A wedge keeps its
+place in the sweep, ``images 101-200``, or counts from 1.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Twin:
             true, rows = match_observations(file["miller_index"], file["xyz_px"], hkl, xyz)
             photons = file["photons"][true].astype(float)
         found, xyz = found[rows], xyz[rows]
+        photons *= np.exp(0.5 * np.sin(xyz[:, 2] * 2 * np.pi / 16))
         noise = np.random.default_rng(0).normal(0, BACKGROUND_SD, len(rows))
         flags = DialsFlag.PREDICTED | DialsFlag.INTEGRATED_PRF | DialsFlag.INTEGRATED_SUM
         self.columns = {

@@ -75,12 +75,13 @@ def _starts(experiments: Sequence[Experiment]) -> NDArray[np.int64]:
 def _shifted(
     table: ReflectionTable, number: NDArray[np.int64], by_experiment: NDArray[np.int64]
 ) -> ReflectionTable:
-    """Add frames to the rows of each experiment."""
+    """Add frames to the rows of each experiment; positions of zeros say that there is none."""
     shift = np.where(number >= 0, np.append(by_experiment, 0)[number], 0)
     columns = dict(table.columns)
     for name in _POSITIONS:
         if name in columns:
-            columns[name] = columns[name] + shift[:, None] * (0, 0, 1)
+            known = columns[name].any(axis=1)
+            columns[name] = columns[name] + (shift * known)[:, None] * (0, 0, 1)
     if "bbox" in columns:
         box = columns["bbox"]
         columns["bbox"] = (box + shift[:, None] * (0, 0, 0, 0, 1, 1)).astype(box.dtype)
