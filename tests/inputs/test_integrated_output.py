@@ -144,7 +144,7 @@ def test_the_merge_reads_it_back(run, table):
     assert found.n_images == LAST - FIRST + 1
     assert set(found.metadata["BATCH"]) == set(range(FIRST, LAST + 1))
     np.testing.assert_allclose(found.metadata["ROT"], 1.0 + 0.5 * found.metadata[FRAME])
-    photons = read_photon_table(run.path / "intensities.h5")
+    (photons,) = read_photon_table(run.path / "intensities.h5")
     assert set(photons.metadata["BATCH"]) == set(range(FIRST, LAST + 1))
     assert photons.metadata["ROT"].min() == pytest.approx(1.0, abs=0.5)
     unmerged = gemmi.read_mtz_file(str(run.unmerged))
