@@ -42,6 +42,12 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--reindex", action="append", default=[], metavar="[N:]OP", help=text)
     text = (
+        "datasets that are one, like 0,1 or all: sweeps of one crystal form at one wavelength, "
+        "each on its own scale; repeatable. Numbers are those before, from 0; --reindex comes "
+        "first, and --friedel and --parents count the groups"
+    )
+    add("--group", action="append", default=[], metavar="0,1|all", help=text)
+    text = (
         "structure (.pdb, .cif) or merged amplitudes (.mtz) that the data resemble: its |F_calc| "
         "becomes the prior, as far as the data say that it fits"
     )
@@ -70,6 +76,7 @@ def inputs_from_args(args: argparse.Namespace) -> MergeInputs:
             "is compared here: for that see `braggflux compare`"
         )
     # not at the top: `--help` does without torch
+    from pipelines.grouping import parse_groups
     from pipelines.merge_inputs import MergeInputs, parse_parents
 
     return MergeInputs(
@@ -80,6 +87,7 @@ def inputs_from_args(args: argparse.Namespace) -> MergeInputs:
         space_group=args.space_group,
         unit_cell=args.unit_cell,
         reindex=tuple(args.reindex),
+        groups=parse_groups(args.group),
         prior_model=args.prior_model or args.reference,
         freeze_scales=args.freeze_scales,
     )

@@ -13,6 +13,7 @@ import gemmi
 from integrator.crystal.lattice import check_lattice
 from integrator.errors import UserError
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.grouping import GroupStore, combine_group
 from merge.intensities.saved_scale import scale_file
 from merge.io.chosen_group import StoreInGroup, in_group
 from merge.io.friedel_store import FriedelStore
@@ -23,6 +24,7 @@ from merge.io.reindexing import reindex
 from merge.io.screening import screened
 from merge.io.unmerged_store import UnmergedStore
 from pipelines import log, provenance, schema
+from pipelines.grouping import apply_groups
 from pipelines.reindexing import Dataset, apply_reindex, parse_reindex
 from pipelines.rundir import write_text
 from pipelines.unmerged_dials import read_inputs
@@ -47,6 +49,8 @@ class MergeInputs:
         For files that hold none (SCALEPACK).
     reindex : tuple of str
         Operators (:func:`pipelines.reindexing.parse_reindex`).
+    groups : tuple of (tuple of int, or None)
+        Datasets that are one (:func:`pipelines.grouping.parse_groups`), None for all.
     prior_model : Path, optional
         Model or merged MTZ whose amplitudes the data resemble.
     freeze_scales : Path, optional
@@ -60,6 +64,7 @@ class MergeInputs:
     space_group: str | None = None
     unit_cell: str | None = None
     reindex: tuple[str, ...] = ()
+    groups: tuple[tuple[int, ...] | None, ...] = ()
     prior_model: Path | None = None
     freeze_scales: Path | None = None
 
@@ -75,7 +80,7 @@ class MergeInputs:
         if group is not None:
             data = [in_group(d, group) for d in data]
         data = [screened(d, is_laue=is_laue) for d in data]
-        return self._as_asked(data, reindex, combine_friedel)
+        return self._as_asked(data, reindex, combine_group, combine_friedel)
 
     @contextmanager
     def open(self) -> Iterator[list[ObservationStore]]:
@@ -90,17 +95,20 @@ class MergeInputs:
             group = parse_space_group(self.space_group)
             if group is not None:
                 stores = [StoreInGroup(store, group) for store in stores]
-            yield self._as_asked(stores, reindex_store, FriedelStore)
+            yield self._as_asked(stores, reindex_store, GroupStore, FriedelStore)
 
     def _as_asked(
         self,
         data: Sequence[Dataset],
         reindex: Callable[[Dataset, str], Dataset],
+        combine_group: Callable[[Sequence[Dataset], int], Dataset],
         combine_friedel: Callable[[Dataset, Dataset], Dataset],
     ) -> list[Dataset]:
+        """Reindex, then group, then join Friedel halves; each counts what the one before left."""
         for dataset in data:
             check_lattice(dataset.cell, dataset.space_group, dataset.name)
         data = apply_reindex(data, parse_reindex(self.reindex), reindex)
+        data = apply_groups(data, self.groups, combine_group)
         if not self.is_friedel:
             return data
         if len(data) != 2:

@@ -202,7 +202,7 @@ def _table(
     scale = standard.unit_intensity
     intensity, sigma = c.intensity[order] / scale, c.sigma[order] / scale
     units, unit = np.unique(unit[order], return_inverse=True)
-    image = np.unique(c.image[order], return_inverse=True)[1]
+    _, first_row, image = np.unique(c.image[order], return_index=True, return_inverse=True)
     level = _image_level(intensity, image)
     base = c.base[order] + (level if config.stills else 0.0)
     strength = intensity / np.exp(level)
@@ -227,9 +227,10 @@ def _table(
     terms = _terms(c, order, sums, base, given, standard, config.laue and config.laue_lp)
     first = np.searchsorted(unit, np.arange(len(units) + 1))
     first_term = np.searchsorted(unit[sums.observation], np.arange(len(units) + 1))
-    images = [
-        len(np.unique(c.image[order][c.dataset[order] == k])) for k in range(c.dataset.max() + 1)
-    ]
+    # images that are neighbours: of one dataset, and of one member where it is a group
+    part = np.stack([c.dataset, c.member])[:, order[first_row]]
+    starts = np.flatnonzero(np.concatenate([[True], (np.diff(part) != 0).any(0)]))
+    images = np.diff([*starts, part.shape[1]]).tolist()
     return ObservationTable(
         observations,
         terms,

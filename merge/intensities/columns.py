@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from integrator.crystal.cell import inv_d2
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.grouping import MEMBER
 from merge.intensities.photon_counts import counted_sigma
 from merge.intensities.unique import UniqueRows
 from merge.io.observations import UnmergedData
@@ -32,6 +33,8 @@ class Columns:
         Units of the files; the sigma of photon counts is that of their background.
     dataset, frame, image : (N,)
         Number of the file, image number within it, and image counted through all files.
+    member : (N,)
+        Part of the dataset, whose images are no neighbours of those of other parts.
     wavelength : (N,)
         [A]; 0 where there is none.
     inv_d2 : (N,)
@@ -52,6 +55,7 @@ class Columns:
     dataset: NDArray[np.int64]
     frame: NDArray[np.int64]
     image: NDArray[np.int64]
+    member: NDArray[np.int64]
     wavelength: Array
     inv_d2: Array
     base: Array
@@ -85,6 +89,7 @@ def join_columns(
         dataset=np.repeat(np.arange(len(data)), [len(d) for d in data]),
         frame=join(frames),
         image=join(images),
+        member=join([d.metadata.get(MEMBER, np.zeros(len(d))) for d in data]).astype(np.int64),
         wavelength=join(
             [np.zeros(len(d)) if d.wavelength is None else d.wavelength for d in data]
         ),

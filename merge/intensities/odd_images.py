@@ -59,7 +59,7 @@ def odd_images(merger: IntensityMerger, table: ObservationTable, is_still: bool)
     batch = table.everything()
     e = merger.generative(batch, merger.inference())
     o = batch.observations
-    image, dataset = o.image.numpy(), o.dataset.numpy()
+    image = o.image.numpy()
     order = np.argsort(image, kind="stable")
     starts = np.flatnonzero(np.diff(image[order], prepend=-1))
     known = batch.of_first_terms(batch.terms.base_log_scale)
@@ -72,25 +72,26 @@ def odd_images(merger: IntensityMerger, table: ObservationTable, is_still: bool)
     faint: dict[int, float] = {}
     if not is_still:
         level = np.array([np.median(part) for part in np.split(log_scale[order], starts[1:])])
-        step = against_neighbours(level, dataset[order[starts]])
+        part = np.repeat(np.arange(len(table.images_of_dataset)), table.images_of_dataset)
+        step = against_neighbours(level, part)
         spread = 1.4826 * float(np.median(np.abs(step)))
         odd = enough & (np.abs(step) > max(LEAST_STEP, N_DEVIATIONS * spread))
         faint = {int(k): float(np.exp(step[k])) for k in np.flatnonzero(odd)}
     return OddImages(faint, alien)
 
 
-def against_neighbours(level: Array, dataset: NDArray[np.int64]) -> Array:
+def against_neighbours(level: Array, part: NDArray[np.int64]) -> Array:
     """Difference of each image from the median of its neighbours, (G,).
 
     Parameters
     ----------
-    level, dataset : (G,)
-        In the order of the images; those of another dataset are no neighbours.
+    level, part : (G,)
+        In the order of the images; those of another part are no neighbours.
     """
     step = np.zeros(len(level))
     for k in range(len(level)):
         near = np.arange(max(0, k - N_NEIGHBOURS), min(len(level), k + N_NEIGHBOURS + 1))
-        near = near[(near != k) & (dataset[near] == dataset[k])]
+        near = near[(near != k) & (part[near] == part[k])]
         if len(near) >= 3:
             step[k] = level[k] - np.median(level[near])
     return step

@@ -137,6 +137,7 @@ class ObservationTable:
     first_observation, first_term : Tensor, (U + 1,) int64
         Where each unit starts.
     images_of_dataset : tuple of int
+        Of each dataset, of a group (:mod:`merge.intensities.grouping`) of each member.
     unit_intensity : float
         Intensities of the files are divided by it.
     feature_names : tuple of str
