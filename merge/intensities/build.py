@@ -15,7 +15,7 @@ from integrator.crystal.cell import inv_d2
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from integrator.errors import UserError
 from merge.intensities.ambiguity_choice import Ambiguity, alternative_rows
-from merge.intensities.columns import Columns, is_kept, join_columns
+from merge.intensities.columns import Columns, check_mates, is_kept, join_columns
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.data_limit import end_of_data
 from merge.intensities.harmonics import (
@@ -95,6 +95,8 @@ def build_problem(
         couple = config.prior == "double-wilson" and asus[0].anomalous
         unique = UniqueRows(asus, parents, couple)
     columns = join_columns(data, unique, config)
+    if config.anomalous:
+        check_mates(columns.row, unique)
     given = metadata_columns(data, columns, config, standard)
     kept = is_kept(columns.row, columns.intensity, columns.sigma)
     if config.overloads == "auto":

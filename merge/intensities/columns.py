@@ -9,16 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.crystal.cell import inv_d2
+from integrator.errors import UserError
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.grouping import MEMBER
 from merge.intensities.photon_counts import counted_sigma
 from merge.intensities.unique import UniqueRows
+from merge.io.missing_values import POSITIONS
 from merge.io.observations import UnmergedData
 
 Array = NDArray[np.float64]
 
-#: Names of spot positions in the order of preference.
-POSITIONS = (("X", "Y"), ("XDET", "YDET"), ("xobs", "yobs"))
+#: Observations among which both Friedel mates must occur.
+MIN_ACENTRIC = 200
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,30 @@ def _frame_numbers(d: UnmergedData) -> NDArray[np.int64]:
     """Image numbers of the file where it has them: they pair images of different files."""
     number = d.metadata.get("BATCH")
     return d.image if number is None else np.asarray(number).astype(np.int64)
+
+
+def check_mates(row: NDArray[np.int64], unique: UniqueRows) -> None:
+    """Make sure that observations of both Friedel mates exist where the mates are kept apart.
+
+    Files whose indices were reduced without a note of it (no M/ISYM, or zeros in it) hold F(+)
+    only, and in it the mean of both mates.
+
+    Parameters
+    ----------
+    row : (N,)
+        Unique reflection of each observation, -1 for none.
+    unique : UniqueRows
+
+    Raises
+    ------
+    UserError
+    """
+    sign = np.concatenate([asu.friedel_sign for asu in unique.asus])
+    found = sign[row[row >= 0]][~unique.is_centric[row[row >= 0]]]
+    if len(found) < MIN_ACENTRIC or len(set(found.tolist())) == 2:
+        return
+    raise UserError(
+        f"all {len(found)} observations of acentric reflections are of F({'+-'[found[0] < 0]}): "
+        "the files do not tell the Friedel mates apart (indices in the asymmetric unit without "
+        "M/ISYM); give indices as observed or M/ISYM, or merge without --anomalous"
+    )

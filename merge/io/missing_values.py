@@ -18,9 +18,10 @@ Array = NDArray[np.float64]
 log = logging.getLogger(__name__)
 
 #: Spot positions, the usual ones first.
-POSITIONS = (("X", "Y"), ("XDET", "YDET"), ("xobs", "yobs"), ("xyzobs_x", "xyzobs_y"))
+POSITIONS = (("X", "Y"), ("XDET", "YDET"), ("xobs", "yobs"))
+PAIRS = (*POSITIONS, ("xyzobs_x", "xyzobs_y"))
 #: Columns that say where an observation lies: the scale needs them.
-PLACES = (*(n for pair in POSITIONS for n in pair), "ROT", "ewald_offset", *SWEEP_COLUMNS)
+PLACES = (*(n for pair in PAIRS for n in pair), "ROT", "ewald_offset", *SWEEP_COLUMNS)
 #: A column is left out when more of the rows lack it, and else these rows are.
 MOST = 0.1
 
@@ -56,7 +57,7 @@ def without_missing(
     whole = [p for p in POSITIONS if all(x in kept and x not in gaps for x in p)]
     for name, gap in gaps.items():
         share = gap.sum() / n
-        is_spare = any(name in pair for pair in POSITIONS) and whole
+        is_spare = any(name in pair for pair in PAIRS) and whole
         if name in kept and (share > MOST or is_spare):
             log.warning(
                 "%s: %s is missing in %.1f %% of the observations and is not used",
@@ -64,7 +65,7 @@ def without_missing(
                 name,
                 100 * share,
             )
-            for other in next((p for p in POSITIONS if name in p), (name,)):
+            for other in next((p for p in PAIRS if name in p), (name,)):
                 kept.pop(other, None)  # half a position is none
     lost = np.zeros_like(usable)
     for name in gaps.keys() & kept.keys():

@@ -93,7 +93,7 @@ def observations_of(mtz: gemmi.Mtz, path: Path) -> list[UnmergedData]:
             f"{' '.join(mtz.column_labels())}); give the unmerged file of the same data"
         )
     is_partial = _to_original_indices(mtz, isym_label, path)
-    columns = {c.label: known_values(c, mtz.valm) for c in mtz.columns}
+    columns = {c.label: np.array(c, dtype=np.float64) for c in mtz.columns}
     index = np.column_stack([columns.pop(c.label) for c in list(mtz.columns)[:3]])
     columns.pop(isym_label, None)
     intensity_label, sigma_label = _intensity_labels(mtz, columns, path)
@@ -168,15 +168,6 @@ def _to_original_indices(mtz: gemmi.Mtz, isym_label: str | None, path: Path) -> 
         ) from error
     column.label = isym_label
     return is_partial
-
-
-def known_values(column: gemmi.Mtz.Column, missing: float) -> Array:
-    """Values of a column, (N,), NaN where the file has its missing-number flag."""
-    values = np.array(column, dtype=np.float64)
-    if column.type not in "HYB" and np.isfinite(missing):
-        # headers have six decimals: 1e-33 is written as 0.000000
-        values[np.isclose(values, missing, rtol=1e-6, atol=5e-7)] = np.nan
-    return values
 
 
 def check_complete(mtz: gemmi.Mtz, path: Path) -> None:

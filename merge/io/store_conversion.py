@@ -30,7 +30,7 @@ from merge.io.mtz_observations import (
 )
 from merge.io.observations import UnmergedData
 from merge.io.unmerged_data import read_unmerged
-from merge.io.unmerged_mtz import put_indices_first
+from merge.io.unmerged_mtz import tidied
 from merge.io.unmerged_store import write_unmerged_store
 
 #: Rows in memory at a time: of 20 columns, 160 MB.
@@ -121,7 +121,7 @@ def _mtz_chunks(path: Path, folder: Path, rows_at_a_time: int) -> Iterator[Unmer
         part = _header(path)  # anew: one whose indices are the original ones stays so
         part.set_data(np.fromfile(folder / str(number), np.float32).reshape(-1, len(mtz.columns)))
         (folder / str(number)).unlink()
-        yield from observations_of(put_indices_first(part), path)
+        yield from observations_of(tidied(part), path)
 
 
 def _header(path: Path) -> gemmi.Mtz:

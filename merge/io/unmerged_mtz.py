@@ -91,11 +91,17 @@ def load_mtz(path: str | Path) -> gemmi.Mtz:
     if mtz.nreflections == 0 or mtz.spacegroup is None:
         lacks = "reflections" if mtz.nreflections == 0 else "known space group"
         raise UserError(f"{path} holds no {lacks}; give a file that does")
-    return put_indices_first(mtz)
+    return tidied(mtz)
 
 
-def put_indices_first(mtz: gemmi.Mtz) -> gemmi.Mtz:
-    """Move the columns H, K, L, which may stand anywhere, where gemmi looks for them."""
+def tidied(mtz: gemmi.Mtz) -> gemmi.Mtz:
+    """Put NaN for the file's missing-number flag, and H, K, L, which may stand anywhere, first."""
+    if np.isfinite(mtz.valm):
+        for column in mtz.columns:
+            if column.type not in "HYB":
+                values = mtz.array[:, column.idx]
+                # headers have six decimals: 1e-33 is written as 0.000000
+                values[np.isclose(values, mtz.valm, rtol=1e-6, atol=5e-7)] = np.nan
     of_type = [c.label for c in mtz.columns_with_type("H")]
     labels = ["H", "K", "L"] if {"H", "K", "L"} <= set(mtz.column_labels()) else of_type[:3]
     if mtz.column_labels()[:3] == labels:

@@ -8,6 +8,7 @@ import mad_files as mad
 import numpy as np
 import pytest
 
+from integrator.crystal.symmetry import to_asu
 from integrator.errors import UserError
 from merge.io.mtz import read_merged_mtz
 from merge.io.mtz_observations import read_mtz
@@ -91,16 +92,19 @@ def test_an_empty_profile_fitted_intensity_is_passed_over(empty, tmp_path):
 def gap(column: str, share: float, value: float) -> tuple[mad.Rows, np.ndarray]:
     """Rows with ``value`` in a random share of a column, and which."""
     lacks = np.random.default_rng(3).random(len(ROWS.hkl)) < share
-    return ROWS.but(**{column: np.where(lacks, value, ROWS.columns[column])}), lacks
+    whole = ROWS.columns.get(column, np.full(len(ROWS.hkl), 1.1))
+    return ROWS.but(**{column: np.where(lacks, value, whole)}), lacks
+
+
+MISSING = [(np.nan, None), (np.inf, None), (-999.0, -999.0), (1e-33, 1e-33)]
 
 
 @pytest.mark.parametrize(
-    ("value", "valm"), [(np.nan, None), (np.inf, None), (-999.0, -999.0), (1e-33, 1e-33)]
+    ("column", "value", "valm"),
+    [(c, *m) for c in ("XDET", "ROT", "I", "SIGI", "WAVELENGTH") for m in MISSING]
+    + [("BATCH", *m) for m in MISSING[:2]],
 )
-@pytest.mark.parametrize("column", ["XDET", "ROT", "I", "SIGI", "BATCH"])
 def test_rows_without_a_number_are_left_out(column, value, valm, tmp_path):
-    if column == "BATCH" and valm is not None:
-        pytest.skip("a batch number is never the missing-number flag")
     rows, lacks = gap(column, 0.03, value)
     found = table_of(write(tmp_path / "a.mtz", rows, valm))
     assert found == table_of(write(tmp_path / "b.mtz", ROWS.take(~lacks)))
@@ -133,3 +137,15 @@ def test_amplitudes_are_finite_and_right(column, share, tmp_path):
     assert np.isfinite(table.f).all()
     assert np.isfinite(table.i_mean).all()
     assert mad.bijvoet_correlation(merged, mad.truth()) > 0.8
+
+
+@pytest.mark.parametrize("isym", [None, "zeros"])
+def test_mates_that_the_file_does_not_tell_apart_are_not_made_up(isym, tmp_path, capsys):
+    """Indices in the asymmetric unit and nothing that says where they were observed."""
+    reduced = to_asu(ROWS.hkl, mad.GROUP).miller_index
+    columns = ROWS.columns | ({"M/ISYM": np.zeros(len(reduced))} if isym else {})
+    path = write(tmp_path / "a.mtz", mad.Rows(reduced, columns), isym=None)
+    argv = ["merge", str(path), "--out", str(tmp_path / "out"), *FAST]
+    assert cli.main(argv) == 2
+    assert "do not tell the Friedel mates apart" in capsys.readouterr().err
+    assert cli.main(argv[:-1]) == 0  # without --anomalous
