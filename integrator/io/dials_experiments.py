@@ -170,13 +170,25 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
 
 
 def _check_scan_points(experiment: Experiment) -> None:
-    crystal, scan = experiment.crystal, experiment.scan
-    if crystal is None or crystal.A_at_scan_points is None:
-        return
-    points = len(crystal.A_at_scan_points)
-    if scan is None or points != scan.n_images + 1:
-        images = "no scan" if scan is None else f"{scan.n_images} images"
-        raise ValueError(f"the crystal has {points} scan points for {images}")
+    """Refuse a crystal that does not fit the scan; say so of beam and goniometer.
+
+    ``dials.slice_sequence`` cuts the crystal to the images and leaves the others as they were.
+    """
+    scan, crystal = experiment.scan, experiment.crystal
+    beam, goniometer = experiment.beam, experiment.goniometer
+    images = "no scan" if scan is None else f"{scan.n_images} images"
+    varying = {
+        "crystal": crystal and crystal.A_at_scan_points,
+        "beam": beam.s0_at_scan_points,
+        "goniometer": goniometer and goniometer.setting_rotation_at_scan_points,
+    }
+    for name, points in varying.items():
+        if points is None or (scan is not None and len(points) == scan.n_images + 1):
+            continue
+        message = f"the {name} has {len(points)} scan points for {images}"
+        if name == "crystal":
+            raise ValueError(message)
+        log.warning("%s; its static values are used, as DIALS does", message)
 
 
 def _decode_images(block: Block, scan: Scan | None) -> ImageFiles | None:

@@ -97,7 +97,7 @@ def _decode_panel(block: Block, parent: NDArray[np.float64]) -> Panel:
         origin=frame[:3, 3],
         pixel_size=_pair(block["pixel_size"], float),
         image_size=_pair(block["image_size"], int),
-        trusted_range=_pair(block["trusted_range"], float),
+        trusted_range=_pair(block.get("trusted_range", (0.0, 0.0)), float),  # as dxtbx: nothing
         thickness=float(block.get("thickness", 0.0)),
         mu=float(block.get("mu", 0.0)),
         material=block.get("material", ""),

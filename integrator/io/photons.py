@@ -24,6 +24,7 @@ TOLERATED = 1e-4
 """Share of a frame's pixels that may be negative and left out: the mean moves by about as much."""
 ROUNDING = 0.005
 """Relative change of the mean up to which values are rounded to the nearest whole photon."""
+_LARGEST = int(np.iinfo(np.int32).max)
 _CODES = (-1, -2)  # of signed images: gaps, dead and hot pixels
 _FEW = 9.5  # photons; above, rounding no longer matters
 
@@ -58,7 +59,12 @@ class PhotonScale:
         gain: float | NDArray[np.float64] = 1.0,
         pedestal: float | NDArray[np.float64] = 0.0,
     ) -> None:
-        self.low, self.high = trusted_range
+        self.low, self.high = low, high = trusted_range
+        # of whole numbers: integers compare twice as fast as they do with floating numbers
+        first, last = (
+            (np.floor(low) + 1, np.ceil(high) - 1) if low < 0 else (np.ceil(low), np.floor(high))
+        )
+        self._first, self._last = int(max(first, INVALID + 1)), int(min(last, _LARGEST))
         self.is_calibrated = np.isfinite(gain) & np.isfinite(pedestal) & (np.asarray(gain) > 0)
         self._gain = np.where(self.is_calibrated, gain, 1.0)
         self._pedestal = np.where(self.is_calibrated, pedestal, 0.0)
@@ -73,11 +79,15 @@ class PhotonScale:
         """Whether values are measured ones."""
         if self.is_empty:
             return np.zeros(adu.shape, dtype=bool)
+        if adu.dtype.kind == "i":
+            return (adu >= self._first) & (adu <= self._last)
         above = adu > max(self.low, INVALID) if self.low < 0 else adu >= self.low
         return above & ~self.is_overload(adu)
 
     def is_overload(self, adu: Pixels) -> NDArray[np.bool_]:
         """Whether values lie above the trusted range."""
+        if adu.dtype.kind == "i":
+            return adu > self._last
         return adu >= self.high if self.low < 0 else adu > self.high
 
     def is_whole(self, adu: Pixels) -> bool:

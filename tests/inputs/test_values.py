@@ -3,7 +3,7 @@
 import h5py
 import numpy as np
 import pytest
-from image_cases import copy_of, dxtbx_imageset, frames_of, set_panel, store_frames
+from image_cases import copy_of, dxtbx_imageset, edit, frames_of, set_panel, store_frames
 
 from integrator.errors import UserError
 from integrator.io.dials import read_experiments
@@ -194,8 +194,12 @@ def test_few_negative_pixels_are_left_out(tiny, raw, tmp_path):
     np.testing.assert_array_equal(frames, np.where(rare, -1, expected))
 
 
-def test_a_trusted_range_of_nothing_is_named(tiny, tmp_path):
+@pytest.mark.parametrize("is_absent", [False, True])
+def test_a_trusted_range_of_nothing_is_named(tiny, tmp_path, is_absent):
+    """dxtbx takes an absent one for (0, 0), too."""
     expt = copy_of(tiny, tmp_path)
     set_panel(expt, trusted_range=(0.0, 0.0))
+    if is_absent:
+        edit(expt, lambda e: e["detector"][0]["panels"][0].pop("trusted_range"))
     with pytest.raises(UserError, match=r"trusted range of the \.expt, 0 to 0, holds no count"):
         counts_of(expt)

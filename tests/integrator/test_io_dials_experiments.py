@@ -23,6 +23,7 @@ from integrator.crystal.geometry import (
 from integrator.errors import UserError
 from integrator.io.dials import read_experiments, write_experiments
 from integrator.io.dials_experiments import same
+from integrator.shoebox.diffraction import DiffractionGeometry
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 
@@ -448,3 +449,19 @@ def test_source_must_hold_the_experiment(hard, tmp_path):
             tmp_path / "x.expt", [experiment, replace(experiment, identifier="b")], source=hard
         )
     assert not (tmp_path / "x.expt").exists()
+
+
+@pytest.mark.parametrize("name", ["beam", "goniometer"])
+def test_scan_points_that_slicing_left_are_named(hard, tmp_path, caplog, name):
+    """dials.slice_sequence cuts those of the crystal alone; DIALS then takes the static values."""
+    key = {"beam": "s0_at_scan_points", "goniometer": "setting_rotation_at_scan_points"}[name]
+    document = json.loads(hard.read_text())
+    document[name][0][key] *= 2
+    (experiment,) = read_experiments(written(tmp_path, document))
+    assert f"the {name} has 18 scan points for 8 images; its static values" in caplog.text
+    geometry = DiffractionGeometry.from_experiment(experiment)
+    assert [len(geometry.s0), len(geometry.setting), len(geometry.A)] == [
+        1 if name == "beam" else 9,
+        1 if name == "goniometer" else 9,
+        9,
+    ]
