@@ -147,6 +147,7 @@ def read_dials_datasets(
     is_still = _check(models, experiments)
     intensity, variance, good = _intensities(reflections)
     good &= (number >= 0) & reflections["miller_index"].any(axis=1)
+    good = _with_place(reflections, good, table)
     if not good.any():
         raise UserError(
             f"{table} holds no integrated reflection of an indexed crystal; give the table of "
@@ -197,6 +198,19 @@ def _with_crystal(
     renumbered = np.full(len(models) + 1, -1)  # the last for rows of no experiment
     renumbered[kept] = np.arange(len(kept))
     return [models[i] for i in kept], renumbered[number]
+
+
+def _with_place(
+    table: ReflectionTable, good: NDArray[np.bool_], source: str | Path
+) -> NDArray[np.bool_]:
+    """Those of the good rows, (N,), whose place is known."""
+    places = [table[name] for name in ("xyzcal.px", "s1") if name in table]
+    known = np.all([np.isfinite(place).all(axis=1) for place in places], axis=0)
+    if np.any(good & ~known):
+        log.warning(
+            "%s: %d rows without xyzcal.px or s1 are left out", source, (good & ~known).sum()
+        )
+    return good & known
 
 
 def _check(models: Sequence[Experiment], source: str | Path) -> bool:

@@ -95,7 +95,8 @@ def mtz_datasets(
     for dataset, rows in zip(first, members, strict=True):
         value = float(np.median(wavelength[rows]))
         labels.append(DatasetLabels(_names(dataset), _title(mtz), value if value > 0 else None))
-    return MtzDatasets(batches, group, _suffixes(labels), tuple(labels), tuple(cells))
+    suffixes, labels = _told_apart(labels)
+    return MtzDatasets(batches, group, suffixes, labels, tuple(cells))
 
 
 class _Batches:
@@ -183,10 +184,21 @@ def _title(mtz: gemmi.Mtz) -> str:
     return "" if title in ("None", "From None") else title
 
 
-def _suffixes(labels: list[DatasetLabels]) -> tuple[str, ...]:
-    """Shortest of the names that tells the data sets apart, else their number."""
+def _told_apart(
+    labels: list[DatasetLabels],
+) -> tuple[tuple[str, ...], tuple[DatasetLabels, ...]]:
+    """Words for the data sets, the shortest of their names that do, and their labels.
+
+    Data sets of one name, as DIALS exports those of several wavelengths, get numbers.
+    """
     for words in (lambda n: n.dataset, lambda n: f"{n.crystal}_{n.dataset}", "_".join):
         found = [words(own.names) for own in labels]
         if len(set(found)) == len(found):
-            return tuple(found)
-    return tuple(f"WAVE{k + 1}" for k in range(len(labels)))
+            return tuple(found), tuple(labels)
+    suffixes = tuple(f"WAVE{k + 1}" for k in range(len(labels)))
+    names = [
+        own.names._replace(dataset=f"{own.names.dataset}_{suffix}")
+        for own, suffix in zip(labels, suffixes, strict=True)
+    ]
+    renamed = (own._replace(names=n) for own, n in zip(labels, names, strict=True))
+    return suffixes, tuple(renamed)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+from dataclasses import replace
+
 import gemmi
 import mad_files as mad
 import numpy as np
 import pytest
+from simulated_integration import write_integrated
 
 from integrator.errors import UserError
+from integrator.io.dials import read_reflections, write_reflections
 from merge.io.dataset_split import (
     cell_groups,
     image_cell_groups,
     image_wavelength_groups,
     split_by_wavelength,
 )
+from merge.io.mtz_observations import read_mtz_datasets
 from merge.io.observations import make_unmerged
 from merge.io.unmerged_store import write_unmerged_store
 from pipelines import cli
@@ -143,8 +150,6 @@ class TestCells:
 
 
 def test_pieces_of_a_store_have_one_form(tmp_path):
-    from dataclasses import replace
-
     piece = stills(np.full(30, 1.3))
     other = replace(piece, cell=gemmi.UnitCell(40, 50, 63.6, 90, 90, 90))
     with pytest.raises(UserError, match="mixes crystal forms"):
@@ -163,3 +168,51 @@ def test_the_wavelength_goes_through_a_store(tmp_path):
     path = tmp_path / "out" / "merged.mtz"
     assert wavelength_of(path) == pytest.approx(mad.PEAK, abs=1e-5)
     assert gemmi.read_mtz_file(str(path)).datasets[0].dataset_name == "PEAK"
+
+
+@pytest.mark.dials
+@pytest.mark.realdata
+def test_two_wavelengths_that_dials_exports(shared, dials, tmp_path):
+    """DIALS gives both data sets one name; rows and wavelengths are those of its tables."""
+    refl, expt = write_integrated(shared, tmp_path, n_sweeps=2)
+    content = json.loads(expt.read_text())
+    other = content["beam"][0] | {"wavelength": content["beam"][0]["wavelength"] + 0.02}
+    content["beam"].append(other)
+    content["experiment"][1]["beam"] = 1
+    expt.write_text(json.dumps(content))
+    command = [f"{dials}/dials.export", str(refl), str(expt), "mtz.hklout=u.mtz"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    exported, ours = read_mtz_datasets(tmp_path / "u.mtz"), read_dials_datasets(refl, expt)
+    for sets in (exported, ours):
+        found = [data.labels.wavelength for data in sets]
+        assert found == pytest.approx([1.03752, 1.05752], abs=1e-4)
+        assert [data.name[-6:] for data in sets] == ["_WAVE1", "_WAVE2"]
+    assert [d.labels.names.dataset for d in exported] == ["FROMDIALS_WAVE1", "FROMDIALS_WAVE2"]
+    own, theirs = ([keys(data) for data in sets] for sets in (ours, exported))
+    for k in (0, 1):  # a few rows have sums in place of bad profiles, or neither
+        assert len(theirs[k] & own[k]) > 0.9 * len(theirs[k])
+        assert len(theirs[k] & own[1 - k]) < 0.01 * len(theirs[k])
+
+
+def keys(data):
+    columns = np.column_stack([data.miller_index, np.round(data.metadata["XDET"])])
+    return set(map(tuple, columns.astype(int).tolist()))
+
+
+@pytest.mark.parametrize("column", ["xyzcal.px", "s1", "intensity.prf.value", "lp"])
+def test_gaps_in_dials_tables(column, tmp_path):
+    """Rows that lack a number are left out, and others are as they were."""
+    rows = mad.observe(mad.truth(), 0, n_images=6)
+    refl, expt = mad.write_tables(tmp_path, [(rows, mad.sweep(1.0))])
+    (whole,) = read_dials_datasets(refl, expt)
+    table = read_reflections(refl)
+    lacks = np.random.default_rng(0).random(len(table)) < 0.03
+    values = table[column].copy()
+    values[lacks] = np.nan
+    write_reflections(refl, replace(table, columns=table.columns | {column: values}))
+    (data,) = read_dials_datasets(refl, expt)
+    kept = np.isin(whole.intensity, rows.columns["I"][~lacks])
+    np.testing.assert_array_equal(data.intensity, whole.intensity[kept])
+    for name, values in data.metadata.items():
+        assert np.isfinite(values).all(), name
+        np.testing.assert_array_equal(values, whole.metadata[name][kept])
