@@ -143,8 +143,7 @@ def read_dials_datasets(
     """
     models = read_experiments(experiments)
     reflections, number = place_on_scans(read_reflections(table), models)
-    models, number = _with_crystal(models, number, experiments)
-    is_still = _check(models, experiments)
+    number = np.where(_has_crystal(models, experiments)[number], number, -1)
     intensity, variance, good = _intensities(reflections)
     good &= (number >= 0) & reflections["miller_index"].any(axis=1)
     good = _with_place(reflections, good, table)
@@ -154,7 +153,10 @@ def read_dials_datasets(
             "dials.integrate, dials.scale or dials.stills_process"
         )
     log.info("%s: %d of %d rows are used", table, good.sum(), len(good))
-    reflections, number = reflections.select(good), number[good]
+    reflections = reflections.select(good)
+    used, number = np.unique(number[good], return_inverse=True)
+    models = [models[i] for i in used]
+    is_still = _check(models, experiments)
     describe = _of_stills if is_still else _of_sweeps
     metadata = describe(reflections, models, number)
     if "xyzobs.px.value" in reflections:
@@ -162,9 +164,8 @@ def read_dials_datasets(
     metadata |= {name: reflections[name] for name in _METADATA if name in reflections}
     cells = np.array([model.crystal.unit_cell.parameters for model in models])
     wavelength = np.array([model.beam.wavelength for model in models])
-    used = np.unique(number)
-    forms = image_cell_groups(cells[used]) if is_still else cell_groups(cells[used])
-    check_one_form(cells[used], forms, str(experiments), "crystals")
+    forms = image_cell_groups(cells) if is_still else cell_groups(cells)
+    check_one_form(cells, forms, str(experiments), "crystals")
     # with another group to come, the file's own need not fit
     symmetry = models[0].crystal.space_group if space_group is None else gemmi.SpaceGroup("P 1")
     data = make_unmerged(
@@ -175,7 +176,7 @@ def read_dials_datasets(
         image_label=metadata["BATCH"],
         metadata=metadata,
         wavelength=wavelength[number] if is_still else None,
-        cell=typical_cell(cells[used], symmetry, str(experiments)),
+        cell=typical_cell(cells, symmetry, str(experiments)),
         space_group=models[0].crystal.space_group,
         name=Path(table).stem,
         has_lp_applied="lp" in reflections,
@@ -183,21 +184,17 @@ def read_dials_datasets(
     return split_by_wavelength(data) if is_still else split_by_sweep(data, wavelength, cells)
 
 
-def _with_crystal(
-    models: Sequence[Experiment], number: NDArray[np.int64], source: str | Path
-) -> tuple[list[Experiment], NDArray[np.int64]]:
-    """Experiments that have a crystal, and of which of these each row is, (N,); -1 for none."""
-    kept = [i for i, model in enumerate(models) if model.crystal is not None]
-    if not kept:
+def _has_crystal(models: Sequence[Experiment], source: str | Path) -> NDArray[np.bool_]:
+    """Whether each member of an experiment list has a crystal, and False at the end: (E + 1,)."""
+    has = np.array([*(model.crystal is not None for model in models), False])
+    if not has.any():
         raise UserError(f"{source} has no experiment with a crystal; give one after indexing")
-    if len(kept) < len(models):
+    if not has[:-1].all():
         log.info(
             "%s: %d of %d experiments have no crystal and are left out",
-            *(source, len(models) - len(kept), len(models)),
+            *(source, (~has[:-1]).sum(), len(models)),
         )
-    renumbered = np.full(len(models) + 1, -1)  # the last for rows of no experiment
-    renumbered[kept] = np.arange(len(kept))
-    return [models[i] for i in kept], renumbered[number]
+    return has
 
 
 def _with_place(
@@ -318,10 +315,18 @@ def _beams_in_crystal(model: Experiment, s1: Array, phi: Array) -> Array:
 def _of_stills(
     table: ReflectionTable, models: Sequence[Experiment], number: NDArray[np.int64]
 ) -> dict[str, Array]:
-    """Metadata of stills; all images at once."""
+    """Metadata of stills; all images at once.
+
+    A scan whose images have no width is that many stills.
+    """
     settings = np.stack([model.crystal.A for model in models])
     s0 = np.stack([model.beam.s0 for model in models])
     wavelength = np.array([model.beam.wavelength for model in models])
     r = np.einsum("nij,nj->ni", settings[number], table["miller_index"].astype(float))
     offset = np.linalg.norm(r + s0[number], axis=1) - 1.0 / wavelength[number]
-    return {"BATCH": number.astype(float), "ewald_offset": offset, "panel": table["panel"]}
+    image = number
+    if any(model.scan is not None and model.scan.n_images > 1 for model in models):
+        table.require(["xyzcal.px"], "says which image of its scan a reflection is on")
+        frame = np.floor(table["xyzcal.px"][:, 2])
+        image = np.unique(np.stack([number, frame]), axis=1, return_inverse=True)[1].ravel()
+    return {"BATCH": image.astype(float), "ewald_offset": offset, "panel": table["panel"]}

@@ -232,8 +232,11 @@ def match_experiments(
     table.require(["id"], "says which experiment a reflection belongs to")
     positions = {e.identifier: i for i, e in enumerate(experiments) if e.identifier}
     number = table.columns["id"].astype(np.int64)
-    result = np.full(len(number), -1, dtype=np.int64)
-    for value in np.unique(number[number >= 0]).tolist():
+    values, which = np.unique(number, return_inverse=True)
+    position_of = np.full(len(values), -1, dtype=np.int64)
+    for row, value in enumerate(values.tolist()):
+        if value < 0:
+            continue
         identifier = table.identifiers.get(value, "")
         if identifier and positions:
             position = positions.get(identifier)
@@ -245,8 +248,8 @@ def match_experiments(
                 f"({identifier or 'no identifier'}), which is not among the {len(experiments)} "
                 "of the .expt; give the .expt and .refl of the same DIALS step"
             )
-        result[number == value] = position
-    return result
+        position_of[row] = position
+    return position_of[which]
 
 
 def _unpack(path: Path) -> dict[str, Any]:

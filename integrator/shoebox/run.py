@@ -93,13 +93,14 @@ def run_extraction(
         See the steps; also when ``d_min`` is beyond what the detector records.
     """
     settings = settings or MaskSettings()
-    tables = None if reflections is None else _tables_of_sweeps(experiments, reflections)
-    n_given, experiments = len(experiments), sweeps_of(experiments)
-    if len(experiments) < n_given:
+    usable = sweeps_of(experiments)
+    if len(usable) < len(experiments):
         logger.warning(
             "%d of %d experiments, stills or without a crystal, are left out",
-            *(n_given - len(experiments), n_given),
+            *(len(experiments) - len(usable), len(experiments)),
         )
+    tables = None if reflections is None else _tables_of_sweeps(experiments, reflections)
+    experiments = usable
     is_full = reflections is not None and is_full_set(reflections)
     predictions = _positions(experiments, tables, is_full, (d_min, d_max))
     with ExitStack() as stack:

@@ -1,0 +1,157 @@
+"""Experiment lists with members that have no crystal, with stills, and with scans of no width."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from twin_wedges import Twin, joined
+
+from fixtures.simulate import simulate
+from integrator.crystal.geometry import Experiment, Scan
+from integrator.errors import UserError
+from integrator.io.dials import (
+    read_experiments,
+    read_reflections,
+    write_experiments,
+    write_reflections,
+)
+from integrator.shoebox.run import run_extraction
+from integrator.shoebox.sweep import sweeps_of
+from pipelines.unmerged_dials import read_dials
+
+
+@pytest.fixture(scope="module")
+def twin(shared) -> Twin:
+    return Twin(shared / "data/hewl_nai", d_min=6.0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """16 simulated images."""
+    return simulate(tmp_path_factory.mktemp("tiny"), preset="tiny", seed=0)
+
+
+def read(folder, experiments, table):
+    write_experiments(folder / "x.expt", experiments)
+    write_reflections(folder / "x.refl", table)
+    return read_dials(folder / "x.refl", folder / "x.expt")
+
+
+def still(experiment: Experiment, image: int, identifier: str, n_images: int = 1) -> Experiment:
+    """A scan of no width, as stills of a sequence have."""
+    scan = Scan((image, image + n_images - 1), (0.0, 0.0))
+    crystal = replace(experiment.crystal, A_at_scan_points=None)
+    return replace(experiment, scan=scan, crystal=crystal, images=None, identifier=identifier)
+
+
+@pytest.mark.parametrize("identifiers", [("a", "b", "c"), ("", "", "")])
+def test_members_without_a_crystal_or_a_reflection_are_left_out(twin, tmp_path, identifiers):
+    first, wedge, last = identifiers
+    experiment, table = twin.wedge(101, 140, identifier=wedge)
+    expected = read(tmp_path, [experiment], table.select(np.arange(7, len(table))))
+    blank = replace(experiment, crystal=None, identifier=first)
+    table.columns["id"][:] = 1
+    table.columns["id"][:7] = 0  # strong spots of the lattice that was not indexed
+    names = dict(enumerate(identifiers)) if wedge else {}
+    table = replace(table, identifiers=names)
+    found = read(tmp_path, [blank, experiment, still(experiment, 5, last)], table)
+    np.testing.assert_array_equal(found.miller_index, expected.miller_index)
+    for name in ("ROT", "frame", "BATCH"):
+        np.testing.assert_array_equal(found.metadata[name], expected.metadata[name])
+
+
+def test_a_list_without_any_crystal_is_refused(twin, tmp_path):
+    experiment, table = twin.wedge(101, 140)
+    with pytest.raises(UserError, match="no experiment with a crystal"):
+        read(tmp_path, [replace(experiment, crystal=None)], table)
+
+
+def test_stills_may_have_scans_of_no_width(twin, tmp_path):
+    """Each is one image, as without a scan; before, angles and frames of width 0."""
+    wedges = [twin.wedge(n, n, identifier=f"still{n}") for n in (5, 9, 10)]
+    table = joined(wedges)
+    with_scan = [still(e, n, e.identifier) for (e, _), n in zip(wedges, (5, 9, 10), strict=True)]
+    without = [replace(e, scan=None, goniometer=None) for e in with_scan]
+    found, expected = (read(tmp_path, list_, table) for list_ in (with_scan, without))
+    assert found.n_images == 3
+    assert "ROT" not in found.metadata
+    assert found.metadata.keys() == expected.metadata.keys()
+    for name, values in expected.metadata.items():
+        np.testing.assert_array_equal(found.metadata[name], values, err_msg=name)
+    np.testing.assert_array_equal(found.wavelength, expected.wavelength)
+
+
+def test_a_scan_of_no_width_is_as_many_stills_as_images(twin, tmp_path):
+    experiment, table = twin.wedge(5, 9)
+    found = read(tmp_path, [still(experiment, 5, "twin", n_images=5)], table)
+    assert found.n_images == 5
+    on_image = np.unique(np.floor(table["xyzcal.px"][:, 2]), return_counts=True)[1]
+    np.testing.assert_array_equal(np.diff(found.image_starts), on_image)
+
+
+def test_stills_among_sweeps_are_refused(twin, tmp_path):
+    wedges = [twin.wedge(n, n, identifier=f"w{n}") for n in (5, 9)]
+    experiments = [wedges[0][0], still(wedges[1][0], 9, "w9")]
+    with pytest.raises(UserError, match="mixes sweeps and stills"):
+        read(tmp_path, experiments, joined(wedges))
+
+
+def lists_of(tiny, folder) -> dict[str, object]:
+    """Experiment lists about the simulated sweep, by what is unusual in them."""
+    document = json.loads(tiny.expt.read_text())
+    document["imageset"][0]["template"] = str(tiny.master)
+    sweep = document["experiment"][0]
+    blank = {k: v for k, v in sweep.items() if k != "crystal"} | {"identifier": "blank"}
+    image = {k: v for k, v in sweep.items() if k not in ("scan", "goniometer")}
+    image |= {"identifier": "still", "imageset": 1}
+    images = {"__id__": "ImageSet", "images": [str(tiny.master)], "single_file_indices": [0]}
+    flat = document["scan"][0] | {"oscillation": [0.0, 0.0]}
+    made = {
+        "no crystal": {**document, "experiment": [blank]},
+        "one without": {**document, "experiment": [blank, sweep]},
+        "a still": {
+            **document, "experiment": [sweep, image],
+            "imageset": [*document["imageset"], images],
+        },
+        "no width": {**document, "scan": [flat]},
+    }  # fmt: skip
+    for name, content in made.items():
+        (folder / f"{name}.expt").write_text(json.dumps(content))
+    return {name: folder / f"{name}.expt" for name in made}
+
+
+def test_boxes_are_those_of_the_sweep_alone(tiny, tmp_path, caplog):
+    lists = lists_of(tiny, tmp_path)
+    table = read_reflections(tiny.refl)
+    alone = run_extraction(read_experiments(tiny.expt), 4.0, tmp_path / "a.h5", reflections=table)
+    for name in ("one without", "a still"):
+        caplog.clear()
+        experiments = read_experiments(lists[name])
+        store = run_extraction(experiments, 4.0, tmp_path / "b.h5", reflections=table)
+        assert "1 of 2 experiments, stills or without a crystal, are left out" in caplog.text
+        assert len(store.experiments) == 1
+        for ours, theirs in zip(
+            store.read_raw(slice(0, len(store))), alone.read_raw(slice(0, len(alone))), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+        # what was integrated can be written, also where no identifier tells its place
+        experiments = [replace(e, identifier="") for e in experiments]
+        write_experiments(tmp_path / "source.expt", experiments)
+        (kept,) = sweeps_of(experiments)
+        write_experiments(tmp_path / "kept.expt", [kept], source=tmp_path / "source.expt")
+        (again,) = read_experiments(tmp_path / "kept.expt")
+        assert again.crystal is not None
+        assert again.scan == kept.scan
+        store.close()
+    alone.close()
+
+
+@pytest.mark.parametrize(("name", "says"), [("no crystal", "no crystal"), ("no width", "a still")])
+def test_lists_without_a_sweep_are_refused(tiny, tmp_path, name, says):
+    expt = lists_of(tiny, tmp_path)[name]
+    table = read_reflections(tiny.refl)
+    with pytest.raises(UserError, match=says):
+        run_extraction(read_experiments(expt), 4.0, tmp_path / "x.h5", reflections=table)
