@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pickle
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import hdf5plugin
 import numpy as np
 import pytest
+from image_cases import dxtbx_imageset, edit, set_panel
 
 from integrator.crystal.geometry import Beam, Experiment, ImageFiles, Panel, Scan
 from integrator.errors import UserError
@@ -77,6 +79,25 @@ def test_compressed_cbf_frames_equal_dxtbx(cysteine):
         assert source.n_images == 15
         frames = {i: source.read(i) for i in (0, 7, 14)}
         assert_frames_equal(frames, source.static_mask(), theirs.imageset)
+
+
+def test_cbf_frames_with_a_mask_and_a_trusted_range_equal_dxtbx(cysteine, tmp_path):
+    _, theirs = cysteine
+    flex = importlib.import_module("scitbx.array_family.flex")
+    fast, slow = theirs.detector[0].get_image_size()
+    mask = flex.bool(flex.grid(slow, fast), True)
+    mask[100:200, 300:500] = flex.bool(flex.grid(100, 200), False)
+    (tmp_path / "pixels.mask").write_bytes(pickle.dumps((mask,)))
+    path = tmp_path / "x.expt"
+    importlib.import_module("dxtbx.model").ExperimentList([theirs]).as_file(str(path))
+    edit(path, lambda e: e["imageset"][0].update(mask="pixels.mask"))
+    set_panel(path, trusted_range=(-1, 7))
+    with open_frames(read_experiments(path)[0]) as source:
+        frames = {i: source.read(i) for i in (0, 9)}
+        static_mask = source.static_mask()
+        assert source.n_overloads > 0
+    assert not static_mask[0][100:200, 300:500].any()
+    assert_frames_equal(frames, static_mask, dxtbx_imageset(path))
 
 
 def test_smv_frames(experiment_list, tmp_path):
