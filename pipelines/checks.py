@@ -8,16 +8,31 @@ from pathlib import Path
 import gemmi
 import numpy as np
 
+from integrator.crystal.geometry import Experiment
 from integrator.crystal.lattice import check_lattice
 from integrator.errors import UserError
 from integrator.io.dials import read_experiments
+from integrator.io.file_kinds import (
+    DATA_FILE,
+    EXPERIMENTS,
+    MASTER,
+    MTZ,
+    REFLECTIONS,
+    file_kind,
+)
+from integrator.io.images import open_frames
+from integrator.shoebox.predict import require_recorded
+from integrator.shoebox.run import MIN_ROWS
 from integrator.shoebox.sweep import sweeps_of
 from merge.io.dataset_split import wavelength_groups
+from merge.io.mtz import read_merged_mtz
 from pipelines.atomic_model import check_same_crystal, read_model
 from pipelines.config import DialsConfig, RunConfig
 
 #: Largest relative difference of cell edges between sweeps that are merged into one crystal form.
 CELL_TOLERANCE = 0.03
+#: Relative change of the detector's limit that refinement may bring.
+UNREFINED = 0.03
 
 
 def check_input(config: RunConfig) -> None:
@@ -34,7 +49,11 @@ def check_input(config: RunConfig) -> None:
         A file is missing, the sweeps cannot be merged, or the model is of another crystal.
     """
     config.require("expt", "refl", "out")
+    check_pair(config.expt, config.refl)
+    if config.reference is not None:
+        read_merged_mtz(config.reference)
     experiments = sweeps_of(read_experiments(config.expt))
+    check_frames(experiments, config.extraction.d_min)
     crystals = [e.crystal for e in experiments]
     one_wavelength([e.beam.wavelength for e in experiments])
     cell, space_group = crystal_form(
@@ -44,16 +63,91 @@ def check_input(config: RunConfig) -> None:
         check_same_crystal(read_model(config.model), cell, space_group, config.model)
 
 
-def check_known_crystal(dials: DialsConfig, model: Path | None) -> None:
+def check_pair(expt: Path, refl: Path) -> None:
+    """Check that EXPT and REFL are what their names say.
+
+    Raises
+    ------
+    UserError
+    """
+    kinds = file_kind(expt), file_kind(refl)
+    if kinds == (REFLECTIONS, EXPERIMENTS):
+        raise UserError(f"EXPT and REFL are swapped; give {refl} {expt}")
+    for name, path, wanted, kind in zip(
+        ("EXPT", "REFL"), (expt, refl), (EXPERIMENTS, REFLECTIONS), kinds, strict=True
+    ):
+        if kind not in (None, wanted):
+            hint = "; for images there is `braggflux process`" if kind == MASTER else ""
+            raise UserError(f"{name}: {path} is {kind}; {wanted} is needed here{hint}")
+
+
+def check_frames(
+    experiments: Sequence[Experiment], d_min: float | None, tolerance: float = 0.0
+) -> None:
+    """Check that the frames of sweeps are there, and that the detector records ``d_min``.
+
+    Raises
+    ------
+    UserError
+    """
+    require_recorded(experiments, d_min, tolerance)
+    for experiment in experiments:
+        open_frames(experiment).close()
+
+
+def check_images(images: Sequence[Path]) -> None:
+    """Check that images are no DIALS files or data files without their master.
+
+    Raises
+    ------
+    UserError
+    """
+    for path in images:
+        kind = file_kind(path)
+        if kind in (EXPERIMENTS, REFLECTIONS):
+            raise UserError(
+                f"{path} is {kind} and no image; for DIALS files there is `braggflux run EXPT "
+                "REFL`"
+            )
+        if kind in (DATA_FILE, MTZ):
+            raise UserError(f"{path} is {kind}; give the master file, or all frames of a sweep")
+
+
+def check_imported(expt: Path, d_min: float | None) -> None:
+    """Check what DIALS has imported, before it works for minutes.
+
+    Raises
+    ------
+    UserError
+        Images are missing, or ``d_min`` is beyond the detector.
+    """
+    try:
+        experiments = read_experiments(expt)
+    except UserError:
+        return  # said of the refined experiments, which DIALS may have made readable
+    check_frames(experiments, d_min, UNREFINED)
+
+
+def check_known_crystal(
+    dials: DialsConfig, model: Path | None, d_min: float | None = None
+) -> None:
     """Check the crystal that the user names to DIALS, before DIALS works for minutes.
 
     Raises
     ------
     UserError
         The space group does not exist, or contradicts the cell or the model; or the model cannot
-        be read.
+        be read; or the cell has next to no reflections to ``d_min`` [A].
     """
     structure = None if model is None else read_model(model)
+    cell = dials.unit_cell or (structure and structure.cell.parameters)
+    if d_min is not None and cell:
+        n = len(gemmi.make_miller_array(gemmi.UnitCell(*cell), gemmi.SpaceGroup("P 1"), d_min))
+        if n < MIN_ROWS:
+            raise UserError(
+                f"d_min of {d_min:g} A leaves {n} reflections of a crystal of this cell: give a "
+                "smaller --d-min"
+            )
     if dials.space_group is None:
         return
     space_group = gemmi.find_spacegroup_by_name(dials.space_group)

@@ -19,12 +19,13 @@ import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from integrator.errors import UserError
-from pipelines import log
+from pipelines import log, schema
 from pipelines.provenance import package_version
 from pipelines.runtime import tune_process
 
@@ -75,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--verbose", action="store_true", help="more messages")
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        flags = re.findall(r"--[a-z][a-z-]*", command.format_usage())
+        command.set_defaults(run=module.run, flags=flags)
     return parser
 
 
@@ -83,8 +85,10 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     """Parse, and send the user with an unknown flag to the help of the command that was given."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
+        word = unknown[0].partition("=")[0]
         raise UserError(
             f"unrecognized arguments: {' '.join(unknown)}; see `braggflux {args.command} --help`"
+            f"{schema.did_you_mean(word, args.flags) if word.startswith('--') else ''}"
         )
     return args
 

@@ -71,11 +71,16 @@ class DialsChain:
         self.config = config
         self.d_min = d_min
 
+    def imported(self) -> Path:
+        """Import the images; return imported.expt."""
+        images = [str(path.absolute()) for path in self.config.images]
+        self.step("import", images, ["imported.expt"], extra=self.config.import_args)
+        return self.folder / "imported.expt"
+
     def geometry(self) -> tuple[Path, Path]:
         """Import, find spots, index and refine; return refined.expt and refined.refl."""
         config, nproc = self.config, f"nproc={self._nproc}"
-        images = [str(path.absolute()) for path in config.images]
-        self.step("import", images, ["imported.expt"], extra=config.import_args)
+        self.imported()
         self.step(
             "find_spots",
             ["imported.expt"],

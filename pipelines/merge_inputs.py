@@ -12,6 +12,7 @@ import gemmi
 
 from integrator.crystal.lattice import check_lattice
 from integrator.errors import UserError
+from integrator.io.file_kinds import DATA_FILE, MASTER, MODEL, SHOEBOXES, file_kind
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.grouping import GroupStore, combine_group
 from merge.intensities.saved_scale import scale_file
@@ -118,6 +119,15 @@ class MergeInputs:
             )
         return [combine_friedel(*data)]
 
+    def require_files(self, config: IntensityMergeConfig) -> None:
+        """Raise :class:`UserError` unless the files that are named exist, the inputs by kind."""
+        check_unmerged(self.paths)
+        named = {"--prior-model": self.prior_model}
+        named |= {"--reference-intensities": config.reference_intensities}
+        for what, path in named.items():
+            if path is not None and not path.is_file():
+                raise UserError(f"{what}: {path} does not exist; correct the path")
+
     def open_folder(self, config: IntensityMergeConfig) -> None:
         """Begin to write: the settings, the versions and inputs, and the log."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -140,6 +150,22 @@ class MergeInputs:
         path = self.out / "provenance.json"
         record = json.loads(path.read_text(encoding="utf-8")) | {"ended": provenance.now()}
         write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def check_unmerged(paths: Sequence[Path]) -> None:
+    """Check that inputs of `merge` and `convert` are no images, boxes or models.
+
+    Raises
+    ------
+    UserError
+    """
+    for path in paths:
+        kind = file_kind(path)
+        if kind in (MASTER, DATA_FILE, SHOEBOXES, MODEL):
+            raise UserError(
+                f"{path} is {kind}; unmerged reflections are needed here: integrate first, with "
+                "`braggflux process` or `braggflux run`"
+            )
 
 
 def parse_parents(text: str | None) -> tuple[int | None, ...] | None:

@@ -23,6 +23,7 @@ from pipelines.merge_inputs import MergeInputs
 from pipelines.merge_metrics import write_metrics
 from pipelines.merge_outputs import write_dataset
 from pipelines.merge_settings import say_what_data_leave_idle, settled
+from pipelines.outputs import MERGE_RESULTS, require_free_folder
 from pipelines.reference_amplitudes import reference_amplitudes
 from pipelines.rundir import write_rows
 from pipelines.stream_merging import is_streamed, merge_stores
@@ -42,6 +43,8 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
     ------
     UserError
     """
+    require_free_folder(inputs.out, MERGE_RESULTS)
+    inputs.require_files(config)
     config = settled(
         config,
         inputs.parents,

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from integrator.errors import UserError
+from merge.io.mtz import read_merged_mtz
 from pipelines import log
-from pipelines.checks import check_input, check_known_crystal
+from pipelines.checks import check_images, check_imported, check_input, check_known_crystal
 from pipelines.compare import PEAKS, compare, show
 from pipelines.config import RunConfig
+from pipelines.device import choose_device
 from pipelines.dials_chain import DialsChain, Reference
 from pipelines.report.epochs import show_peaks
 from pipelines.report.html import write_report
@@ -41,14 +43,17 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     """
     if not config.dials.images:
         raise UserError("no images are given; name an HDF5 master file or all frames of a sweep")
-    if truth is not None and not truth.is_file():
-        raise UserError(f"--truth {truth} does not exist; give an MTZ file with F(+), F(-)")
+    if truth is not None:
+        read_merged_mtz(truth)
     config.require("out")
-    check_known_crystal(config.dials, config.model)
+    choose_device(config.training.device)
+    check_images(config.dials.images)
+    check_known_crystal(config.dials, config.model, config.extraction.d_min)
     directory = RunDirectory(config.out)
     directory.check_free(resume=resume)
     chain = DialsChain(directory.dials, config.dials, config.extraction.d_min)
     log.attach_file(directory.log_file)
+    check_imported(chain.imported(), config.extraction.d_min)
     expt, refl = chain.geometry()
     config = replace(config, expt=expt, refl=refl)
     check_input(config)

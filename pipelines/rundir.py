@@ -32,6 +32,7 @@ from integrator.atomic import replacing
 from integrator.errors import UserError
 from pipelines import log, provenance, schema
 from pipelines.config import RunConfig
+from pipelines.outputs import holds_merge
 
 if TYPE_CHECKING:
     from pipelines.anomalous import SitePeak
@@ -147,6 +148,8 @@ class RunDirectory:
             raise UserError(f"{self.path} is a file; --out must name a folder")
         if not self.path.is_dir():
             return
+        if holds_merge(self.path):
+            raise UserError(f"{self.path} holds a result of merge; choose another --out")
         found = {p.name for p in self.path.iterdir()}
         if self.config_file.is_file():
             if self.latest_file.is_file() and not resume:

@@ -9,9 +9,11 @@ JSON is a subset; no object tags.
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import math
 import types
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -47,6 +49,7 @@ def from_mapping(cls: type[Options], mapping: Any, section: str = "") -> Options
         valid = ", ".join(names) if names else "none"
         raise UserError(
             f"unknown configuration key{where}: {', '.join(unknown)}; valid keys are {valid}"
+            f"{did_you_mean(unknown[0], names)}"
         )
     values = {}
     for name, value in mapping.items():
@@ -80,13 +83,27 @@ def updated(options: Options, overrides: dict[str, Any]) -> Options:
     valid = flatten(mapping)
     for key, value in overrides.items():
         if key not in valid:
-            raise UserError(f"unknown configuration key: {key}; valid keys are {', '.join(valid)}")
+            raise UserError(
+                f"unknown configuration key: {key}"
+                + (did_you_mean(key, valid) or f"; valid keys are {', '.join(valid)}")
+            )
         *parents, name = key.split(".")
         node = mapping
         for parent in parents:
             node = node[parent]
         node[name] = value
     return from_mapping(type(options), mapping)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggest names like ``word``, by the last part of dotted ones too: "; did you mean ...?"."""
+    names = list(known)
+    last = {name: name.rpartition(".")[2] for name in names}
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.85)
+    if not near:
+        ends = difflib.get_close_matches(word.rpartition(".")[2], set(last.values()), cutoff=0.75)
+        near = [name for end in ends for name in names if last[name] == end][:3]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def annotated_yaml(options: Any) -> str:

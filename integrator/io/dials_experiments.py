@@ -23,6 +23,7 @@ from integrator.atomic import replacing
 from integrator.crystal.geometry import Experiment, ExternalLookup, ImageFiles, Scan
 from integrator.errors import UserError
 from integrator.io import dials_models as models
+from integrator.io.file_kinds import EXPERIMENTS, file_kind
 
 Block = dict[str, Any]
 
@@ -125,6 +126,8 @@ def _load(path: Path) -> Block:
             f"cannot read {path}: {error.strerror}; give an existing .expt file"
         ) from error
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        if (kind := file_kind(path)) not in (None, EXPERIMENTS):
+            raise UserError(f"{path} is {kind}; {EXPERIMENTS} is needed here") from error
         raise UserError(
             f"{path} is not JSON ({error}); give an .expt file as written by DIALS"
         ) from error

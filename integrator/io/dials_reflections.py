@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from integrator.atomic import replacing
 from integrator.crystal.geometry import Experiment
 from integrator.errors import UserError
+from integrator.io.file_kinds import REFLECTIONS, file_kind
 
 log = logging.getLogger(__name__)
 
@@ -259,6 +260,9 @@ def _unpack(path: Path) -> dict[str, Any]:
         raise UserError(
             f"cannot read {path}: {error.strerror}; give an existing .refl file"
         ) from error
+    kind = file_kind(path)
+    if kind not in (None, REFLECTIONS):
+        raise UserError(f"{path} is {kind}; {REFLECTIONS} is needed here")
     try:
         document = msgpack.unpackb(raw, strict_map_key=False)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:

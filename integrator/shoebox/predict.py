@@ -9,7 +9,7 @@ we solve the crossing in a scan-varying crystal exactly where DIALS replaces the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import gemmi
@@ -210,6 +210,31 @@ def candidate_indices(crystal: Crystal, d_min: float) -> np.ndarray:
     hkl = hkl[hkl.any(axis=1)]
     centring = np.array(crystal.space_group.operations().cen_ops)  # multiples of 1 / Op.DEN
     return hkl[(hkl @ centring.T % gemmi.Op.DEN == 0).all(axis=1)]
+
+
+def require_recorded(
+    experiments: Sequence[Experiment], d_min: float | None, tolerance: float = 0.0
+) -> None:
+    """Refuse a resolution limit that is beyond what the detector records.
+
+    Parameters
+    ----------
+    experiments : sequence of Experiment
+    d_min : float or None
+        [A]
+    tolerance : float
+        Relative; of a geometry that is not refined yet.
+
+    Raises
+    ------
+    UserError
+    """
+    limit = min(map(detector_limit, experiments), default=0.0)
+    if d_min is not None and d_min < limit * (1 - tolerance):
+        raise UserError(
+            f"d_min of {d_min:g} A is beyond the detector, whose corners record {limit:.2f} A: "
+            f"give --d-min {np.ceil(limit * 100) / 100:.2f} or larger"
+        )
 
 
 def detector_limit(experiment: Experiment) -> float:

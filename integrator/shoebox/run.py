@@ -26,12 +26,15 @@ from integrator.shoebox.predict import (
     detector_limit,
     predict_reflections,
     prediction_from_columns,
+    require_recorded,
 )
 from integrator.shoebox.spikes import QuietFrames
 from integrator.shoebox.sweep import Sweep, sweeps_of
 
 logger = logging.getLogger(__name__)
 
+MIN_ROWS = 10
+"""Fewer reflections than these, of more, mean that the resolution limit is a mistake."""
 NEIGHBOUR_RESOLUTION = 0.9
 """Spots are predicted to this part of the smallest d of the list, to know all its neighbours."""
 
@@ -166,19 +169,34 @@ def _positions(
 ) -> list[Prediction]:
     """Predictions of each sweep within ``limits`` (d_min, d_max): the tables' own, if full."""
     d_min, d_max = limits
-    if d_min is not None:
-        limit = min(map(detector_limit, experiments))
-        if d_min < limit:
-            raise UserError(
-                f"d_min of {d_min:g} A is beyond the detector, whose corners record "
-                f"{limit:.2f} A: give --d-min {np.ceil(limit * 100) / 100:.2f} or larger"
-            )
+    require_recorded(experiments, d_min)
+    if tables is not None and d_min is not None:
+        _require_rows(experiments, tables, d_min)
     if tables is not None and is_full:
         return _from_tables(experiments, tables, d_min, d_max)
     predictions = [predict_reflections(e, d_min, d_max=d_max) for e in experiments]
     if tables is not None:
         _require_agreement(experiments, tables, predictions)
     return predictions
+
+
+def _require_rows(
+    experiments: Sequence[Experiment], tables: Sequence[ReflectionTable], d_min: float
+) -> None:
+    """Refuse a resolution limit that leaves next to nothing of the tables."""
+    parts = [
+        1 / np.linalg.norm(index[(index != 0).any(1)] @ experiment.crystal.A.T, axis=1)
+        for experiment, table in zip(experiments, tables, strict=True)
+        if "miller_index" in table
+        for index in [table["miller_index"]]
+    ]
+    d = np.concatenate([*parts, np.zeros(0)])
+    n_kept = int(np.count_nonzero(d >= d_min))
+    if n_kept < min(MIN_ROWS, len(d)):
+        raise UserError(
+            f"d_min of {d_min:g} A leaves {n_kept} of the {len(d)} reflections of "
+            f"{tables[0].source}, which reach {d.min():.2f} A: give a smaller --d-min"
+        )
 
 
 def _from_tables(

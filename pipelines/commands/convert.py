@@ -40,11 +40,14 @@ def run(args: argparse.Namespace) -> None:
     """Check the arguments and convert."""
     from merge.io.store_conversion import convert_to_store
     from merge.io.unmerged_store import SUFFIX, UnmergedStore
-    from pipelines.merge_inputs import parse_space_group, parse_unit_cell
+    from pipelines.merge_inputs import check_unmerged, parse_space_group, parse_unit_cell
+    from pipelines.outputs import require_free_file
 
     if args.out.suffix != SUFFIX:
         raise UserError(f"--out {args.out} must end in {SUFFIX}, by which merge knows a store")
     group, cell = parse_space_group(args.space_group), parse_unit_cell(args.unit_cell)
+    require_free_file(args.out)
+    check_unmerged([args.input])
     convert_to_store(args.input, args.out, space_group=group, cell=cell)
     with UnmergedStore(args.out) as store:
         logger.info("%d observations on %d images", len(store), store.n_images)

@@ -41,7 +41,11 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(args, FLAGS, fixed)
     config.require("expt", "refl")
 
+    from pipelines.checks import check_pair
     from pipelines.extraction import extract
+    from pipelines.outputs import require_free_file
 
+    require_free_file(args.out)
+    check_pair(config.expt, config.refl)
     extract(config, args.out)
     logger.info("wrote %s", args.out)

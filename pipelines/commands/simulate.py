@@ -49,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
     """Simulate."""
     from fixtures.presets import effect_overrides
     from fixtures.simulate import simulate
-    from pipelines import log, schema
+    from pipelines import log, outputs, schema
 
+    outputs.require_free_folder(args.out, outputs.SIMULATE_RESULTS)
     seed = schema.coerce(args.seed, int, "--seed")
     if args.preset == "stills":
         _run_stills(args, seed)

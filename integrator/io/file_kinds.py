@@ -1,0 +1,59 @@
+"""What a file is, by its content, for messages: people swap arguments and confuse suffixes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+
+EXPERIMENTS = "a DIALS experiment list (.expt)"
+REFLECTIONS = "a DIALS reflection table (.refl)"
+MASTER = "an HDF5 master file of images"
+DATA_FILE = "an HDF5 file of images without a description of the experiment"
+MTZ = "an MTZ file"
+MODEL = "a model (PDB)"
+SHOEBOXES = "a store of shoeboxes (braggflux extract)"
+_STORES = {
+    "braggflux-shoeboxes": SHOEBOXES,
+    "braggflux-intensities": "a table of photon counts of a run (intensities.h5)",
+    "braggflux unmerged": "a store of unmerged reflections (braggflux convert)",
+}
+_BEGINNINGS = (
+    (b"MTZ ", MTZ),
+    (b"CrystFEL stream", "a CrystFEL stream"),
+    (b"!FORMAT=XDS_ASCII", "an XDS file"),
+    (b"###CBF", "an image (CBF)"),
+    (b"HEADER", MODEL),
+    (b"CRYST1", MODEL),
+    (b"REMARK", MODEL),
+    (b"TITLE ", MODEL),
+    (b"data_", "an mmCIF file"),
+)
+
+
+def file_kind(path: str | Path) -> str | None:
+    """Name the kind of a file in words; None for one that cannot be read or is not known."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return None
+    if b"dials::af::reflection_table" in head[:64]:
+        return REFLECTIONS
+    if head.lstrip()[:1] == b"{" and b"ExperimentList" in head:
+        return EXPERIMENTS
+    if head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return _hdf5_kind(path)
+    return next((kind for begin, kind in _BEGINNINGS if head.startswith(begin)), None)
+
+
+def _hdf5_kind(path: str | Path) -> str:
+    try:
+        with h5py.File(path, "r") as file:
+            kind = _STORES.get(str(file.attrs.get("format")))
+            entry = file.get("entry")
+            if kind is None and isinstance(entry, h5py.Group) and "data" in entry:
+                kind = MASTER if {"instrument", "definition"} & set(entry) else DATA_FILE
+    except OSError:
+        kind = None
+    return kind or "an HDF5 file"
