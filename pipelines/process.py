@@ -44,6 +44,8 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     if not config.dials.images:
         raise UserError("no images are given; name an HDF5 master file or all frames of a sweep")
     if truth is not None:
+        if not truth.is_file():
+            raise UserError(f"--truth {truth} does not exist; give an MTZ file with F(+), F(-)")
         read_merged_mtz(truth)
     config.require("out")
     choose_device(config.training.device)

@@ -192,7 +192,7 @@ def _require_rows(
     ]
     d = np.concatenate([*parts, np.zeros(0)])
     n_kept = int(np.count_nonzero(d >= d_min))
-    if n_kept < min(MIN_ROWS, len(d)):
+    if 0 < n_kept < min(MIN_ROWS, len(d)):  # of none the steps that follow speak
         raise UserError(
             f"d_min of {d_min:g} A leaves {n_kept} of the {len(d)} reflections of "
             f"{tables[0].source}, which reach {d.min():.2f} A: give a smaller --d-min"
