@@ -77,7 +77,8 @@ def compare_true_counts(
     dials : ReflectionTable, optional
         DIALS' integrated.refl.
     path : Path
-        ``.npz`` with ``miller_index``, ``xyz_px`` and ``photons``.
+        ``.npz`` with ``miller_index``, ``xyz_px`` (frames as in the tables: DIALS' array
+        indices) and ``photons``.
     """
     if len(np.unique(ours["id"])) > 1:
         reason = "the true photons are of one sweep, the run has several"

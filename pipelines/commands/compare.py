@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--true-counts",
         type=Path,
         metavar="NPZ",
-        help="true photons: arrays miller_index, xyz_px (fast, slow, frame), photons",
+        help="true photons: arrays miller_index, xyz_px (frame: DIALS' array index), photons",
     )
 
 

@@ -53,6 +53,16 @@ def tiny(tmp_path_factory):
     return simulate(tmp_path_factory.mktemp("tiny"), preset="tiny", seed=0)
 
 
+@pytest.fixture(scope="module")
+def dxtbx_list(dials):
+    """Give dxtbx's reader of experiment lists."""
+    os.environ.setdefault("LIBTBX_BUILD", DEBIAN_BUILD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from dxtbx.model.experiment_list import ExperimentListFactory
+    return ExperimentListFactory
+
+
 def read(folder, name, wedges):
     """Unmerged observations of wedges after a way through files."""
     write_experiments(folder / f"{name}.expt", [experiment for experiment, _ in wedges])
@@ -118,6 +128,44 @@ def test_wedges_with_different_starts_in_any_order(twin, tmp_path):
         straight.metadata[SWEEP][order], 2 - swapped.metadata[SWEEP][back]
     )
     np.testing.assert_array_equal(straight.intensity[order], swapped.intensity[back])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_in_any_order_on_any_numbers(twin, tmp_path, seed):
+    """What is read does not depend on row order, and on image numbers only in BATCH."""
+    rng = np.random.default_rng(seed)
+    first = int(rng.integers(1, 300))
+    last = first + int(rng.integers(5, 90))
+    call_first = int(rng.integers(0, 5000))
+    experiment, table = twin.wedge(first, last, call_first=call_first)
+    experiment = replace(experiment, images=None)
+    found = read(tmp_path, "a", [(experiment, table.select(rng.permutation(len(table))))])
+    expected = read(tmp_path, "b", [twin.wedge(first, last)])
+
+    def ordered(data):
+        order = np.lexsort((*data.miller_index.T, data.metadata["ROT"].round(6)))
+        return data.metadata["BATCH"][order], data.metadata["ROT"][order], data.intensity[order]
+
+    batch, *rest = ordered(found)
+    old_batch, *old_rest = ordered(expected)
+    np.testing.assert_allclose(rest, old_rest, atol=1e-9)
+    np.testing.assert_array_equal(batch - call_first, old_batch - first)
+
+
+def test_through_dials_and_back(dxtbx_list, twin, tmp_path):
+    from dials.array_family import flex
+
+    ranges = ((101, 130), (301, 320))
+    wedges = [twin.wedge(a, b, identifier=f"w{a}") for a, b in ranges]
+    expected = read(tmp_path, "ours", wedges)
+    table = flex.reflection_table.from_file(str(tmp_path / "ours.refl"))
+    experiments = dxtbx_list.from_json_file(str(tmp_path / "ours.expt"), check_format=False)
+    table.assert_experiment_identifiers_are_consistent(experiments)
+    table.as_file(str(tmp_path / "theirs.refl"))
+    experiments.as_file(str(tmp_path / "theirs.expt"))
+    found = read_dials(tmp_path / "theirs.refl", tmp_path / "theirs.expt")
+    assert_same_observations(found, expected)
+    np.testing.assert_array_equal(found.metadata["BATCH"], expected.metadata["BATCH"])
 
 
 @pytest.mark.parametrize("start", [-4, 0, 1, 2, 7, 20001])
@@ -204,16 +252,6 @@ def frames_by_dxtbx(dxtbx_list, path) -> list[list[int]]:
         begin, end = experiment.scan.get_array_range()
         found.append(indices[begin - first : end - first])
     return found
-
-
-@pytest.fixture(scope="module")
-def dxtbx_list(dials):
-    """Give dxtbx's reader of experiment lists."""
-    os.environ.setdefault("LIBTBX_BUILD", DEBIAN_BUILD)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from dxtbx.model.experiment_list import ExperimentListFactory
-    return ExperimentListFactory
 
 
 @pytest.mark.parametrize(

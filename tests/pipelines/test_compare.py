@@ -111,6 +111,24 @@ def test_observations_in_another_order_and_on_another_scale(run, tmp_path):
     assert value(rows, alone, "all", "count", REFERENCE) == 600
 
 
+def test_sweeps_pair_by_their_identifiers(run, tmp_path):
+    """DIALS may list them in another order; a sweep that the run lacks pairs with nothing."""
+    table = observations(3000)
+    table.columns["id"] = (np.arange(3000) % 3).astype(np.int32)
+    ours = table.select(table["id"] < 2)
+    ours.identifiers.update({0: "a", 1: "b"})
+    dials = ReflectionTable(dict(table.columns), {2: "a", 0: "b", 1: "c"})
+    dials.columns["id"] = (table["id"] + 2) % 3  # a, b, c are 2, 0, 1 now
+    write_reflections(run.integrated_refl, ours)
+    write_reflections(tmp_path / "dials.refl", dials)
+    rows = compare(run, integrated=tmp_path / "dials.refl")
+    title = "observations by I/sigma of DIALS"
+    assert value(rows, title, "all > 3", "cc", BOTH) == pytest.approx(1.0)
+    alone = "observations in one table only"
+    assert value(rows, alone, "all", "count", OURS) == 0
+    assert value(rows, alone, "all", "count", REFERENCE) == 1000
+
+
 def test_errors_against_true_photons(run, tmp_path):
     rng = np.random.default_rng(3)
     table = observations(20000)
