@@ -50,7 +50,13 @@ class Beam:
 
     @property
     def s0(self) -> Array:
-        """Incident beam vector, (3,) [1/A], pointing from the source to the sample."""
+        """Incident beam vector, (3,) [1/A], pointing from the source to the sample.
+
+        The mean of a scan-varying one: refinement may leave ``direction`` far from it, with the
+        detector moved in turn.
+        """
+        if self.s0_at_scan_points is not None:
+            return self.s0_at_scan_points.mean(axis=0)
         return -self.direction / np.linalg.norm(self.direction) / self.wavelength
 
 

@@ -166,32 +166,32 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
             values["images"] = images and replace(
                 images, lookup=_decode_lookup(blocks["imageset"])
             )
-        experiment = Experiment(**values)
-        _check_scan_points(experiment)
-        experiments.append(experiment)
+        experiments.append(_checked_scan_points(Experiment(**values)))
     return experiments
 
 
-def _check_scan_points(experiment: Experiment) -> None:
-    """Refuse a crystal that does not fit the scan; say so of beam and goniometer.
+def _checked_scan_points(experiment: Experiment) -> Experiment:
+    """Refuse a crystal that does not fit the scan; drop what beam and goniometer have too much.
 
     ``dials.slice_sequence`` cuts the crystal to the images and leaves the others as they were.
     """
-    scan, crystal = experiment.scan, experiment.crystal
-    beam, goniometer = experiment.beam, experiment.goniometer
+    scan = experiment.scan
     images = "no scan" if scan is None else f"{scan.n_images} images"
-    varying = {
-        "crystal": crystal and crystal.A_at_scan_points,
-        "beam": beam.s0_at_scan_points,
-        "goniometer": goniometer and goniometer.setting_rotation_at_scan_points,
-    }
-    for name, points in varying.items():
-        if points is None or (scan is not None and len(points) == scan.n_images + 1):
+    for name, points in (
+        ("crystal", "A_at_scan_points"),
+        ("beam", "s0_at_scan_points"),
+        ("goniometer", "setting_rotation_at_scan_points"),
+    ):
+        model = getattr(experiment, name)
+        values = getattr(model, points, None)
+        if values is None or (scan is not None and len(values) == scan.n_images + 1):
             continue
-        message = f"the {name} has {len(points)} scan points for {images}"
+        message = f"the {name} has {len(values)} scan points for {images}"
         if name == "crystal":
             raise ValueError(message)
         log.warning("%s; its static values are used, as DIALS does", message)
+        experiment = replace(experiment, **{name: replace(model, **{points: None})})
+    return experiment
 
 
 def _decode_images(block: Block, scan: Scan | None) -> ImageFiles | None:
