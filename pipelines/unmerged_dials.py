@@ -22,9 +22,9 @@ from integrator.io.dials import (
 from integrator.io.intensity_file import is_intensity_file
 from merge.io.dataset_split import (
     cell_groups,
+    check_images,
     check_one_form,
     check_only_one,
-    image_cell_groups,
     split_by_sweep,
     split_by_wavelength,
 )
@@ -164,8 +164,10 @@ def read_dials_datasets(
     metadata |= {name: reflections[name] for name in _METADATA if name in reflections}
     cells = np.array([model.crystal.unit_cell.parameters for model in models])
     wavelength = np.array([model.beam.wavelength for model in models])
-    forms = image_cell_groups(cells) if is_still else cell_groups(cells)
-    check_one_form(cells, forms, str(experiments), "crystals")
+    if is_still:
+        check_images(cells, str(experiments), "crystals")
+    else:
+        check_one_form(cells, cell_groups(cells), str(experiments), "crystals")
     # with another group to come, the file's own need not fit
     symmetry = models[0].crystal.space_group if space_group is None else gemmi.SpaceGroup("P 1")
     data = make_unmerged(

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
-from merge.io.dataset_split import check_one_form, image_cell_groups
+from merge.io.dataset_split import check_images
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from merge.io.text_files import open_binary, stem_of
 
@@ -261,7 +261,7 @@ def _as_unmerged(
 ) -> UnmergedData:
     counts = [len(crystal) for crystal in crystals]
     cells = [crystal.cell for crystal in crystals]
-    check_one_form(cells, image_cell_groups(cells), str(path), "crystals")
+    check_images(cells, str(path), "crystals")
     names = [n for n in crystals[0].columns if all(n in c.columns for c in crystals)]
     columns = {n: np.concatenate([c.columns[n] for c in crystals]) for n in names}
     metadata = {n: c for n, c in columns.items() if n not in _REQUIRED}

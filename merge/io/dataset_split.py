@@ -91,6 +91,26 @@ def image_cell_groups(cells: ArrayLike) -> Groups:
     return np.zeros(n, dtype=np.int64)
 
 
+def check_images(cells: ArrayLike, source: str, what: str) -> None:
+    """Refuse the cells of many images, (n, 6), that form two groups; count the strays.
+
+    Raises
+    ------
+    UserError
+        As :func:`check_one_form`.
+    """
+    check_one_form(cells, image_cell_groups(cells), source, what)
+    place = _places(cells)
+    centre = np.median(place, axis=0)
+    usual = np.maximum(CELL_TOLERANCE, CLEAR_OF_SPREAD * np.array([_spread(v) for v in place.T]))
+    n_strays = int(np.any(np.abs(place - centre) > usual, axis=1).sum())
+    if n_strays:
+        log.warning(
+            "%s: %d of %d %s have cells far from those of the others; they are merged with them",
+            *(source, n_strays, len(place), what),
+        )
+
+
 def check_one_form(cells: ArrayLike, group: Groups, source: str, what: str) -> None:
     """Refuse an input with several crystal forms.
 
@@ -151,11 +171,14 @@ def split_data(
             continue
         image = np.unique(part.image, return_inverse=True)[1]
         parts.append(replace(part, image=image, name=name, labels=labels[k], cell=cells[k]))
+    known = [part.typical_wavelength or 0.0 for part in parts]
+    alike = len(parts) > 1 and len(set(wavelength_groups(known).tolist())) < len(parts)
     log.info(
-        "%s holds %d data sets, which share a scale and have amplitudes of their own: %s",
+        "%s holds %d data sets, which share a scale and have amplitudes of their own: %s%s",
         data.name,
         len(parts),
         ", ".join(_words(part) for part in parts),
+        "; --group makes one of sweeps of one crystal" if alike else "",
     )
     return parts
 
@@ -180,9 +203,29 @@ def split_by_wavelength(data: UnmergedData) -> list[UnmergedData]:
         return [data]
     first = np.unique(data.image, return_index=True)[1]
     group = image_wavelength_groups(data.wavelength[first], is_still=True)
+    if not group.any():
+        return [data]
     of_row = group[np.searchsorted(first, np.arange(len(data)), "right") - 1]
     n = int(group.max()) + 1
     return split_data(data, of_row, *_waves(data, [None] * n), [data.cell] * n)
+
+
+def check_one_beam(wavelength: ArrayLike, source: str) -> None:
+    """Refuse stills of two or more wavelengths [A], one each, where they would be mixed.
+
+    Raises
+    ------
+    UserError
+    """
+    values = np.asarray(wavelength, dtype=float)
+    group = image_wavelength_groups(values, is_still=True)
+    if group.any():
+        known = [float(np.median(values[group == k])) for k in range(group.max() + 1)]
+        raise UserError(
+            f"{source} has stills of {len(known)} wavelengths "
+            f"({', '.join(f'{value:.4f}' for value in known)} A) and one is needed here; write "
+            "each to a file of its own, or merge this one as it is"
+        )
 
 
 def split_by_sweep(

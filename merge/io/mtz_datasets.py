@@ -14,8 +14,8 @@ from merge.io.dataset_labels import DatasetLabels, DatasetNames
 from merge.io.dataset_split import (
     WAVELENGTH_TOLERANCE,
     cell_groups,
+    check_images,
     check_one_form,
-    image_cell_groups,
     image_wavelength_groups,
     wavelength_groups,
 )
@@ -90,7 +90,8 @@ def mtz_datasets(
     cells = [_cell(dataset, mtz) for dataset in first]
     parameters = [cell.parameters for cell in cells]
     check_one_form(parameters, cell_groups(parameters), str(path), "data sets")
-    _check_images(found, path)
+    if len(found.cells):
+        check_images(found.cells, str(path), "batches")
     labels = []
     for dataset, rows in zip(first, members, strict=True):
         value = float(np.median(wavelength[rows]))
@@ -158,12 +159,6 @@ def _is_per_image(found: _Batches) -> bool:
     if not found.is_still or len(numbers) <= len(found.dataset) / 2:
         return False
     return not image_wavelength_groups([d.wavelength for d in found.dataset], True).any()
-
-
-def _check_images(found: _Batches, path: Path) -> None:
-    """Refuse batches of two crystal forms."""
-    if len(found.cells):
-        check_one_form(found.cells, image_cell_groups(found.cells), str(path), "batches")
 
 
 def _names(dataset: gemmi.Mtz.Dataset | None) -> DatasetNames:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from integrator.atomic import replacing
 from integrator.errors import UserError
 from merge.io.dataset_labels import DatasetLabels, DatasetNames
-from merge.io.dataset_split import check_one_form, image_cell_groups
+from merge.io.dataset_split import check_images, check_one_beam
 from merge.io.observation_store import ObservationStore
 from merge.io.observations import UnmergedData
 
@@ -62,6 +62,7 @@ def write_unmerged_store(
 
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         starts, cells, weights = [0], [], []
+        pulses: list[NDArray[np.float64]] = []
         first: UnmergedData | None = None
         for chunk in chunks:
             if not len(chunk):
@@ -73,13 +74,17 @@ def write_unmerged_store(
             starts.extend((starts[-1] + chunk.image_starts[1:]).tolist())
             cells.append(chunk.cell.parameters)
             weights.append(chunk.n_images)
+            if chunk.wavelength is not None and not chunk.is_polychromatic:
+                pulses.append(chunk.wavelength[np.unique(chunk.image, return_index=True)[1]])
         if first is None:
             raise UserError(f"there are no observations to write to {path}; check the input")
         file["image_starts"] = np.array(starts, dtype=np.int64)
+        if pulses:
+            check_one_beam(np.concatenate(pulses), first.name)
         large = np.array(weights) >= MIN_IMAGES_OF_A_CELL
         if large.any():  # the last few crystals may be odd
             own = np.array(cells)[large]
-            check_one_form(own, image_cell_groups(own), first.name, "pieces")
+            check_images(own, first.name, "pieces")
         file.attrs["cell"] = np.average(cells, axis=0, weights=weights)
         file.attrs["space_group"] = (space_group or first.space_group).xhm()
         file.attrs["name"] = name or first.name

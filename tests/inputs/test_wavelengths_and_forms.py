@@ -10,10 +10,15 @@ import gemmi
 import mad_files as mad
 import numpy as np
 import pytest
+import torch
 from simulated_integration import write_integrated
+from simulated_merge import CELL as FORM
+from simulated_merge import SPACE_GROUP as FORM_GROUP
+from simulated_merge import simulate
 
 from integrator.errors import UserError
 from integrator.io.dials import read_reflections, write_reflections
+from integrator.io.intensity_file import write_intensities
 from merge.io.dataset_split import (
     cell_groups,
     image_cell_groups,
@@ -26,6 +31,7 @@ from merge.io.unmerged_store import write_unmerged_store
 from pipelines import cli
 from pipelines.checks import one_wavelength
 from pipelines.unmerged_dials import read_dials_datasets
+from pipelines.unmerged_photons import read_photon_table
 
 FAST = ("--epochs", "20", "--set", "network_width=8")
 
@@ -216,3 +222,79 @@ def test_gaps_in_dials_tables(column, tmp_path):
     for name, values in data.metadata.items():
         assert np.isfinite(values).all(), name
         np.testing.assert_array_equal(values, whole.metadata[name][kept])
+
+
+CRYSTAL = """--- Begin crystal
+Cell parameters 4.00000 5.00000 {c:.5f} nm, 90.00000 90.00000 90.00000 deg
+astar = +0.2500000 +0.0000000 +0.0000000 nm^-1
+bstar = +0.0000000 +0.2000000 +0.0000000 nm^-1
+cstar = +0.0000000 +0.0000000 {cs:+.7f} nm^-1
+num_reflections = {n}
+Reflections measured after indexing
+   h    k    l          I   sigma(I)       peak background  fs/px  ss/px panel
+{rows}
+End of reflections
+--- End crystal
+"""
+
+
+def write_stream(path, lengths, energies):
+    """One crystal to each frame, with its c axis [A] and photon energy [eV]."""
+    text = "CrystFEL stream format 2.3\n"
+    for number, (c, energy) in enumerate(zip(lengths, energies, strict=True)):
+        rows = mad.observe(mad.truth(), number, 1, 40)
+        lines = [
+            f"{h} {k} {l} {i:.2f} 15.00 10.0 1.0 {x:.1f} {y:.1f} q0"
+            for (h, k, l), i, x, y in zip(
+                rows.hkl, *(rows.columns[n] for n in ("I", "XDET", "YDET")), strict=True
+            )
+        ]
+        text += f"----- Begin chunk -----\nImage serial number: {number}\n"
+        text += f"photon_energy_eV = {energy:.3f}\n"
+        text += CRYSTAL.format(c=c / 10, cs=10 / c, n=len(lines), rows="\n".join(lines))
+        text += "----- End chunk -----\n"
+    path.write_text(text)
+    return path
+
+
+class TestStreams:
+    GROUP = ("--space-group", "P212121", "--stills")
+
+    def test_two_crystal_forms_are_refused(self, tmp_path, capsys):
+        path = write_stream(tmp_path / "a.stream", [60.0, 63.6] * 6, [9500.0] * 12)
+        assert merge(path, *self.GROUP, "--out", tmp_path / "out") == 2
+        assert "60.00 90.00 90.00 90.00 (6 crystals)" in capsys.readouterr().err
+        argv = ["convert", str(path), "--space-group", "P212121", "--out", str(tmp_path / "a.h5")]
+        assert cli.main(argv) == 2
+
+    def test_two_photon_energies_are_two_data_sets(self, tmp_path):
+        rng = np.random.default_rng(0)
+        energies = np.repeat([9500.0, 12658.0], 8) * (1 + 1e-3 * rng.standard_normal(16))
+        path = write_stream(tmp_path / "a.stream", 60 + 0.3 * rng.standard_normal(16), energies)
+        assert merge(path, *self.GROUP, "--out", tmp_path / "out") == 0
+        for name, energy in (("WAVE1", 12658.0), ("WAVE2", 9500.0)):
+            found = wavelength_of(tmp_path / "out" / f"a_{name}_merged.mtz")
+            assert found == pytest.approx(gemmi.hc / energy, rel=2e-3)
+        argv = ["convert", str(path), "--space-group", "P212121", "--out", str(tmp_path / "a.h5")]
+        assert cli.main(argv) == 2
+
+
+def test_photon_counts_of_two_wavelengths(tmp_path):
+    table = simulate(d_min=6.0, photons=200.0, seed=3).table
+    record = {
+        "unit_cell": list(FORM.parameters),
+        "space_group": FORM_GROUP.xhm(),
+        "image_range": [1, 360],
+        "oscillation_deg": [10.0, 1.0],
+    }
+    sweep = torch.arange(len(table)) % 2
+    records = [record | {"wavelength": w} for w in (mad.PEAK, mad.REMOTE)]
+    write_intensities(tmp_path / "a.h5", replace(table, experiment=sweep), records)
+    parts = read_photon_table(tmp_path / "a.h5")
+    assert [p.labels.wavelength for p in parts] == [mad.PEAK, mad.REMOTE]
+    assert [len(p) for p in parts] == [int((sweep == k).sum()) for k in (0, 1)]
+    form = {"unit_cell": [c * 1.06 for c in FORM.parameters[:3]] + [90, 90, 90]}
+    records = [records[0], records[0] | form]
+    write_intensities(tmp_path / "b.h5", replace(table, experiment=sweep), records)
+    with pytest.raises(UserError, match="mixes crystal forms"):
+        read_photon_table(tmp_path / "b.h5")
