@@ -60,7 +60,6 @@ def write_integrated(
         "d": np.full(n, 2.5),
         "lp": lp,
         "qe": np.where(rng.random(n) < 0.02, 0.0, rng.uniform(0.8, 1.0, n)),
-        "zeta": rng.uniform(0.1, 1.0, n),
         "partiality": partiality,
         "partial_id": np.arange(n, dtype=np.uint64),
         "intensity.sum.value": (strength + noise[0]) / lp * partiality,

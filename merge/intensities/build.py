@@ -109,8 +109,10 @@ def build_problem(
         raise UserError("no observation is inside the resolution limit; give a smaller --d-min")
     unit, cluster = _units(columns, config)
     order = np.flatnonzero(kept)
-    if len(data) > 1:  # a single one is sorted
-        order = order[np.lexsort((columns.dataset[order], cluster[order], unit[order]))]
+    # within an image by index, so that nothing drawn by row depends on the order in the file
+    group = (columns.dataset, cluster, unit) if len(data) > 1 else (unit,)
+    keys = (columns.sigma, columns.intensity, *columns.miller_index.T[::-1], *group)
+    order = order[np.lexsort([key[order] for key in keys])]
     standard = standard or measure_standard(columns, given, order)
     table = _table(columns, given, standard, unit, cluster, order, unique, config)
     table = replace(table, sweeps=_sweeps(data, columns, order, config))
