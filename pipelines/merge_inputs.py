@@ -28,6 +28,7 @@ from pipelines import log, provenance, schema
 from pipelines.grouping import apply_groups
 from pipelines.reindexing import Dataset, apply_reindex, parse_reindex
 from pipelines.rundir import write_text
+from pipelines.shared_photons import check_paths, check_shared_photons
 from pipelines.unmerged_dials import read_inputs
 
 
@@ -76,12 +77,18 @@ class MergeInputs:
         ------
         UserError
         """
+        check_paths(self.paths)
         group, cell = parse_space_group(self.space_group), parse_unit_cell(self.unit_cell)
         data = read_inputs(self.paths, space_group=group, cell=cell)
         if group is not None:
             data = [in_group(d, group) for d in data]
-        data = [screened(d, is_laue=is_laue) for d in data]
-        return self._as_asked(data, reindex, combine_group, combine_friedel)
+        data = self._reindexed([screened(d, is_laue=is_laue) for d in data], reindex)
+        check_shared_photons(data, self.groups, self.parents)
+        return self._joined(
+            data,
+            lambda members, step: screened(combine_group(members, step)),
+            lambda plus, minus: screened(combine_friedel(plus, minus)),
+        )
 
     @contextmanager
     def open(self) -> Iterator[list[ObservationStore]]:
@@ -91,24 +98,30 @@ class MergeInputs:
         ------
         UserError
         """
+        check_paths(self.paths)
         with ExitStack() as opened:
             stores = [opened.enter_context(UnmergedStore(path)) for path in self.paths]
             group = parse_space_group(self.space_group)
             if group is not None:
                 stores = [StoreInGroup(store, group) for store in stores]
-            yield self._as_asked(stores, reindex_store, GroupStore, FriedelStore)
+            stores = self._reindexed(stores, reindex_store)
+            yield self._joined(stores, GroupStore, FriedelStore)
 
-    def _as_asked(
+    def _reindexed(
+        self, data: Sequence[Dataset], reindex: Callable[[Dataset, str], Dataset]
+    ) -> list[Dataset]:
+        """Check the forms, and apply the operators: the first step, which counts the inputs."""
+        for dataset in data:
+            check_lattice(dataset.cell, dataset.space_group, dataset.name)
+        return apply_reindex(data, parse_reindex(self.reindex), reindex)
+
+    def _joined(
         self,
         data: Sequence[Dataset],
-        reindex: Callable[[Dataset, str], Dataset],
         combine_group: Callable[[Sequence[Dataset], int], Dataset],
         combine_friedel: Callable[[Dataset, Dataset], Dataset],
     ) -> list[Dataset]:
-        """Reindex, then group, then join Friedel halves; each counts what the one before left."""
-        for dataset in data:
-            check_lattice(dataset.cell, dataset.space_group, dataset.name)
-        data = apply_reindex(data, parse_reindex(self.reindex), reindex)
+        """Join groups, then Friedel halves, which count the groups."""
         data = apply_groups(data, self.groups, combine_group)
         if not self.is_friedel:
             return data

@@ -120,7 +120,7 @@ def _copies(data: UnmergedData) -> NDArray[np.bool_]:
     if not len(rows):
         return found
     rows.sort()
-    position = _position(data)
+    position = spot_positions(data)
     columns = [data.intensity, data.sigma, *data.miller_index.T]
     found[_repeats([*columns, data.image], rows)] = True
     elsewhere = _repeats(columns + ([] if position is None else list(position.T)), rows)
@@ -143,7 +143,7 @@ def _measured_again(data: UnmergedData, keep: NDArray[np.bool_]) -> NDArray[np.b
     Parts of one reflection, with partialities of their own, are no measurements of one spot.
     """
     found = np.zeros(len(data), dtype=bool)
-    position = _position(data)
+    position = spot_positions(data)
     if position is None:
         return found
     near = SAME_PLACE * np.ptp(position[keep], axis=0).max()
@@ -171,7 +171,7 @@ def _pairs(
     return rows[order[:-1][same]], rows[order[1:][same]]
 
 
-def _position(data: UnmergedData) -> Array | None:
+def spot_positions(data: UnmergedData) -> Array | None:
     """Place of each spot on the detector, (N, 2); None where it is not known."""
     for names in POSITIONS:
         if all(name in data.metadata for name in names):

@@ -230,7 +230,7 @@ def bad_input(kind, tmp_path, truth, good):
     if kind == "metadata":
         return [good, "--metadata", "nonsense"]
     if kind == "own parent":
-        return [good, good, "--parents", "none,1"]
+        return [good, write_mtz(path, *observed(truth, 1, 6)), "--parents", "none,1"]
     if kind == "no wavelength":
         return [good, "--laue"]
     if kind == "truncated":
