@@ -2,8 +2,8 @@
 
 A later model takes ``image(pixel) * ratio(frame)`` as its prior mean. The image is the mean over
 the frames on which no spot is predicted at the pixel. The ratio compares a frame's background
-pixels with the image at the same places; which pixels these were is remembered per tile only, so
-that one pass suffices.
+pixels with those of other frames at the same places, tile by tile, so that one pass suffices, and
+no bright place decides it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from scipy import ndimage
 from integrator.crystal.geometry import Experiment
 from integrator.io.shoebox_store import BackgroundField
 from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.defects import Defects, hot_pixels, shaded_tiles
+from integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels
+from integrator.shoebox.shadows import (
+    TOUCHING,
+    divide,
+    levels_and_ratio,
+    shaded_tiles,
+    tiles_of_panels,
+)
 from integrator.shoebox.sweep import Sweep
 
 MAX_TILES = 1024
@@ -52,7 +59,8 @@ class BackgroundAccumulator:
         self._squares = np.zeros(canvas.size, dtype=np.int64)
         self._count = np.zeros(canvas.size, dtype=np.int32)
         self._side = _tile_side(canvas)
-        n_tiles = len(self._tile_sums(self._total))
+        self._grids = [(-(-a // self._side), -(-b // self._side)) for a, b in canvas.panel_shapes]
+        n_tiles = sum(rows * columns for rows, columns in self._grids)
         self._lit = np.ones(n_tiles)  # share of the background that shadows let through
         self._frame_total = np.zeros((n_images, n_tiles))
         self._frame_count = np.zeros((n_images, n_tiles))
@@ -85,21 +93,23 @@ class BackgroundAccumulator:
         ``is_hot``, (canvas.size,), are hot pixels that are known already.
         """
         canvas = self._canvas
-        is_hot = is_hot.copy()
+        is_hot, is_flaring = is_hot.copy(), np.zeros_like(is_hot)
         for panel in range(len(canvas.panel_shapes)):
             sums = (self._total, self._squares, self._count)
-            views = (canvas.panel_view(a, panel).astype(float) for a in sums)
+            views = [canvas.panel_view(a, panel).astype(float) for a in sums]
             canvas.panel_view(is_hot, panel)[...] |= hot_pixels(*views)
-        self._total[is_hot] = 0
-        self._count[is_hot] = 0
-        is_shaded, level, ratio = shaded_tiles(self._frame_total, self._frame_count)
+            canvas.panel_view(is_flaring, panel)[...] = flaring_pixels(*views)
+        self._total[is_hot | is_flaring] = 0
+        self._count[is_hot | is_flaring] = 0
+        sums = (self._frame_total, self._frame_count)
+        is_shaded, level, ratio = shaded_tiles(*sums, self._grids)
         is_shaded = self._with_margin(is_shaded)
         # what the tile's pixels saw counts as so many frames without a shadow
         normal = self._frame_count * ratio[:, None]
         in_shadow = self._frame_total / np.where(level > 0, level, 1.0)
         lit = np.where(is_shaded, in_shadow, normal).sum(0)
         all_frames = normal.sum(0)
-        self._lit = np.divide(lit, all_frames, out=np.ones_like(lit), where=all_frames > 0)
+        self._lit = divide(lit, all_frames, 1.0)
         self._lit[(level <= 0) | ~is_shaded.any(0)] = 1.0
         self._frame_total[is_shaded] = 0.0
         self._frame_count[is_shaded] = 0.0
@@ -117,23 +127,18 @@ class BackgroundAccumulator:
 
     def _with_margin(self, is_shaded: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Add the tiles and frames beside: the shadow's edge lies in one of them."""
-        result, first = is_shaded.copy(), 0
-        for slow, fast in self._canvas.panel_shapes:
-            shape = (-(-slow // self._side), -(-fast // self._side))
-            part = slice(first, first + shape[0] * shape[1])
-            grid = is_shaded[:, part].reshape(len(is_shaded), *shape)
-            wide = ndimage.binary_dilation(grid, np.ones((3, 3, 3), dtype=bool))
-            result[:, part] = wide.reshape(len(is_shaded), -1)
-            first = part.stop
+        result = is_shaded.copy()
+        for part, shape in tiles_of_panels(self._grids):
+            grid = is_shaded[:, part].reshape(-1, *shape)
+            result[:, part] = ndimage.binary_dilation(grid, TOUCHING).reshape(len(grid), -1)
         return result
 
     def result(self) -> BackgroundField:
         """Return the statistic of all frames added."""
-        with np.errstate(invalid="ignore"):
-            mean = self._frame_total.sum(0) / self._frame_count.sum(0)  # NaN where never seen
-        expected = self._frame_count @ np.nan_to_num(mean)
-        observed = self._frame_total.sum(1)
-        ratio = np.divide(observed, expected, out=np.ones_like(observed), where=expected > 0)
+        level, ratio = levels_and_ratio(self._frame_total, self._frame_count)
+        expected = self._frame_count @ level
+        if (expected * ratio).any():
+            ratio = ratio / np.average(ratio, weights=expected)
         panels = range(len(self._canvas.panel_shapes))
         frames = self._count * self._lit[self._tile_map()]
         return BackgroundField(

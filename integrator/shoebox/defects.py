@@ -3,24 +3,26 @@
 Both are read off the statistic of the background between the spots. A pixel is hot if its mean is
 many times that of its surroundings, of which it is allowed the third largest (rings and streaks
 are never one pixel wide), and if it counts steadily, as no reflection does that nobody predicted.
-A tile of pixels is shaded on a frame if its background is far below
-what tile and frame let expect: a goniometer's arm, a beam stop's holder, ice on the loop's pin.
+Shadows are looked for in tiles of pixels, see :mod:`integrator.shoebox.shadows`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.special import pdtr, pdtrc
+from scipy.special import pdtrc
 
 from integrator.io.shoebox_store import ShoeboxWriter
 from integrator.shoebox.canvas import FrameCanvas
 from integrator.shoebox.mask import MaskBit, MaskSettings
 from integrator.types import Flag
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -30,11 +32,10 @@ HOT_RATIO = 5.0
 HOT_CHANCE = 1e-9
 HOT_DISPERSION = 3.0
 """Variance over mean of its counts, 1 for a steady rate."""
-SHADED_RATIO = 0.6
-"""Of the expected background; absorption in loop and crystal takes less away."""
-SHADED_CHANCE = 1e-6
-SHADED_COUNTS = 200.0
-"""Expected in a tile, over as many frames as it takes (an eighth of the scan at most)."""
+FLARE_PHOTONS, FLARE_VARIANCE = 10.0, 4.0
+"""Of variance over mean, and of relative variance: all light on a fifth of the frames has 4."""
+NOTABLE = 1e-3
+"""Share of the voxels that no sound sweep loses."""
 ROWS = 4096
 """Boxes worked on at a time."""
 
@@ -121,72 +122,38 @@ def hot_pixels(total: Array, squares: Array, count: Array) -> Bools:
     total, squares, count : ndarray, (slow, fast)
         Sums of background counts and of their squares, and the frames that they are from.
     """
-    frames = np.maximum(count, 1)
-    mean = total / frames
-    dispersion = (squares / frames - mean**2) / np.maximum(mean, 1e-9)
+    mean, dispersion = _moments(total, squares, count)
     ring = np.ones((5, 5), dtype=bool)
     ring[2, 2] = False
     around = ndimage.rank_filter(mean, -3, footprint=ring, mode="mirror")
     is_above = mean > HOT_RATIO * around
-    chance = pdtrc(np.maximum(total - 1.0, 0.0), np.maximum(2 * around, 1e-3) * count)
+    # the surroundings' own rate may be larger than what they counted
+    expected = 2 * around * count
+    upper = expected + 3 * np.sqrt(expected) + 3
+    chance = pdtrc(np.maximum(total - 1.0, 0.0), upper)
     return is_above & (total > 0) & (chance < HOT_CHANCE) & (dispersion < HOT_DISPERSION)
 
 
-def shaded_tiles(total: Array, count: Array) -> tuple[Bools, Array, Array]:
-    """Frames on which tiles are in a shadow.
+def flaring_pixels(total: Array, squares: Array, count: Array) -> Bools:
+    """Pixels of a panel whose counts are from few frames, (slow, fast): no background.
+
+    A crystal of salt or ice, a cosmic ray's cluster, a spot that nobody predicted: the frames that
+    it spares are as good as others.
 
     Parameters
     ----------
-    total, count : ndarray, (n_images, n_tiles)
-        Background counts of each tile and frame, and the pixels that they are from.
-
-    Returns
-    -------
-    is_shaded : ndarray, (n_images, n_tiles) bool
-    level : ndarray, (n_tiles,)
-        Background of a pixel where there is no shadow [counts].
-    ratio : ndarray, (n_images,)
-        Level of each frame, from tiles without a shadow.
+    total, squares, count : ndarray, (slow, fast)
+        As for :func:`hot_pixels`.
     """
-    is_shaded = np.zeros(total.shape, dtype=bool)
-    for _ in range(6):
-        seen = np.where(is_shaded, 0.0, count)
-        kept = np.where(is_shaded, 0.0, total)
-        level = _level(kept, seen)
-        ratio = _ratio(kept.sum(1), seen @ level, 1.0)
-        expected = count * level * ratio[:, None]
-        width = _window(expected)
-        s, e = (ndimage.uniform_filter1d(a, width, axis=0) * width for a in (total, expected))
-        found = (s < SHADED_RATIO * e) & (pdtr(np.round(s), 0.8 * e) < SHADED_CHANCE)
-        if np.array_equal(found, is_shaded):
-            break
-        is_shaded = found
-    return is_shaded, level, ratio
+    mean, dispersion = _moments(total, squares, count)
+    return dispersion > FLARE_PHOTONS + FLARE_VARIANCE * mean
 
 
-def _ratio(a: Array, b: Array, otherwise: float) -> Array:
-    return np.divide(a, b, out=np.full(np.shape(a), otherwise), where=b > 0)
-
-
-def _level(total: Array, count: Array) -> Array:
-    """Median over the scan of the background of each tile, (n_tiles,).
-
-    Not the mean: the tails of reflections that linger near the rotation axis would raise it.
-    """
-    width = _window(count * _ratio(total.sum(0), count.sum(0), 0.0))
-    pooled = [ndimage.uniform_filter1d(a, width, axis=0) for a in (total, count)]
-    pooled[1][pooled[1] < 1e-6] = 0.0  # what running sums leave of nothing
-    seen = (count > 0).any(axis=0)
-    level = np.zeros(total.shape[1])
-    level[seen] = np.nanmedian(_ratio(pooled[0], pooled[1], np.nan)[:, seen], axis=0)
-    return level
-
-
-def _window(expected: Array) -> int:
-    """Frames whose expected counts in a tile suffice."""
-    typical = np.median(expected[expected > 0]) if (expected > 0).any() else SHADED_COUNTS
-    longest = max(len(expected) // 8, 1)
-    return int(np.clip(np.ceil(SHADED_COUNTS / max(typical, 1e-9)), 1, longest))
+def _moments(total: Array, squares: Array, count: Array) -> tuple[Array, Array]:
+    """Mean, and variance over mean."""
+    frames = np.maximum(count, 1)
+    mean = total / frames
+    return mean, (squares / frames - mean**2) / np.maximum(mean, 1e-9)
 
 
 def remove_from_boxes(
@@ -196,7 +163,7 @@ def remove_from_boxes(
     defects: Defects,
     canvas: FrameCanvas,
     settings: MaskSettings,
-) -> tuple[Array, NDArray[np.int64]]:
+) -> tuple[Array, NDArray[np.int64], int]:
     """Make the voxels with defects invalid in the file.
 
     Returns
@@ -205,16 +172,19 @@ def remove_from_boxes(
         Weight of a Gaussian spot (1 at its centre) on voxels that were valid before.
     flags : ndarray, (N,) int64
         Bits of ``integrator.types.Flag`` to add.
+    n_gone : int
+        Voxels that were valid before.
     """
     n = len(boxes.corner)
-    lost, flags = np.zeros(n), np.zeros(n, dtype=np.int64)
-    for first in range(0, n, ROWS):
+    lost, flags, n_gone = np.zeros(n), np.zeros(n, dtype=np.int64), 0
+    for first in range(0, n if defects else 0, ROWS):
         rows = slice(first, min(first + ROWS, n))
         bad = boxes.bad_voxels(defects, canvas, rows)
         if not bad.any():
             continue
         counts, mask = writer.read_boxes(first_row + rows.start, rows.stop - rows.start)
         gone = bad & (mask & MaskBit.VALID > 0)
+        n_gone += int(np.count_nonzero(gone))
         weight, least = boxes.along(rows)
         fast, slow = (boxes.terms[axis][rows] for axis in (0, 1))
         lost[rows] = np.einsum(
@@ -227,4 +197,36 @@ def remove_from_boxes(
         mask[gone] &= ~np.uint8(MaskBit.VALID | MaskBit.BACKGROUND)
         counts[gone] = 0
         writer.write_boxes(first_row + rows.start, counts, mask)
-    return lost, flags
+    return lost, flags, n_gone
+
+
+def report(defects: Defects, n_spikes: int, n_gone: int, n_valid: int, first_image: int) -> None:
+    """Say what was found, and warn where it costs more than :data:`NOTABLE`.
+
+    Parameters
+    ----------
+    defects : Defects
+    n_spikes : int
+        Counts that were taken for zingers, on all frames.
+    n_gone, n_valid : int
+        Voxels of the boxes that are left out, and that were recorded.
+    first_image : int
+        Number of the scan's first image.
+    """
+    logger.info(
+        "%d zingers, %d hot pixels, %d of %d tiles and frames in a shadow",
+        n_spikes,
+        defects.is_hot.sum(),
+        defects.is_shaded.sum(),
+        defects.is_shaded.size,
+    )
+    if n_gone <= NOTABLE * n_valid:
+        return
+    images = np.flatnonzero(defects.is_shaded.any(axis=1)) + first_image
+    where = f"; shadows on images {images[0]} to {images[-1]}" if len(images) else ""
+    logger.warning(
+        "%.1f %% of the recorded voxels are left out as zingers, hot pixels or shadows%s: look at "
+        "the images there; where they show none, --set extraction.find_defects=false keeps all",
+        100 * n_gone / n_valid,
+        where,
+    )

@@ -21,7 +21,7 @@ from integrator.errors import UserError
 from integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
 from integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
 from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.defects import BoxGeometry, remove_from_boxes
+from integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
 from integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer, min_zeta
 from integrator.shoebox.mask import (
     MaskBit,
@@ -159,7 +159,7 @@ class _OpenBoxes:
         self.counts = np.zeros((self._size, *box), dtype=np.int32)
         self.mask = np.zeros((self._size, *box), dtype=np.uint8)
         self._written = 0
-        self.max_count = 0
+        self.max_count = self.n_valid = 0
 
     def slots(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows lie in the buffers."""
@@ -189,7 +189,9 @@ class _OpenBoxes:
         """Return counts and mask of complete rows; a sum too large for the file is no count."""
         counts, mask = self.counts[slots], self.mask[slots]
         mask[counts > np.iinfo(self._writer.dtype).max] &= ~np.uint8(MaskBit.VALID)
-        counts[(mask & MaskBit.VALID) == 0] = 0
+        is_valid = (mask & MaskBit.VALID) > 0
+        counts[~is_valid] = 0
+        self.n_valid += int(np.count_nonzero(is_valid))
         self.max_count = max(self.max_count, int(counts.max(initial=0)))
         return counts.astype(self._writer.dtype), mask
 
@@ -245,6 +247,7 @@ class _SweepCutter:
         self._map = SpotMap(self._canvas, known, settings.foreground, self._n_images)
         rocking = extent.sigma_m_deg / abs(sweep.experiment.scan.oscillation[1])
         self._find_defects = find_defects
+        self._n_struck = 0  # voxels that zingers took
         self._source = SpikeFilter(
             sweep.frames,
             self._canvas,
@@ -315,8 +318,10 @@ class _SweepCutter:
         boxes.add(rows, step, np.where(valid, counts, 0), mask)
         axes = (1, 2)
         self._recorded[rows] += (np.exp(-0.5 * own) * valid).sum(axis=axes)
-        is_spike = self._source.is_spike(index) & (own <= settings.foreground**2)
-        self._flags[rows[is_spike.any(axis=axes)]] |= Flag.DEFECT
+        is_spike = self._source.is_spike(index)
+        self._n_struck += int(np.count_nonzero(is_spike))
+        is_hit = (is_spike & (own <= settings.foreground**2)).any(axis=axes)
+        self._flags[rows[is_hit]] |= Flag.DEFECT
         lost_core = ((own <= settings.core**2) & ~valid).any(axis=axes)
         self._flags[rows[lost_core]] |= Flag.MASKED_CORE
         self._flags[rows[is_overlapped.any(axis=axes)]] |= Flag.OVERLAPPED
@@ -348,15 +353,6 @@ class _SweepCutter:
     def _remove_defects(self) -> None:
         """Take what the whole scan has shown to be bad out of the background and the boxes."""
         defects = self._background.find_defects(self._source.hot_pixels())
-        logger.info(
-            "%d zingers, %d hot pixels, %d of %d tiles and frames in a shadow",
-            self._source.n_spikes,
-            defects.is_hot.sum(),
-            defects.is_shaded.sum(),
-            defects.is_shaded.size,
-        )
-        if not defects:
-            return
         boxes = BoxGeometry(
             self._open.counts.shape[1:],
             self._spots.panel,
@@ -364,11 +360,14 @@ class _SweepCutter:
             self._corner,
             self._terms,
         )
-        lost, flags = remove_from_boxes(
+        lost, flags, n_gone = remove_from_boxes(
             self._writer, self._first_row, boxes, defects, self._canvas, self._settings
         )
         self._recorded -= lost
         self._flags |= flags
+        n_struck, first = self._n_struck, self._experiment.scan.image_range[0]
+        n_valid = self._open.n_valid + n_struck
+        report(defects, self._source.n_spikes, n_gone + n_struck, n_valid, first)
 
     def _metadata_columns(self, experiment: int) -> dict[str, NDArray]:
         n = len(self._corner)

@@ -156,33 +156,32 @@ class SpikeFilter:
 
 
 class QuietFrames:
-    """Frames without spikes and hot pixels, for looks at some of them before all are read.
+    """Frames without hot pixels, for looks at some of them before all are read.
 
-    Hot are pixels that are sharp on most of some frames from all over the scan.
+    Hot are pixels that are sharp on most of some frames from all over the scan. Zingers stay: as
+    long as the size of the spots is not known, a spot of a fifth of a pixel would be one.
     """
 
     def __init__(self, frames: FrameSource) -> None:
         self._frames = frames
         self.n_images, self.panel_shapes = frames.n_images, frames.panel_shapes
-        self._canvas = FrameCanvas(frames.panel_shapes, 2)
-        self._filter = SpikeFilter(frames, self._canvas, (1.0, 1.0, 1.0))
-        n_sharp, usable = np.zeros(self._canvas.size, dtype=np.int32), frames.static_mask()
+        canvas = FrameCanvas(frames.panel_shapes, 2)
+        spikes = SpikeFilter(frames, canvas, (1.0, 1.0, 1.0))
+        n_sharp, usable = np.zeros(canvas.size, dtype=np.int32), frames.static_mask()
         looks = np.unique(np.linspace(0, frames.n_images - 1, 2 * HOT_FRAMES).astype(int))
         for frame in looks:
-            self._canvas.load(frames.read(int(frame)), usable)
-            n_sharp[self._filter.find_hot_candidates(self._canvas.counts)] += 1
-        self._is_hot = n_sharp >= max(HOT_SHARE * len(looks), HOT_FRAMES)
+            canvas.load(frames.read(int(frame)), usable)
+            n_sharp[spikes.find_hot_candidates(canvas.counts)] += 1
+        is_hot = n_sharp >= max(HOT_SHARE * len(looks), HOT_FRAMES)
+        self._usable = [good & ~canvas.panel_view(is_hot, p) for p, good in enumerate(usable)]
 
     def static_mask(self) -> list[NDArray[np.bool_]]:
         """Pixels usable on every frame, per panel."""
-        hot = (self._canvas.panel_view(self._is_hot, p) for p in range(len(self.panel_shapes)))
-        return [good & ~bad for good, bad in zip(self._frames.static_mask(), hot, strict=True)]
+        return self._usable
 
     def read(self, frame: int) -> list[NDArray[np.int32]]:
-        """Photons of a frame per panel, -1 where there is no count."""
-        self._filter.load(frame)
-        counts = self._canvas.counts
-        return [self._canvas.panel_view(counts, p).copy() for p in range(len(self.panel_shapes))]
+        """Photons of a frame per panel, hot pixels among them: the mask knows those."""
+        return self._frames.read(frame)
 
 
 def _sums(neighbours: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

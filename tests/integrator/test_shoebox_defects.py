@@ -8,8 +8,8 @@ from scipy.special import erf
 
 from integrator.shoebox.background import mean_image
 from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.defects import hot_pixels, shaded_tiles
-from integrator.shoebox.spikes import HOT_FRAMES, SpikeFilter, peak_ratios
+from integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels, report
+from integrator.shoebox.spikes import HOT_FRAMES, QuietFrames, SpikeFilter, peak_ratios
 
 SHAPE = (60, 70)
 SIGMA = (0.8, 0.7, 0.5)
@@ -147,31 +147,74 @@ def test_a_mild_hot_pixel_stands_out_of_the_background_statistic():
     assert np.argwhere(found).tolist() == [[10, 12]]
 
 
-def test_shadows_are_found_and_the_level_is_that_without_them():
+def test_few_counts_in_an_empty_place_are_no_hot_pixel():
+    """Five counts where the 24 around have none: of 18 million pixels that see one in two."""
+    count = np.full((60, 60), 16.0)
+    total = np.zeros((60, 60))
+    total[20, 20], total[40, 40] = 6, 60
+    is_hot = hot_pixels(total, total + total**2 / 16, count)
+    assert np.argwhere(is_hot).tolist() == [[40, 40]]
     rng = np.random.default_rng(0)
-    pixels = np.full((80, 30), 200.0)
-    level = rng.uniform(0.2, 0.8, 30)
-    beam = 1 + 0.1 * rng.normal(size=80)
-    through = np.ones((80, 30))
-    through[50:, :8] = 0.05
-    through[30:35, 20] = 0.85  # absorption, no shadow
-    total = rng.poisson(pixels * level * beam[:, None] * through).astype(float)
-    total[5:8, 25] *= 6  # a spot that lingers
-    is_shaded, found, ratio = shaded_tiles(total, pixels)
-    assert np.array_equal(is_shaded[2:49], np.zeros((47, 30), bool))
-    assert is_shaded[51:, :8].all()
-    assert not is_shaded[:, 8:].any()
-    np.testing.assert_allclose(found / found.mean(), level / level.mean(), rtol=0.06)
-    assert np.corrcoef(ratio[10:48], beam[10:48])[0, 1] > 0.95
-    assert ratio[60:].mean() == pytest.approx(ratio[:40].mean(), rel=0.06)
+    for rate in (0.003, 0.04, 1.0):
+        total = rng.poisson(16 * rate, (1500, 1500)).astype(float)
+        count = np.full(total.shape, 16.0)
+        assert not hot_pixels(total, total + total**2 / 16, count).any()
 
 
-def test_without_a_shadow_none_is_seen():
+def test_flaring_pixels_are_those_of_few_frames():
+    rng = np.random.default_rng(0)
+    frames = rng.poisson(0.3, (40, *SHAPE)).astype(float)
+    frames[:12, :20] *= 0.05  # a shadow
+    frames[7, 30:34, 40:44] += 3000  # salt
+    frames[:, 50, 50] += 40  # hot
+    frames[10:30, 5, 60] += 5  # half of the scan
+    sums = (frames.sum(0), (frames**2).sum(0), np.full(SHAPE, 40.0))
+    expected = np.zeros(SHAPE, bool)
+    expected[30:34, 40:44] = True
+    assert np.array_equal(flaring_pixels(*sums), expected)
+    strong = rng.poisson(1000 * (1 + 0.05 * rng.normal(size=(40, 1, 1))), (40, *SHAPE))
+    strong[:16, :20] = 0  # a shadow on strong background
+    strong = strong.astype(float)
+    sums = (strong.sum(0), (strong**2).sum(0), np.full(SHAPE, 40.0))
+    assert not flaring_pixels(*sums).any()
+
+
+@pytest.mark.parametrize("sigma", [(0.08, 0.12, 0.12), (0.2, 0.2, 0.2), (0.4, 0.27, 0.27)])
+def test_spots_of_any_size_are_whole_before_their_size_is_known(sigma):
     rng = np.random.default_rng(1)
-    for rate in (0.001, 0.05, 2.0):
-        pixels = np.full((100, 200), 200.0)
-        is_shaded, _, _ = shaded_tiles(rng.poisson(rate * pixels).astype(float), pixels)
-        assert not is_shaded.any()
+    rate = np.full((9, *SHAPE), 0.1)
+    for slow in range(6, 60, 9):
+        for fast in range(6, 70, 9):
+            rate += 3e4 * spot(np.array([4, slow, fast]) + rng.random(3), sigma, rate.shape)
+    frames = Frames(rng.poisson(rate))
+    quiet = QuietFrames(frames)
+    assert np.array_equal(quiet.read(4)[0], frames.images[4])
+    assert quiet.static_mask()[0].all()
+    # and none is a zinger once it is
+    source, _ = filtered(frames, sigma=sigma[::-1])
+    assert source.n_spikes == 0
+
+
+def test_hot_pixels_are_masked_before_the_spots_are_measured():
+    images = np.random.default_rng(0).poisson(0.5, (30, *SHAPE))
+    images[:, 15, 15] += 20_000
+    assert np.argwhere(~QuietFrames(Frames(images)).static_mask()[0]).tolist() == [[15, 15]]
+
+
+def test_a_loss_of_more_than_a_per_mille_is_a_warning(caplog):
+    is_shaded = np.zeros((50, 4), bool)
+    is_shaded[9:12, 2] = True
+    found = Defects(np.zeros(9, bool), np.zeros(9, np.int32), is_shaded)
+    with caplog.at_level("INFO"):
+        report(found, 3, 999, 1_000_000, first_image=101)
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert "3 zingers, 0 hot pixels, 3 of 200 tiles and frames in a shadow" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        report(found, 3, 15_000, 1_000_000, first_image=101)
+    assert "1.5 % of the recorded voxels" in caplog.text
+    assert "images 110 to 112" in caplog.text
+    assert "extraction.find_defects=false" in caplog.text
 
 
 def test_mean_image_keeps_rings_and_smooths_what_is_flat():
