@@ -9,12 +9,15 @@ negative values left out, the mean of the others would be too high.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from integrator.errors import UserError
+
+log = logging.getLogger(__name__)
 
 INVALID = int(np.iinfo(np.int32).min)
 """In raw frames: the detector says that there is no value (a mask code, not a number)."""
@@ -150,6 +153,7 @@ class NegativeCounts:
     def __init__(self, name: str, scales: Sequence[PhotonScale]) -> None:
         self._name, self._scales = name, scales
         self._is_code: list[NDArray[np.bool_]] | None = None
+        self._has_spoken = False
 
     def check(
         self,
@@ -185,7 +189,14 @@ class NegativeCounts:
         ]
         n_usable = sum(map(np.count_nonzero, usable))
         allowed = TOLERATED * n_usable
-        if sum(map(np.count_nonzero, negative)) <= allowed:
+        n_negative = sum(map(np.count_nonzero, negative))
+        if n_negative <= allowed:
+            if n_negative and not self._has_spoken:
+                self._has_spoken = True
+                log.info(
+                    "%s: image %d has %d negative of %d pixels; as few as these are left out",
+                    *(self._name, image, n_negative, n_usable),
+                )
             return
         if self._is_code is None:
             other = another()

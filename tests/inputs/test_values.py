@@ -181,8 +181,9 @@ def test_gain_keeps_the_mean_of_dxtbx(dials, tiny, raw, tmp_path, gain):
         assert abs(ours[adu].sum() - theirs[adu].sum()) <= 5 * error + 1e-6
 
 
-def test_few_negative_pixels_are_left_out(tiny, raw, tmp_path):
+def test_few_negative_pixels_are_left_out(tiny, raw, tmp_path, caplog):
     """Less than 1 in 10,000 changes no mean: as many as were dropped are missing, no more."""
+    caplog.set_level("INFO")
     expected, mask = counts_of(tiny.expt)
     adu = np.where(raw < 0, -1, raw)
     rare = (np.random.default_rng(5).random(raw.shape) < 5e-5) & (raw >= 0) & mask
@@ -192,6 +193,8 @@ def test_few_negative_pixels_are_left_out(tiny, raw, tmp_path):
     set_panel(expt, trusted_range=(-100, 65533))
     frames, _ = counts_of(expt)
     np.testing.assert_array_equal(frames, np.where(rare, -1, expected))
+    assert f"image 1 has {rare[0].sum()} negative of {mask.sum()} pixels" in caplog.text
+    assert caplog.text.count("left out") == 1
 
 
 @pytest.mark.parametrize("is_absent", [False, True])
