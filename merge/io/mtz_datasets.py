@@ -10,6 +10,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from integrator.errors import UserError
 from merge.io.dataset_labels import DatasetLabels, DatasetNames
 from merge.io.dataset_split import (
     WAVELENGTH_TOLERANCE,
@@ -75,9 +76,10 @@ def mtz_datasets(
     Raises
     ------
     UserError
-        The cells of the data sets, or of the images of one, are far apart.
+        The cells of the data sets, or of the images of one, are far apart; or there are several
+        wavelengths and nothing says whose the observations are.
     """
-    found = _Batches(mtz, batches, intensity_label)
+    found = _Batches(mtz, batches, intensity_label, path)
     keys: dict[tuple, int] = {}
     group = np.zeros(len(batches), dtype=np.int64)
     wavelength = _wavelengths(found, path)
@@ -103,9 +105,11 @@ def mtz_datasets(
 class _Batches:
     """What the headers say of each batch with observations."""
 
-    def __init__(self, mtz: gemmi.Mtz, batches: NDArray[np.int64], intensity_label: str) -> None:
-        datasets = {dataset.id: dataset for dataset in mtz.datasets}
-        own = _own_dataset(mtz, intensity_label)
+    def __init__(
+        self, mtz: gemmi.Mtz, batches: NDArray[np.int64], intensity_label: str, path: Path
+    ) -> None:
+        datasets = {d.id: d for d in mtz.datasets if not _says_nothing(d)}
+        own = _own_dataset(mtz, intensity_label, path)
         by_number = {header.number: header for header in mtz.batches}
         headers = [by_number.get(number) for number in batches.tolist()]
         self.dataset = [own if h is None else datasets.get(h.dataset_id, own) for h in headers]
@@ -118,14 +122,28 @@ class _Batches:
         )
 
 
-def _own_dataset(mtz: gemmi.Mtz, intensity_label: str) -> gemmi.Mtz.Dataset | None:
-    """Return the data set of the intensities; of HKL_base, which says nothing, the only other."""
-    if not len(mtz.datasets):
-        return None
+def _says_nothing(dataset: gemmi.Mtz.Dataset) -> bool:
+    """Whether it is HKL_base, which CCP4 keeps for indices and whose wavelength is 0."""
+    return dataset.dataset_name == "HKL_base" and dataset.wavelength <= 0.0
+
+
+def _own_dataset(mtz: gemmi.Mtz, intensity_label: str, path: Path) -> gemmi.Mtz.Dataset | None:
+    """Return the data set of the intensities; of HKL_base, the only other."""
     number = mtz.column_with_label(intensity_label).dataset_id
-    own = next((d for d in mtz.datasets if d.id == number), mtz.datasets[0])
-    others = [d for d in mtz.datasets if d.wavelength > 0.0]
-    return others[0] if own.wavelength <= 0.0 and len(others) == 1 else own
+    own = next((d for d in mtz.datasets if d.id == number), None)
+    others = [d for d in mtz.datasets if not _says_nothing(d)]
+    wavelength = [d.wavelength for d in others if d.wavelength > 0.0]
+    if own is not None and not _says_nothing(own):
+        is_only_one = own.wavelength <= 0.0 and len(wavelength) == 1
+        return next(d for d in others if d.wavelength > 0.0) if is_only_one else own
+    if not mtz.batches and len(wavelength) > 1 and wavelength_groups(wavelength).any():
+        raise UserError(
+            f"{path} lists data sets of several wavelengths "
+            f"({', '.join(f'{d.dataset_name} {d.wavelength:.5f} A' for d in others)}) and has no "
+            "batch headers that say which observations are whose; write the headers, or each data "
+            "set to a file of its own"
+        )
+    return others[0] if len(others) == 1 else own
 
 
 def _wavelengths(found: _Batches, path: Path) -> Array:

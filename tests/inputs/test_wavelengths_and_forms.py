@@ -55,7 +55,7 @@ class TestSweeps:
         assert merge(*mad.write_tables(tmp_path, sweeps), "--anomalous", "--out", out) == 0
         for name, sign, wavelength in (("WAVE1", 1, mad.PEAK), ("WAVE2", -1, mad.REMOTE)):
             path = out / f"mad_{name}_merged.mtz"
-            assert mad.bijvoet_correlation(path, mad.truth(sign)) > 0.85
+            assert mad.bijvoet_correlation(path, mad.truth(sign)) > 0.97
             assert wavelength_of(path) == pytest.approx(wavelength, abs=1e-5)
 
     def test_one_wavelength_is_one_data_set_and_is_written(self, tmp_path):
