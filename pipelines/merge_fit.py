@@ -3,8 +3,8 @@
     start -> fit to the training part -> choose what the data decide -> predict what was held out
           -> fit again to all
 
-What the data decide: the indexing of stills, sigma_A of a reference, r of relatives. Each step
-leaves scales and amplitudes where the next one goes on.
+What the data decide: the indexing of stills, scales of single frames, sigma_A of a reference, r of
+relatives. Each step leaves scales and amplitudes where the next one goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from merge.intensities.build import MergeProblem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.correlation import choose_correlation
 from merge.intensities.falloff import settle_falloff
+from merge.intensities.flicker import choose_flicker, is_in_doubt
 from merge.intensities.held_out import predict, split
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.saved_scale import SavedScale
@@ -137,6 +138,7 @@ class MergeFit:
         if self.with_scales:
             o = self.training.observations
             merger.scale.describe_unseen(o.unit, o.is_used)
+            self._choose_flicker()
         if self.known.f_calc is not None:
             self._choose_sigma_a()
         if merger.prior.is_coupled:
@@ -173,6 +175,14 @@ class MergeFit:
             with_scales=self.with_scales,
             observer=observer,
         )
+
+    def _choose_flicker(self) -> None:
+        if not self.config.held_out or not is_in_doubt(self.merger, self.training, self.config):
+            return
+        held_out = self.masks.by_observation.to(self.device)
+        epochs = max(1, round(SHORT * self.config.epochs))
+        rows = choose_flicker(self.merger, self.training, held_out, self.config, epochs)
+        self.tables["scale"] = rows
 
     def _choose_sigma_a(self) -> None:
         rows = set_reference(self.merger, self.training, self.known.f_calc.to(self.device))

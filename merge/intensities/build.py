@@ -29,7 +29,7 @@ from merge.intensities.overloads import is_overloaded
 from merge.intensities.pairing import paired_clusters
 from merge.intensities.photon_counts import observed_sigma
 from merge.intensities.standard import Standard
-from merge.intensities.sweep_table import SweepTable, sweep_table
+from merge.intensities.sweep_table import SweepTable, plain_sweep_table, sweep_table
 from merge.intensities.table import Observations, ObservationTable, Terms
 from merge.intensities.unique import UniqueRows
 from merge.io.observations import UnmergedData, check_one_crystal_form
@@ -183,13 +183,17 @@ def _sweeps(
     if config.stills or config.laue or not config.physical_scale:
         return None
     metadata = [d.metadata for d in data]
-    if columns.position is None or not has_sweeps(metadata):
-        logger.info(
-            "the files do not say where observations lie on their sweeps (spot positions, "
-            "orientation and phi in batch headers): the scale is left to the network"
-        )
-        return None
-    return sweep_table(metadata, columns.position, columns.inv_d2, order)
+    if columns.position is not None and has_sweeps(metadata):
+        return sweep_table(metadata, columns.position, columns.inv_d2, order)
+    logger.info(
+        "the files do not say where observations lie on their sweeps (spot positions, orientation "
+        "and phi in batch headers): the scale goes by their batches%s",
+        "" if columns.position is None else " and positions on the detector",
+    )
+    rotation = None
+    if all("ROT" in d for d in metadata):
+        rotation = np.concatenate([np.asarray(d["ROT"], float) for d in metadata])
+    return plain_sweep_table(columns, rotation, order)
 
 
 def _table(

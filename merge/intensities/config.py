@@ -25,6 +25,9 @@ class IntensityMergeConfig:
     # Rotation data: scale of each frame, B and absorption as physics knows them, where the files
     # say where observations lie on their sweeps; false leaves all to the scale network.
     physical_scale: bool = True
+    # Frames of rotation data have scales of their own about a slow drift: auto keeps them where
+    # they predict held-out observations better, or where every frame has many.
+    flicker: Literal["auto", "on", "off"] = "auto"
     # Highest order of the spherical harmonics of the absorption surface; 0 for none.
     absorption_order: int = 4
     # Columns that the scale network sees beside resolution; when null all known ones, and none

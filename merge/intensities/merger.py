@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -103,6 +104,12 @@ class IntensityMerger(nn.Module):
             float(table.observations.sigma.median()),
         )
         self.register_buffer("group", torch.as_tensor(unique.group))
+        self.register_buffer("joined", torch.as_tensor(unique.joined), persistent=False)
+        self.has_mates = bool((unique.joined != np.arange(len(unique))).any())
+        self.is_tied = False
+        # of a mate's F^2 to that of both, as far as it is known while they share one
+        ratio = torch.zeros(len(unique), dtype=torch.float64)
+        self.register_buffer("log_ratio", ratio, persistent=False)
         self.n_levels = int(unique.depth.max())
         for level in range(1, self.n_levels + 1):
             rows = (unique.depth == level).nonzero()[0]
@@ -141,6 +148,37 @@ class IntensityMerger(nn.Module):
             yield
         finally:
             self.fixed_scale = None
+
+    @contextmanager
+    def tied(self, table: ObservationTable) -> Iterator[ObservationTable]:
+        """Let Bijvoet mates share the amplitude of F(+); yields the table to fit meanwhile."""
+        self._share_amplitudes()
+        self.is_tied = True
+        row = table.terms.row
+        try:
+            yield table.with_rows(self.joined[row], self.log_ratio[row])
+        finally:
+            self.is_tied = False
+            self._part_amplitudes()
+
+    @torch.no_grad()
+    def _share_amplitudes(self) -> None:
+        """Set F(+) to the mean of the mates, weighted with what the data say of each."""
+        weight = (self.n_obs > 0) * self.log_concentration.exp()
+        value = weight * (self.log_spread - self.log_ratio)
+        total = torch.zeros_like(weight).index_add_(0, self.joined, weight)
+        mean = torch.zeros_like(weight).index_add_(0, self.joined, value)
+        seen = total > 0
+        mean = torch.where(seen, mean / total.clamp_min(1e-30), self.log_spread)
+        self.set_log_spread(mean[self.joined])
+        log_total = torch.where(seen, total.clamp_min(1e-30).log(), self.log_concentration)
+        self.log_concentration.copy_(log_total[self.joined])
+
+    @torch.no_grad()
+    def _part_amplitudes(self) -> None:
+        """Give the mates what was found for both."""
+        self.set_log_spread(self.log_spread[self.joined] + self.log_ratio)
+        self.log_concentration.copy_(self.log_concentration[self.joined])
 
     def count(self, table: ObservationTable) -> None:
         """Count the used observations of each row and tree, for the weights of the KL."""
@@ -227,6 +265,8 @@ class IntensityMerger(nn.Module):
         rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
         held = torch.bincount(self.group[rows], minlength=self.n_groups)
         weight = (held.double() / self.n_group.clamp_min(1))[self.group]
+        if self.is_tied:  # F(-) is not there
+            weight = weight * (self.joined == torch.arange(len(weight), device=self.device))
         return MergeTerms(
             (log_density * used).sum(),
             (weight * self.prior.kl(q)).sum() if with_prior else log_density.new_zeros(()),

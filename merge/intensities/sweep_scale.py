@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from merge.config import MergeConfig
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.sweep_table import SweepTable
-from merge.model.scale import ScaleModel
+from merge.model.scale import ScaleModel, interpolate
 from merge.model.scale_features import (
     MAX_FRAMES_EACH_SIDE,
     Centres,
@@ -28,6 +28,8 @@ from merge.model.scale_features import (
 )
 
 START_MOSAICITY = 0.1  # [deg]
+#: Sweeps that may have a response of their own that moves with the scan.
+MAX_MOVING = 8
 
 
 class SweepScale(ScaleModel):
@@ -46,6 +48,7 @@ class SweepScale(ScaleModel):
         features = _features(table, config.absorption_order)
         super().__init__(features, MergeConfig(absorption_order=config.absorption_order))
         self.table, self.absorption_order = table, config.absorption_order
+        self.register_buffer("has_flicker", torch.tensor(config.flicker != "off"))
         for f in fields(Centres):  # saved with the parameters
             self.register_buffer(f"centre_{f.name}", getattr(features.centres, f.name))
         first = np.concatenate([[0], np.cumsum(table.n_frames)[:-1]])
@@ -76,6 +79,13 @@ class SweepScale(ScaleModel):
         frame = self.z.floor().long() + self.first_frame
         return torch.minimum(torch.maximum(frame, self.first_frame), self.last_frame)
 
+    def frame_scales(self) -> Tensor:
+        """Log-scale of every frame, (F,): the slow drift alone where frames do not flicker."""
+        if bool(self.has_flicker):
+            return self.log_frame_scale
+        drifts = zip(self.drift.split(self.n_drift_knots), self.n_frames, strict=True)
+        return torch.cat([interpolate(knots, n) for knots, n in drifts])
+
     def log_mean_frame_scale(self, index: Tensor) -> Tensor:
         """Log of the frames' scales, averaged over the rocking curve, (B,)."""
         z = self.z[index]
@@ -87,7 +97,7 @@ class SweepScale(ScaleModel):
         frame = frame + self.first_frame[index, None]
         first, last = self.first_frame[index, None], self.last_frame[index, None]
         weight = torch.where((frame >= first) & (frame <= last), weight, 0.0) + 1e-12
-        values = self.log_frame_scale.exp()[torch.minimum(torch.maximum(frame, first), last)]
+        values = self.frame_scales().exp()[torch.minimum(torch.maximum(frame, first), last)]
         return (weight * values).sum(1).log() - weight.sum(1).log()
 
     @torch.no_grad()
@@ -110,15 +120,46 @@ def _features(
     table: SweepTable, absorption_order: int, centres: Centres | None = None
 ) -> ScaleFeatures:
     """Terms that do not change, to single precision: there may be millions of observations."""
-    config = MergeConfig(absorption_order=absorption_order)
+    order = absorption_order if table.has_beams else 0
+    config = MergeConfig(absorption_order=order)
     widths = list(table.frame_width_deg)
-    found = scale_features(table.to("cpu"), list(table.n_frames), widths, config, centres)
+    known = centres
+    if centres is not None and not table.has_beams:
+        known = replace(centres, harmonics=centres.harmonics[:0])
+    found = scale_features(table.to("cpu"), list(table.n_frames), widths, config, known)
+    harmonics = found.harmonics
+    if not table.has_beams:
+        harmonics = _moving_response(table, found.position, absorption_order)
+        mean = harmonics.mean(0) if centres is None else centres.harmonics
+        harmonics = harmonics - mean
+        found = replace(found, centres=replace(found.centres, harmonics=mean))
     none = found.frame[:, :0]
     return replace(
         found,
         frame=none,
         frame_weight=none.double(),
         b_design=found.b_design.float(),
-        harmonics=found.harmonics.float(),
+        harmonics=harmonics.float(),
         position=found.position.float(),
     )
+
+
+def _moving_response(table: SweepTable, position: Tensor, order: int) -> Tensor:
+    """Place of absorption where directions are not known, (N, m).
+
+    A surface in the frame of the crystal that the beams wander over is, seen from the detector, a
+    smooth function of the place whose terms come and go with the rotation: products of powers of
+    x and y and of cosines along the scan, as fast as the harmonics of that order turn.
+    """
+    x, y, _, scan, _ = position.double().unbind(-1)
+    powers = torch.stack([x, y, x**2, x * y, y**2], -1)
+    columns = []
+    spans = zip(table.n_frames, table.frame_width_deg, strict=True)
+    if len(table.n_frames) > MAX_MOVING:
+        return powers[:, :0]
+    for k, (n, width) in enumerate(spans):
+        n_waves = min(math.ceil(2 * order * abs(n * width) / 360.0), 2 * order)
+        angle = torch.arange(1, n_waves + 1) * (math.pi / 2) * (scan[:, None] + 1)
+        waves = torch.where((table.experiment == k)[:, None], angle.cos(), 0.0)
+        columns.append((waves[:, :, None] * powers[:, None]).flatten(1))
+    return torch.cat(columns, 1)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from integrator.types import TensorRecord
+from merge.intensities.columns import Columns
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
 
 Array = NDArray[np.float64]
@@ -37,6 +38,8 @@ class SweepTable(TensorRecord):
         Of each sweep.
     frame_width_deg : tuple of float
         [deg]
+    has_beams : bool
+        Directions of the beams are known; ``s0_crystal`` and ``s1_crystal`` are 0 otherwise.
     """
 
     experiment: Tensor
@@ -48,6 +51,7 @@ class SweepTable(TensorRecord):
     d: Tensor
     n_frames: tuple[int, ...]
     frame_width_deg: tuple[float, ...]
+    has_beams: bool = True
 
     @property
     def lp(self) -> Tensor:
@@ -104,4 +108,64 @@ def sweep_table(
         torch.as_tensor(inv_d2[order] ** -0.5),
         tuple(int(n) for n in np.floor(last) + 1),
         tuple(widths.tolist()),
+    )
+
+
+#: Missing batches that a sweep may have where nothing says how the crystal was turned.
+MAX_GAP = 100
+#: Rotation of such a sweep [deg], at most.
+USUAL_SPAN = 180.0
+
+
+def plain_sweep_table(columns: Columns, rotation: Array | None, order: NDArray) -> SweepTable:
+    """Take the places from batch numbers, and from the rotation where a file has it.
+
+    Batches follow each other on the scan; where they do not, another sweep begins.
+
+    Parameters
+    ----------
+    columns : Columns
+    rotation : (N0,) or None
+        [deg]
+    order : (N,)
+        Observations of the table.
+    """
+    image, first = np.unique(columns.image, return_index=True)
+    batch, dataset = columns.frame[first], columns.dataset[first]
+    step = np.maximum(np.diff(batch), 1)
+    begins = (np.diff(dataset) != 0) | (np.diff(batch) > MAX_GAP)
+    width = np.full(len(image), np.nan)
+    if rotation is not None:
+        which = np.searchsorted(image, columns.image)
+        mean = np.bincount(which, rotation) / np.bincount(which)
+        turn = np.diff(mean) / step
+        width[:] = np.median(turn) if len(turn) else 1.0
+        # centroids scatter within their images
+        begins |= np.abs(np.diff(mean) - width[0] * step) > 2 * abs(width[0]) + 0.1
+    sweep = np.concatenate([[0], np.cumsum(begins)])
+    start = np.flatnonzero(np.concatenate([[True], begins]))
+    frame = (batch - batch[start][sweep]).clip(0) + 0.5
+    n_frames = np.zeros(len(start))
+    np.maximum.at(n_frames, sweep, np.ceil(frame))
+    if rotation is None or not width[0]:
+        widths = np.minimum(1.0, USUAL_SPAN / n_frames)
+    else:
+        widths = np.full(len(start), width[0])
+    own = np.searchsorted(image, columns.image[order])
+    position = columns.position
+    if position is None:
+        position = np.zeros((len(columns.image), 2))
+    xyz = torch.as_tensor(np.column_stack([position[order], frame[own]]))
+    nowhere = torch.zeros(len(order), 3, dtype=torch.float64)
+    return SweepTable(
+        torch.as_tensor(sweep[own]),
+        xyz,
+        xyz,
+        torch.as_tensor(np.abs(widths)[sweep[own]]),
+        nowhere,
+        nowhere,
+        torch.as_tensor(columns.inv_d2[order] ** -0.5),
+        tuple(int(n) for n in n_frames),
+        tuple(widths.tolist()),
+        has_beams=False,
     )

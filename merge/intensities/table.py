@@ -210,6 +210,12 @@ class ObservationTable:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return ObservationTable(**own | {"observations": Observations(**values)})
 
+    def with_rows(self, row: Tensor, log_ratio: Tensor) -> ObservationTable:
+        """Copy whose terms are of other unique reflections, times a known factor, (T,) each."""
+        values = {f.name: getattr(self.terms, f.name) for f in fields(Terms)}
+        values |= {"row": row, "base_log_scale": self.terms.base_log_scale + log_ratio}
+        return replace(self, terms=Terms(**values))
+
     def _batch(self, observations: Observations, terms: Terms, rows: Tensor) -> Batch:
         images, image = torch.unique(observations.image, return_inverse=True)
         cluster = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from merge.intensities.adam import Adam
 from merge.intensities.config import IntensityMergeConfig
+from merge.intensities.mates import confirmed_log_ratio
 from merge.intensities.merger import Expectation, IntensityMerger
 from merge.intensities.networks import BLOCK
 from merge.intensities.row_newton import RowNewton
@@ -23,6 +24,8 @@ BETAS = (0.9, 0.95)
 N_START_ROUNDS = 3
 START_ERROR, START_DOF = 0.2, 4.0  # relative error and tail of the first means
 DAMPING = 0.5  # of the amplitudes' Newton steps
+AGAIN = 0.25  # of the epochs, once differences of mates are known
+PARTED_EPOCHS = 60  # of the amplitudes of mates, once the scales are known
 ERROR_RATE = 3.0  # of the error model, in steps of the scale: a handful of well-known numbers
 
 #: Called after each epoch with its number and the ELBO.
@@ -36,6 +39,13 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
     Images are first compared with the mean intensity at their resolutions, then with the merged
     intensities.
     """
+    merger.count(table)
+    with merger.tied(table) as tied:
+        _start(merger, tied)
+
+
+def _start(merger: IntensityMerger, table: ObservationTable) -> None:
+    """Take the steps of :func:`start`, mates tied."""
     everything = table.everything()
     o, terms = everything.observations, everything.terms
     first = _first(everything)
@@ -53,6 +63,8 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             n = len(log_image_scale)
             log_image_scale += _log_ratio(residual, used * expected, image, n)
             log_image_scale -= log_image_scale.mean()
+            if scale.sweep is not None:
+                scale.sweep.start_drift()
             residual = used * o.intensity / scale(everything)[0][first].exp()
         if scale.spectrum is not None:
             knots = scale.spectrum_knots
@@ -61,8 +73,6 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
             )
             scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
         expected = _merge_once(merger, table, row, first, expected)[row]
-    if scale.sweep is not None:
-        scale.sweep.start_drift()
 
 
 @torch.no_grad()
@@ -216,6 +226,12 @@ def fit(
 ) -> float:
     """Maximise the ELBO: Newton steps for q(F), Adam with cosine decay for the rest.
 
+    Bijvoet mates share one amplitude while scales are fitted: where a mate is seen once or twice,
+    scales would make its observations agree with each other, whatever their mean, and what is left
+    between the mates is noise that both halves of the data confirm. With the scales fixed, the
+    error model is fitted again and each mate gets an amplitude of its own. Where these differ by
+    more than noise, scales are fitted again with the differences that halves of the data confirm.
+
     Returns the ELBO of the last epoch [nats].
 
     Parameters
@@ -228,11 +244,45 @@ def fit(
     with_scales : bool
         False leaves scales, error model and Wilson's Sigma as they are.
     observer : callable, optional
+        Called in the longest part of the fit.
     """
     epochs = epochs or config.epochs
-    merger.count(table)
     if not with_scales:
-        return _fit_amplitudes(merger, table, epochs, observer)
+        return _fit_amplitudes(merger, table, epochs, None, observer)
+    if not merger.has_mates:
+        return _fit_scales(merger, table, config, epochs, observer)
+    was_known = bool(merger.log_ratio.any())
+    elbo = _fit_tied(merger, table, config, epochs, observer)
+    merger.log_ratio.copy_(confirmed_log_ratio(merger, table, config.seed))
+    if was_known or not merger.log_ratio.any():
+        return elbo
+    return _fit_tied(merger, table, config, max(1, round(AGAIN * epochs)), None)
+
+
+def _fit_tied(
+    merger: IntensityMerger,
+    table: ObservationTable,
+    config: IntensityMergeConfig,
+    epochs: int,
+    observer: Observer | None,
+) -> float:
+    """Move the scales with the mates tied, then errors and amplitudes with the mates apart."""
+    with merger.tied(table) as tied:
+        _fit_scales(merger, tied, config, epochs, observer)
+    errors = [p for p in merger.likelihood.parameters() if p.requires_grad]
+    optimizer = Adam([(errors, ERROR_RATE * config.learning_rate)], BETAS)
+    return _fit_amplitudes(merger, table, PARTED_EPOCHS, optimizer)
+
+
+def _fit_scales(
+    merger: IntensityMerger,
+    table: ObservationTable,
+    config: IntensityMergeConfig,
+    epochs: int,
+    observer: Observer | None,
+) -> float:
+    """Move everything, batch by batch."""
+    merger.count(table)
     amplitudes = RowNewton(merger)
     optimizer = make_optimizer(merger, config)
     generator = torch.Generator().manual_seed(config.seed)
@@ -258,13 +308,21 @@ def fit(
 
 
 def _fit_amplitudes(
-    merger: IntensityMerger, table: ObservationTable, epochs: int, observer: Observer | None
+    merger: IntensityMerger,
+    table: ObservationTable,
+    epochs: int,
+    optimizer: Adam | None,
+    observer: Observer | None = None,
 ) -> float:
-    """Newton steps of q(F) on all observations at once; the scales are computed once."""
+    """Newton steps of q(F), and those of ``optimizer``, on all observations at once.
+
+    The scales are computed once.
+    """
+    merger.count(table)
     everything, amplitudes, elbo = table.everything(), RowNewton(merger), math.nan
     with merger.with_fixed_scale(everything):
         for epoch in range(1, epochs + 1):
-            elbo = _step(merger, everything, None, amplitudes, 0.0)
+            elbo = _step(merger, everything, optimizer, amplitudes, (epoch - 1) / epochs)
             amplitudes.end_pass(DAMPING)
             if observer is not None:
                 observer(epoch, elbo)

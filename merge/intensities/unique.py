@@ -38,6 +38,8 @@ class UniqueRows:
         Steps to the row without parent.
     group : ndarray, (R,)
         Number of the tree that the row belongs to, 0 .. n_groups - 1.
+    joined : ndarray, (R,)
+        Row of F(+) for F(-), the row itself otherwise.
     """
 
     def __init__(
@@ -54,13 +56,15 @@ class UniqueRows:
         self.is_centric = np.concatenate([asu.is_centric for asu in asus])
         self.dataset = np.repeat(np.arange(len(asus)), np.diff(self.first))
         self.parent = np.full(len(self), -1)
+        self.joined = np.arange(len(self))
         for k, asu in enumerate(asus):
             rows = slice(self.first[k], self.first[k + 1])
+            is_minus = asu.friedel_sign < 0
+            self.joined[rows][is_minus] = asu.friedel_mate[is_minus] + self.first[k]
             if parents[k] is not None:
                 found = asus[parents[k]].refl_id(asu.miller_index)
                 self.parent[rows] = np.where(found >= 0, found + self.first[parents[k]], -1)
             elif couple_mates:
-                is_minus = asu.friedel_sign < 0
                 self.parent[rows] = np.where(is_minus, asu.friedel_mate + self.first[k], -1)
         self.depth, root = self._climb()
         self.group = np.unique(root, return_inverse=True)[1]

@@ -34,7 +34,7 @@ N_DETECTOR_FEATURES = 3
 START_SD = 0.03
 
 
-def _interpolate(knots: Tensor, n: int) -> Tensor:
+def interpolate(knots: Tensor, n: int) -> Tensor:
     """Values at the middles of ``n`` frames, (n,), of a curve with knots from end to end."""
     x = (torch.arange(n, dtype=knots.dtype, device=knots.device) + 0.5) / n * (len(knots) - 1)
     left = x.floor().long().clamp_max(len(knots) - 2)
@@ -100,9 +100,13 @@ class ScaleModel(nn.Module):
             log_scale = log_scale + self.network(position)[:, 0]
         return log_scale
 
+    def frame_scales(self) -> Tensor:
+        """Log-scale of every frame, (F,)."""
+        return self.log_frame_scale
+
     def log_mean_frame_scale(self, index: Tensor) -> Tensor:
         """Log of the frames' scales, averaged over the rocking curve, (B,)."""
-        frames = self.log_frame_scale.exp()[self.frame[index]]
+        frames = self.frame_scales().exp()[self.frame[index]]
         return (self.frame_weight[index] * frames).sum(-1).log()
 
     @torch.no_grad()
@@ -136,8 +140,8 @@ class ScaleModel(nn.Module):
         total = self.log_frame_scale.new_zeros(())
         flicker, step = self.log_flicker.clamp(-7.0, 0.0), self.log_drift_step.clamp(-7.0, 0.0)
         drifts = self.drift.split(self.n_drift_knots)
-        for gamma, drift in zip(self.log_frame_scale.split(self.n_frames), drifts, strict=True):
-            about = gamma - _interpolate(drift, len(gamma))
+        for gamma, drift in zip(self.frame_scales().split(self.n_frames), drifts, strict=True):
+            about = gamma - interpolate(drift, len(gamma))
             total = total + 0.5 * (about**2).sum() * torch.exp(-2 * flicker) + len(gamma) * flicker
             change = drift.diff()
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * step) + len(change) * step

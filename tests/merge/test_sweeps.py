@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gemmi
 import numpy as np
@@ -18,6 +19,7 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.held_out import split
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.saved_scale import load_scale, save_scale
+from merge.intensities.sweep_table import plain_sweep_table
 from merge.intensities.training import fit, start
 from merge.io import mtz as mtz_io
 from merge.io.mtz_observations import read_mtz
@@ -148,21 +150,70 @@ def test_two_datasets_have_sweeps_of_their_own(sweep):
     assert torch.equal(table.sweeps.experiment, table.observations.dataset)
 
 
-@pytest.mark.parametrize("missing", ["switched off", "no columns", "no positions"])
-def test_without_places_the_network_has_the_scale(sweep, missing, caplog):
+@pytest.mark.parametrize("missing", ["columns", "positions"])
+def test_without_headers_the_scale_goes_by_batches(sweep, missing, caplog):
     data, config = observed(sweep), IntensityMergeConfig()
-    if missing == "no columns":
-        del data.metadata[ZETA]
-    elif missing == "no positions":
-        del data.metadata["XDET"]
-    else:
-        config = replace(config, physical_scale=False)
+    del data.metadata[ZETA if missing == "columns" else "XDET"]
     with caplog.at_level("INFO"):
         problem = build_problem([data], config)
-    assert ("left to the network" in caplog.text) == (missing != "switched off")
+    assert "the scale goes by their batches" in caplog.text
+    assert ("positions on the detector" in caplog.text) == (missing == "columns")
+    found = problem.table.sweeps
+    assert not found.has_beams
+    assert found.n_frames == (sweep.n_frames,)
+    assert found.frame_width_deg == pytest.approx((FRAME_WIDTH,), rel=0.02)
+    frame = data.metadata[FRAME][problem.source]
+    assert torch.equal(found.xyz_px[:, 2], torch.as_tensor(np.floor(frame) + 0.5))
+    scale = IntensityMerger(problem.unique, problem.table, config).scale
+    assert scale.network is None
+    n = {"columns": 5 * 5, "positions": 5 * 5}[missing]  # 200 degrees: five waves
+    assert len(scale.sweep.absorption) == n
+
+
+def test_physical_scales_can_be_switched_off(sweep):
+    config = IntensityMergeConfig(physical_scale=False)
+    problem = build_problem([observed(sweep)], config)
     scale = IntensityMerger(problem.unique, problem.table, config).scale
     assert scale.sweep is None
     assert scale.network is not None
+
+
+def place(batch, rotation=None, dataset=None):
+    """Sweep, frame, and width of each sweep of one observation a batch."""
+    n = len(batch)
+    columns = SimpleNamespace(
+        image=np.arange(n),
+        frame=np.asarray(batch),
+        dataset=np.zeros(n, int) if dataset is None else np.asarray(dataset),
+        position=None,
+        inv_d2=np.full(n, 0.1),
+    )
+    rotation = None if rotation is None else np.asarray(rotation, float)
+    table = plain_sweep_table(columns, rotation, np.arange(n))
+    return table.experiment.tolist(), table.xyz_px[:, 2].tolist(), table.frame_width_deg
+
+
+def test_batches_tell_sweeps_apart():
+    # missing images leave a gap, another sweep begins at its first batch
+    sweep, frame, width = place([101, 102, 105, 1001, 1002])
+    assert sweep == [0, 0, 0, 1, 1]
+    assert frame == [0.5, 1.5, 4.5, 0.5, 1.5]
+    assert width == (1.0, 1.0)
+    # as many images as that are finer than a degree
+    assert place(np.arange(720))[2] == (0.25,)
+    assert place([1, 2, 3, 4], dataset=[0, 0, 1, 1])[0] == [0, 0, 1, 1]
+
+
+def test_rotation_tells_sweeps_apart():
+    rotation = [30.1, 30.6, 32.0, 90.2, 90.7, 91.3]
+    sweep, frame, width = place([1, 2, 5, 6, 7, 8], rotation)
+    assert sweep == [0, 0, 0, 1, 1, 1]
+    assert frame == [0.5, 1.5, 4.5, 0.5, 1.5, 2.5]
+    assert width == pytest.approx((0.5, 0.5), rel=0.1)
+    # the other way round
+    sweep, _, width = place([1, 2, 3, 4], [10.0, 9.5, 9.0, 8.5])
+    assert sweep == [0, 0, 0, 0]
+    assert width == pytest.approx((-0.5,))
 
 
 def test_a_named_metadata_column_gets_a_network_beside_the_sweep(sweep):
