@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,8 @@ from pipelines.provenance import package_version
 logger = logging.getLogger(__name__)
 
 N_SHELLS = 10
+#: Of a spread from the median, times the root of the number of values.
+MEDIAN_ERROR = 1.17
 
 
 def write_dataset(
@@ -267,6 +269,33 @@ def _write_statistics(
         "%s: %s",
         name,
         " ".join(f"{k} {overall[k]:.4g}" for k in shown if overall[k] is not None),
+    )
+    if reason := doubt_of_cc_anom(overall):
+        logger.warning("%s: %s", name, reason)
+
+
+def doubt_of_cc_anom(overall: Mapping[str, float | int | str | None]) -> str | None:
+    """Say why CCanom is not to be believed; None where nothing speaks against it.
+
+    Mean intensities and differences of two halves have the same noise. Where the differences agree
+    better, in units of their errors, scales that have seen the mates apart have made them agree.
+
+    Parameters
+    ----------
+    overall : mapping
+        Row of :func:`merge.statistics.shell_statistics`.
+    """
+    cc, n = overall["cc_anom"], overall["cc_anom_pairs"]
+    spread, usual = overall["z_spread_anom"], overall["z_spread"]
+    if None in (cc, spread, usual) or not usual or cc * n**0.5 < 3:
+        return None
+    ratio, error = spread / usual, MEDIAN_ERROR / n**0.5
+    if ratio > 1 - max(0.1, 3 * error):
+        return None
+    return (
+        f"CCanom {cc:.2f} is not confirmed: differences of the halves lie {ratio:.2f} times as "
+        "far apart as their means do, in units of their errors; scales made them agree. Fit the "
+        "scales anew, with fewer parameters"
     )
 
 

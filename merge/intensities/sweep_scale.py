@@ -105,9 +105,10 @@ class SweepScale(ScaleModel):
         """Set the slow drift to what the frames' scales say as they are."""
         frames = self.log_frame_scale.split(self.n_frames)
         for gamma, drift in zip(frames, self.drift.split(self.n_drift_knots), strict=True):
-            parts = torch.linspace(0, len(gamma), len(drift) + 1).long()
+            ends = torch.linspace(0, len(gamma), len(drift) + 1, device=gamma.device)
+            parts = ends.long().tolist()
             for k in range(len(drift)):
-                part = gamma[parts[k] : max(int(parts[k + 1]), int(parts[k]) + 1)]
+                part = gamma[parts[k] : max(parts[k + 1], parts[k] + 1)]
                 drift[k] = part.median()
 
     def penalty(self) -> Tensor:

@@ -19,6 +19,7 @@ from integrator.crystal.reciprocal_asu import ReciprocalAsu
 from merge.intensities.config import IntensityMergeConfig
 from merge.model.french_wilson import french_wilson
 from pipelines.merge_inputs import MergeInputs
+from pipelines.merge_outputs import doubt_of_cc_anom
 from pipelines.merging import merge
 
 
@@ -102,3 +103,15 @@ def test_without_signal_halves_do_not_agree(tmp_path):
     _, _, overall = merged(tmp_path, anomalous=0.0, redundancy=4.4)
     assert abs(float(overall["cc_anom"])) < 0.1  # three standard errors of 1,700 pairs: 0.07
     assert 0.9 < float(overall["z_spread_anom"]) < 1.1
+
+
+def test_a_correlation_that_scales_have_made_is_doubted():
+    # of scales that were fitted with the mates apart, seed 0: the truth allows .28 and .41
+    twice = {"cc_anom": 0.891, "cc_anom_pairs": 733, "z_spread": 1.021, "z_spread_anom": 0.712}
+    assert "CCanom 0.89 is not confirmed" in doubt_of_cc_anom(twice)
+    often = {"cc_anom": 0.845, "cc_anom_pairs": 1802, "z_spread": 0.991, "z_spread_anom": 0.801}
+    assert "0.81 times" in doubt_of_cc_anom(often)
+    assert doubt_of_cc_anom(often | {"z_spread_anom": 0.95}) is None
+    assert doubt_of_cc_anom(twice | {"cc_anom_pairs": 20}) is None  # chance
+    assert doubt_of_cc_anom(twice | {"cc_anom": 0.05}) is None  # nothing is claimed
+    assert doubt_of_cc_anom(twice | {"z_spread_anom": None}) is None
