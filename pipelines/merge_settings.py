@@ -37,9 +37,9 @@ def _keeps_falloff(a: _Asked) -> bool:
 RULES: tuple[Rule, ...] = (
     (("laue_lp", "n_spectrum_knots"), lambda a: not a.config.laue, "they are for --laue"),
     (
-        ("absorption_order",),
+        ("absorption_order", "flicker"),
         lambda a: not (_is_scan(a) and a.config.physical_scale),
-        "only rotation data with a physical scale have an absorption surface",
+        "only rotation data with a physical scale have an absorption surface and flicker",
     ),
     (("dof",), lambda a: a.config.likelihood == "normal", "a Normal has no degrees of freedom"),
     (
@@ -155,7 +155,7 @@ def say_what_data_leave_idle(
         ),
         (
             ("absorption_order",),
-            lambda _: is_scan and config.physical_scale and sweeps is None,
+            lambda _: sweeps is not None and not (sweeps.has_beams or sweeps.has_positions),
             "the files do not say where observations lie on their sweeps",
         ),
         (

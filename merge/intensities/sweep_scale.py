@@ -156,7 +156,7 @@ def _moving_response(table: SweepTable, position: Tensor, order: int) -> Tensor:
     powers = torch.stack([x, y, x**2, x * y, y**2], -1)
     columns = []
     spans = zip(table.n_frames, table.frame_width_deg, strict=True)
-    if len(table.n_frames) > MAX_MOVING:
+    if len(table.n_frames) > MAX_MOVING or not table.has_positions:
         return powers[:, :0]
     for k, (n, width) in enumerate(spans):
         n_waves = min(math.ceil(2 * order * abs(n * width) / 360.0), 2 * order)

@@ -54,6 +54,11 @@ class SweepTable(TensorRecord):
     has_beams: bool = True
 
     @property
+    def has_positions(self) -> bool:
+        """The file says where on the detector observations lie."""
+        return bool((self.xyz_px[:, :2] != 0).any())
+
+    @property
     def lp(self) -> Tensor:
         """1: what is known of the scale is known already."""
         return torch.ones_like(self.d)

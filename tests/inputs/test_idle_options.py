@@ -92,6 +92,7 @@ def test_what_auto_means():
     [
         ({"laue_lp": True}, "laue_lp=True"),
         ({"stills": True, "absorption_order": 6}, "absorption_order=6"),
+        ({"laue": True, "flicker": "off"}, "flicker=off"),
         ({"likelihood": "normal", "dof": 8.0}, "dof=8.0"),
         ({"sigma": "difference"}, "sigma=difference"),
         ({"n_correlation_shells": 5}, "n_correlation_shells=5"),
