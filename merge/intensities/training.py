@@ -359,10 +359,7 @@ def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> Ada
         if module is not None
         for p in module.parameters()
     ]
-    if scale.embedding is not None:
-        networks += [scale.embedding]
-    if scale.deviation is not None:
-        networks += [scale.deviation]
+    networks += [p for p in (scale.embedding, scale.deviation) if p is not None]
     errors = [p for p in merger.likelihood.parameters() if p.requires_grad]
     amplitudes = [merger.log_spread_step, merger.log_concentration]
     known = {id(p) for p in (*networks, *errors, *amplitudes)}
