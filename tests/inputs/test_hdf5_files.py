@@ -179,6 +179,17 @@ def test_a_link_upwards_from_a_linked_folder(folder, frames, tmp_path):
     assert_reads(tmp_path / "elsewhere" / "view" / "tiny_master.h5", frames)
 
 
+def test_a_folder_that_hdf5_is_told_of(folder, frames, tmp_path, monkeypatch):
+    (tmp_path / "far").mkdir()
+    for number, name in enumerate((FIRST, SECOND), 1):
+        shutil.move(folder / name, tmp_path / "far" / name)
+        link(folder, f"data_{number:06d}", name)
+    with pytest.raises(UserError, match=f"no image file .*{FIRST}, linked by .*tiny_master"):
+        read(folder / "tiny_master.h5")
+    monkeypatch.setenv("HDF5_EXT_PREFIX", f"/none:{tmp_path}/far")
+    assert_reads(folder / "tiny_master.h5", frames)
+
+
 def test_links_within_the_file(folder, frames, tmp_path):
     """Soft links to external links to soft links, the data group itself in another file."""
     shutil.move(folder / FIRST, folder / "moved.h5")
