@@ -20,7 +20,7 @@ import pytest
 
 from fixtures.simulate import simulate
 from integrator.errors import UserError
-from integrator.io.nxmx import NxmxFrames
+from integrator.io.nxmx import INVALID, NxmxFrames
 from pipelines.cli import main
 
 SLOW, FAST = SHAPE = (288, 280)
@@ -99,7 +99,7 @@ def read(master: Path, wanted=range(N)) -> np.ndarray:
 
 def assert_reads(master: Path, frames: np.ndarray, wanted=range(N)) -> None:
     expected = frames[list(wanted)].astype(np.int32)
-    expected[expected > 65533] = -1  # the codes of 16 bits
+    expected[expected > 65533] = INVALID  # the codes of 16 bits
     np.testing.assert_array_equal(read(master, wanted), expected)
 
 
@@ -537,7 +537,7 @@ def test_a_module_with_a_leading_number(base, frames, tmp_path):
     names = ["/entry/instrument/detector/module"]
     with NxmxFrames(folder / "tiny_master.h5", names, [(200, 210)], needed=range(1)) as source:
         inside = frames[0, 10:210, 20:230]
-        counts = np.where(inside > 65533, -1, inside.astype(np.int32))
+        counts = np.where(inside > 65533, INVALID, inside.astype(np.int32))
         np.testing.assert_array_equal(source.read(0)[0], counts)
 
 
