@@ -123,46 +123,85 @@ class FrameStack:
         """Trace frames to data sets, in order, as far as frame ``last`` (None: all)."""
         group = self._data_group()
         origins: list[Origin] = []
+        lost = ""  # what is wrong with the data set before the next, whose length is unknown
+        first_number: int | None = None
         for name in self._data_names(group):
-            dataset = self._files.member(group, name)
-            if not isinstance(dataset, h5py.Dataset) or dataset.ndim not in (3, 4):
-                raise UserError(
-                    f"{self.path}: {group.name}/{name} is not a stack of frames; "
-                    "give an NXmx or Eiger master file"
-                )
-            origins += frame_origins(dataset, self._files)
             if last is not None and len(origins) > last:
                 break
+            try:
+                dataset = self._data_set(group, name)
+            except UserError as error:
+                lost = lost or str(error)
+                continue
+            number = dataset.attrs.get("image_nr_low") if _NUMBERED.fullmatch(name) else None
+            number = None if number is None else int(number)
+            if lost:
+                place = 0 if number is None else number - (first_number or 1)
+                if place <= len(origins):  # a file's own number, if any: the place is unknown
+                    raise UserError(lost)
+                origins += [lost] * (place - len(origins))
+                lost = ""
+            if first_number is None and number is not None:
+                first_number = number - len(origins)
+            expected = None if first_number is None else first_number + len(origins)
+            # the same number in all files is that of a file's own image
+            if number not in (None, first_number, expected):
+                raise UserError(
+                    f"{dataset.file.filename} begins with image {number} (image_nr_low), as "
+                    f"{name} of {self.path} with image {expected}; the links of the master file "
+                    "are in a wrong order, or files are missing"
+                )
+            origins += frame_origins(dataset, self._files)
+        if lost and (last is None or len(origins) <= last):
+            raise UserError(lost)
         return origins
 
+    def _data_set(self, group: h5py.Group, name: str) -> h5py.Dataset:
+        """Open a data set of frames."""
+        if group.get(name, getlink=True) is None:
+            raise UserError(
+                f"{self.path} has no {name} in {group.name}, but data sets of higher numbers, so "
+                "that the images from there on cannot be told; give the complete master file"
+            )
+        dataset = self._files.member(group, name)
+        if not isinstance(dataset, h5py.Dataset) or dataset.ndim not in (3, 4):
+            raise UserError(
+                f"{self.path}: {group.name}/{name} is not a stack of frames; "
+                "give an NXmx or Eiger master file"
+            )
+        return dataset
+
     def _data_names(self, group: h5py.Group) -> Iterable[str]:
-        """Names of the data sets that hold the frames, in their order."""
+        """Names of the data sets that hold the frames, in their order.
+
+        The order is that of the numbers, not of the letters: data_10 follows data_9. A gap in
+        the numbers has the name that is missing.
+        """
         signal = group.attrs.get("signal", b"data")
         signal = signal.decode() if isinstance(signal, bytes) else str(signal)
         for name in (signal, "data"):
             is_there = group.get(name, getlink=True) is not None
             if is_there and not _NUMBERED.fullmatch(name):
                 return [name]
-        numbered = [(int(m[1]), m[0]) for m in map(_NUMBERED.fullmatch, group) if m]
+        numbered = sorted((int(m[1]), m[0]) for m in map(_NUMBERED.fullmatch, group) if m)
         if not numbered:
             raise UserError(
                 f"{self.path} has no data, data_000001 ... in {group.name}; "
                 "give an NXmx or Eiger master file"
             )
-        return self._without_gap(group, sorted(numbered))
-
-    def _without_gap(self, group: h5py.Group, numbered: list[tuple[int, str]]) -> Iterable[str]:
-        """Names by number (not by letter: data_10 follows data_9), up to the first gap."""
+        names: list[str] = []
         expected = min(numbered[0][0], 1)  # counted from 0 or 1
         for number, name in numbered:
-            if number != expected:
-                what = f"no data_{expected:06d}" if number > expected else f"two data_{number:06d}"
+            if number < expected:
                 raise UserError(
-                    f"{self.path} has {what} in {group.name} before {name}, so that the images "
-                    "from there on cannot be told; give the complete master file"
+                    f"{self.path} has two data sets of one number, {names[-1]} and {name}; remove "
+                    "the wrong one"
                 )
-            yield name
-            expected += 1
+            if number > expected:
+                names.append(f"data_{expected:06d}")
+            names.append(name)
+            expected = number + 1
+        return names
 
     def _data_group(self) -> h5py.Group:
         """Return the NXdata group of the first NXentry."""

@@ -243,8 +243,43 @@ def test_a_gap_in_the_numbers_shifts_nothing(folder, frames, lost):
 
 def test_the_same_number_twice(folder, frames):
     numbered(folder, frames, ["data_1", "data_000001"], per_file=8)
-    with pytest.raises(UserError, match="two data_000001"):
+    with pytest.raises(UserError, match="two data sets of one number, data_000001 and data_1"):
         read(folder / "tiny_master.h5")
+
+
+def test_data_sets_that_know_their_images(folder, frames):
+    """Detectors write the number of a file's first image: it replaces what is missing."""
+    link(folder, "data_000001", FIRST)
+    link(folder, "data_000002", SECOND)
+    with h5py.File(folder / SECOND) as file:
+        assert file["entry/data/data"].attrs["image_nr_low"] == 11
+    (folder / FIRST).rename(folder / "away.h5")
+    assert_reads(folder / "tiny_master.h5", frames, range(10, 16))
+    with pytest.raises(UserError, match=f"no image file .*{FIRST}"):
+        read(folder / "tiny_master.h5", range(9, 11))
+    with h5py.File(folder / "tiny_master.h5", "r+") as file:
+        del file[DATA]["data_000001"]
+    assert_reads(folder / "tiny_master.h5", frames, range(10, 16))
+    with pytest.raises(UserError, match="has no data_000001"):
+        read(folder / "tiny_master.h5", range(9, 11))
+
+
+def test_links_in_a_wrong_order(folder):
+    link(folder, "data_000001", SECOND)
+    link(folder, "data_000002", FIRST)
+    with pytest.raises(UserError, match=f"{FIRST} begins with image 1 .* with image 17"):
+        read(folder / "tiny_master.h5")
+
+
+def test_numbers_of_each_file_are_no_contradiction(folder, frames):
+    numbered(folder, frames, [f"data_{k:06d}" for k in range(1, 9)], per_file=2)
+    for k in range(8):
+        with h5py.File(folder / f"part_{k}.h5", "r+") as file:
+            file["data"].attrs["image_nr_low"] = 1
+    assert_reads(folder / "tiny_master.h5", frames)
+    (folder / "part_0.h5").unlink()
+    with pytest.raises(UserError, match=r"no image file .*part_0\.h5"):
+        read(folder / "tiny_master.h5", range(2, 4))
 
 
 def test_links_to_files_that_were_never_made(folder, frames):
