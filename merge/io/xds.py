@@ -12,8 +12,9 @@ from pathlib import Path
 
 import gemmi
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from integrator.crystal.corrections import lp_correction
 from integrator.errors import UserError
 from merge.io.dataset_split import split_sets
 from merge.io.observations import UnmergedData, make_unmerged
@@ -193,8 +194,8 @@ def _polar(alpha: Array, beta: Array) -> Array:
     return np.stack([np.sin(b) * np.cos(a), np.sin(b) * np.sin(a), np.cos(b)], axis=1)
 
 
-def _unit(vector: list[float]) -> Array:
-    return np.array(vector) / np.linalg.norm(vector)
+def _unit(vector: ArrayLike) -> Array:
+    return np.asarray(vector) / np.linalg.norm(vector)
 
 
 def _correct_polarization(
@@ -219,29 +220,13 @@ def _correct_polarization(
             "give XDS_ASCII.HKL",
             *(text.path, fraction, *NORMAL),
         )
-    normal = _unit(text.numbers("POLARIZATION_PLANE_NORMAL", 3) or list(NORMAL))
-    factor = polarization(*beams, 0.5, normal) / polarization(*beams, fraction, normal)
+    s0, s1 = _unit(np.atleast_2d(beams[0]).mean(axis=0)), beams[1]
+    normal = np.array(text.numbers("POLARIZATION_PLANE_NORMAL", 3) or NORMAL)
+    normal = _unit(normal - (normal @ s0) * s0)  # its part along the beam does not count
+    factor = lp_correction(s1, s0, None, normal, fraction)
+    factor /= lp_correction(s1, s0, None, normal, 0.5)
     for name in ("IOBS", "SIGMA"):
         columns[name] = columns[name] * factor
-
-
-def polarization(s0: Array, s1: Array, fraction: float, normal: Array) -> Array:
-    """Return the polarization factor as XDS has it, (N,).
-
-    Parameters
-    ----------
-    s0, s1 : (N, 3) or (3,)
-        Unit vectors along the incident and the diffracted beam.
-    fraction : float
-        0.5 of an unpolarized beam.
-    normal : (3,)
-        Of the plane of polarization; its part along the beam does not count.
-    """
-    cos2 = np.sum(s0 * s1, axis=-1) ** 2
-    across = normal - np.sum(s0 * normal, axis=-1, keepdims=True) * s0
-    across = across / np.linalg.norm(across, axis=-1, keepdims=True)
-    along_normal = np.sum(across * s1, axis=-1) ** 2
-    return (1.0 - 2.0 * fraction) * (1.0 - along_normal) + fraction * (1.0 + cos2)
 
 
 def _cell(text: XdsText, iset: int | None = None) -> gemmi.UnitCell:

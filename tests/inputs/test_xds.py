@@ -12,12 +12,12 @@ import gemmi
 import numpy as np
 import pytest
 
+from integrator.crystal.corrections import lp_correction
 from integrator.errors import UserError
 from merge.io.mtz_observations import read_mtz
 from merge.io.observations import UnmergedData
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, SWEEP_COLUMNS, ZETA
 from merge.io.unmerged_data import read_unmerged
-from merge.io.xds import polarization
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 pytestmark = pytest.mark.realdata
@@ -136,7 +136,8 @@ class TestCorrect:
         data = one(small / "xds_ascii.hkl")
         s0, s1 = in_laboratory(data, [0.999994, 0.003061, -0.001524])
         lorentz = np.linalg.norm(np.cross(s1, s0), axis=1) * data.metadata[ZETA]
-        rlp = lorentz / polarization(s0, s1, 0.98, np.array([0.0, 1.0, 0.0]))
+        normal = np.cross(s0[0], np.cross([0.0, 1.0, 0.0], s0[0]))  # without its part along s0
+        rlp = lorentz * lp_correction(s1, s0[0], None, normal / np.linalg.norm(normal), 0.98)
         key = {(*r[:3].astype(int), r[5], r[6]): r[8] for r in rows}
         m = data.metadata
         keys = zip(*data.miller_index.T, m["XDET"], m["YDET"], strict=True)
