@@ -126,7 +126,9 @@ def _check(text: XdsText, columns: dict[str, Array]) -> None:
             f"{text.path} has no column {' '.join(missing)} (it has {' '.join(text.columns)}); "
             "give XDS_ASCII.HKL, INTEGRATE.HKL or the unmerged output of XSCALE"
         )
-    if text.header.get("FRIEDEL'S_LAW", "FALSE").startswith("T"):
+    # DIALS, which does not name an OUTPUT_FILE, writes TRUE and has scaled nothing
+    is_scaled = "OUTPUT_FILE" in text.header
+    if is_scaled and text.header.get("FRIEDEL'S_LAW", "FALSE").startswith("T"):
         log.warning(
             "%s: scales and misfits were found with FRIEDEL'S_LAW=TRUE; for anomalous differences "
             "run CORRECT with FRIEDEL'S_LAW=FALSE",

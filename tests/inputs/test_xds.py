@@ -11,6 +11,7 @@ from pathlib import Path
 import gemmi
 import numpy as np
 import pytest
+from simulated_unmerged import FAST
 
 from integrator.crystal.corrections import lp_correction
 from integrator.errors import UserError
@@ -18,6 +19,7 @@ from merge.io.mtz_observations import read_mtz
 from merge.io.observations import UnmergedData
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, SWEEP_COLUMNS, ZETA
 from merge.io.unmerged_data import read_unmerged
+from pipelines.cli import main
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 pytestmark = pytest.mark.realdata
@@ -321,3 +323,14 @@ def test_info_of_misfits(small, caplog):
     with caplog.at_level(logging.INFO):
         one(small / "xds_ascii.hkl")
     assert "41 misfits" in caplog.text
+
+
+def test_merge_writes_the_wavelength_and_convert_a_store(small, tmp_path):
+    source = str(small / "xds_ascii.hkl")
+    assert main(["merge", source, "--out", str(tmp_path / "m"), "--anomalous", *FAST]) == 0
+    merged = gemmi.read_mtz_file(str(tmp_path / "m" / "merged.mtz"))
+    assert merged.datasets[-1].wavelength == pytest.approx(1.892, abs=1e-6)
+    assert merged.spacegroup.xhm() == "P 43 21 2"
+    assert main(["convert", source, "--out", str(tmp_path / "a.h5")]) == 0
+    (store,) = read_unmerged([tmp_path / "a.h5"])
+    assert (len(store), store.labels.wavelength) == (412, 1.892)
