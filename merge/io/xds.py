@@ -222,7 +222,7 @@ def _correct_polarization(
             "give XDS_ASCII.HKL",
             *(text.path, fraction, *NORMAL),
         )
-    s0, s1 = _unit(np.atleast_2d(beams[0]).mean(axis=0)), beams[1]
+    s0, s1 = _unit(np.median(np.atleast_2d(beams[0]), axis=0)), beams[1]
     normal = np.array(text.numbers("POLARIZATION_PLANE_NORMAL", 3) or NORMAL)
     normal = _unit(normal - (normal @ s0) * s0)  # its part along the beam does not count
     factor = lp_correction(s1, s0, None, normal, fraction)
