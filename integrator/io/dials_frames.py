@@ -21,6 +21,10 @@ from integrator.io.dials_reflections import ReflectionTable, match_experiments
 _POSITIONS = ("xyzcal.px", "xyzobs.px.value")
 #: Angles and positions of one table may differ by so many frames.
 _MAX_FRAMES_OFF = 0.3
+_REMEDY = (
+    "give the .expt of the same DIALS step; tables of earlier versions of braggflux counted from "
+    "0 and must be made again"
+)
 
 
 def place_on_scans(
@@ -46,12 +50,12 @@ def place_on_scans(
     Raises
     ------
     UserError
-        The files do not belong together; or the table's own angles (``xyzcal.mm``) say that its
-        frames are not those of the scans.
+        The files do not belong together; no predicted reflection of a sweep lies on its images;
+        or the table's own angles (``xyzcal.mm``) contradict its frames.
     """
     number = match_experiments(table, experiments)
     placed = _shifted(table, number, -_starts(experiments))
-    _check_angles(placed, experiments, number)
+    _check_frames(placed, experiments, number)
     return placed, number
 
 
@@ -88,29 +92,35 @@ def _shifted(
     return ReflectionTable(columns, dict(table.identifiers), table.source)
 
 
-def _check_angles(
+def _check_frames(
     table: ReflectionTable, experiments: Sequence[Experiment], number: NDArray[np.int64]
 ) -> None:
-    """Refuse a table whose frames and rotation angles contradict each other on a scan."""
-    if not {"xyzcal.px", "xyzcal.mm"} <= table.columns.keys():
+    """Refuse a table none of which lies on its scan, or that contradicts its own angles."""
+    if "xyzcal.px" not in table:
         return
-    z, phi = table["xyzcal.px"][:, 2], table["xyzcal.mm"][:, 2]
-    known = table["xyzcal.mm"].any(axis=1)  # rows without a prediction hold zeros
+    z = table["xyzcal.px"][:, 2]
+    known = table["xyzcal.px"].any(axis=1)  # rows without a prediction hold zeros
+    phi = table["xyzcal.mm"][:, 2] if "xyzcal.mm" in table else None
     for i, experiment in enumerate(experiments):
-        rows = known & (number == i) if not experiment.is_still else np.zeros(0, int)
+        rows = known & (number == i) if not experiment.is_still else np.zeros(0, bool)
         if not rows.any():
             continue
-        scan = experiment.scan
+        scan, (first, last) = experiment.scan, experiment.scan.image_range
+        low, high = z[rows].min() + first - 1, z[rows].max() + first - 1
+        if low >= last or high < first - 1:
+            raise UserError(
+                f"none of the {rows.sum()} reflections of {table.source} falls on the frames: "
+                f"their frame coordinates (xyzcal.px) are {low:.1f} to {high:.1f}, those of "
+                f"images {first}-{last} are {first - 1} to {last}; {_REMEDY}"
+            )
+        if phi is None:
+            continue
         off = np.degrees(phi[rows]) - scan.phi_deg(z[rows])
         off = (off + 180.0) % 360.0 - 180.0  # a scan may go round more than once
         frames = float(np.median(off / scan.oscillation[1]))
-        if abs(frames) <= _MAX_FRAMES_OFF:
-            continue
-        first, last = scan.image_range
-        raise UserError(
-            f"{table.source} contradicts its .expt: by their rotation angles (xyzcal.mm) its "
-            f"reflections lie {frames:+.1f} frames from where their frame coordinate (xyzcal.px, "
-            f"counted from {first - 1} on images {first}-{last}, as DIALS does) puts them; give "
-            "the .expt of the same step, and make tables of earlier versions of braggflux, which "
-            "counted from 0, again"
-        )
+        if abs(frames) > _MAX_FRAMES_OFF:
+            raise UserError(
+                f"{table.source} contradicts itself: by their angles (xyzcal.mm) its reflections "
+                f"lie {frames:+.1f} frames from their frame coordinates (xyzcal.px, from "
+                f"{first - 1} on for images {first}-{last}); {_REMEDY}"
+            )

@@ -196,11 +196,18 @@ def test_z_of_stills_and_of_rows_without_an_experiment(twin):
     assert shift.tolist() == [-10, 0, 0, -10]
 
 
-def test_a_table_that_counts_from_0_is_refused(twin):
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [
+        (101, r"falls on the frames: .* are 0\.0 to 100\.0, those of images 101-200 are 100 to 200"),
+        (2, r"lie \+1\.0 frames from .* from 1 on for images 2-101"),
+    ],
+)
+def test_a_table_that_counts_from_0_is_refused(twin, first, says):
     """As earlier versions wrote integrated.refl of such a scan."""
-    experiment, table = twin.wedge(101, 200)
-    table.columns["xyzcal.px"] = table["xyzcal.px"] - [0.0, 0.0, 100.0]
-    with pytest.raises(UserError, match=r"\+100\.0 frames .* counted from 100 on images 101-200"):
+    experiment, table = twin.wedge(first, first + 99)
+    table.columns["xyzcal.px"] = table["xyzcal.px"] - [0.0, 0.0, first - 1.0]
+    with pytest.raises(UserError, match=says):
         place_on_scans(table, [experiment])
 
 
