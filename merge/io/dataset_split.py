@@ -248,6 +248,9 @@ def split_by_sweep(
     used = np.unique(sweep)
     near = np.zeros(len(wavelength), dtype=np.int64)
     near[used] = wavelength_groups(wavelength[used])
+    # numbered as they come, like those of dials.merge
+    first = np.unique(near[used], return_index=True)[1]
+    near = np.argsort(np.argsort(first))[near]
     members = [used[near[used] == k] for k in range(near.max() + 1)]
     known = [float(np.median(wavelength[own])) or None for own in members]  # 0 is unknown
     forms = [typical_cell(cells[own], data.space_group) for own in members]

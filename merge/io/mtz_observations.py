@@ -38,6 +38,8 @@ MOSTLY_FULL = 0.5
 #: Total fraction of the parts of one reflection that counts as all of it (AIMLESS' default).
 FULL_FRACTION = (0.95, 1.05)
 
+#: Rotation that one image may span [deg].
+WIDEST_IMAGE = 5.0
 #: Where the reflections of an MTZ file begin [bytes].
 DATA_OFFSET = 80
 
@@ -131,6 +133,7 @@ def observations_of(mtz: gemmi.Mtz, path: Path) -> list[UnmergedData]:
         name=path.stem,
         has_lp_applied=bool(set(ROTATION_LABELS) & {n.upper() for n in columns}),
     )
+    _say_if_one_batch(data, path)
     number = data.metadata["BATCH"].astype(np.int64)
     found = mtz_datasets(mtz, np.unique(number), intensity_label, path)
     parts = split_data(data, found.of_rows(number), found.suffixes, found.labels, found.cells)
@@ -168,6 +171,17 @@ def _to_original_indices(mtz: gemmi.Mtz, isym_label: str | None, path: Path) -> 
         ) from error
     column.label = isym_label
     return is_partial
+
+
+def _say_if_one_batch(data: UnmergedData, path: Path) -> None:
+    """Warn of a sweep whose images have one number, and therefore one scale."""
+    rot = data.metadata.get("ROT", np.zeros(1))
+    if data.n_images == 1 and np.ptp(rot) > WIDEST_IMAGE:
+        log.warning(
+            "%s: all observations have one BATCH though ROT spans %.1f degrees: images have no "
+            "scales of their own; write the image number to BATCH",
+            *(path, np.ptp(rot)),
+        )
 
 
 def check_complete(mtz: gemmi.Mtz, path: Path) -> None:

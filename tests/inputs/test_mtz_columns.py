@@ -49,6 +49,11 @@ ORDERS = ["M/ISYM", "BATCH", "I", "SIGI", "H", "K", "L", "XDET", "YDET", "ROT"]
             {"order": ["I", "SIGI", "H", "K", "L", *ORDERS[7:], "BATCH", "M/ISYM"]},
         ),
         ("indices in the midst", ROWS, {"order": ORDERS}),
+        (
+            "as cctbx.xfel writes them",
+            ROWS.but(M_ISYM=np.zeros(6000)),
+            {"isym": None, "order": ["I", "SIGI", "H", "K", "L", "M_ISYM", "BATCH", *ORDERS[7:]]},
+        ),
         ("BATCH of type I", ROWS, {"types": {"BATCH": "I"}}),
         ("BATCH of type R", ROWS, {"types": {"BATCH": "R"}}),
         ("rows in another order", ROWS.take(np.random.default_rng(1).permutation(6000)), {}),
@@ -149,3 +154,11 @@ def test_mates_that_the_file_does_not_tell_apart_are_not_made_up(isym, tmp_path,
     assert cli.main(argv) == 2
     assert "do not tell the Friedel mates apart" in capsys.readouterr().err
     assert cli.main(argv[:-1]) == 0  # without --anomalous
+
+
+@pytest.mark.parametrize(("width", "is_said"), [(1.0, True), (0.05, False)])
+def test_one_batch_number_for_a_sweep_is_said(width, is_said, tmp_path, caplog):
+    rows = ROWS.but(BATCH=np.ones(6000), ROT=ROWS.columns["ROT"] * width)
+    with caplog.at_level("WARNING"):
+        read_mtz(write(tmp_path / "a.mtz", rows))
+    assert ("all observations have one BATCH" in caplog.text) == is_said

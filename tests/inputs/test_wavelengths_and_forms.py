@@ -49,11 +49,15 @@ class TestSweeps:
     def test_opposite_anomalous_signals_stay_apart(self, tmp_path):
         sweeps = [
             (mad.observe(mad.truth(sign), seed), mad.sweep(wavelength))
-            for sign, seed, wavelength in ((1, 0, mad.PEAK), (-1, 1, mad.REMOTE), (1, 2, mad.PEAK))
+            for sign, seed, wavelength in (
+                (-1, 1, mad.REMOTE),
+                (1, 0, mad.PEAK),
+                (1, 2, mad.PEAK),
+            )
         ]
         out = tmp_path / "out"
         assert merge(*mad.write_tables(tmp_path, sweeps), "--anomalous", "--out", out) == 0
-        for name, sign, wavelength in (("WAVE1", 1, mad.PEAK), ("WAVE2", -1, mad.REMOTE)):
+        for name, sign, wavelength in (("WAVE1", -1, mad.REMOTE), ("WAVE2", 1, mad.PEAK)):
             path = out / f"mad_{name}_merged.mtz"
             assert mad.bijvoet_correlation(path, mad.truth(sign)) > 0.97
             assert wavelength_of(path) == pytest.approx(wavelength, abs=1e-5)
