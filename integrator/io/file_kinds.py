@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import h5py
-
 EXPERIMENTS = "a DIALS experiment list (.expt)"
 REFLECTIONS = "a DIALS reflection table (.refl)"
 MASTER = "an HDF5 master file of images"
@@ -48,6 +46,8 @@ def file_kind(path: str | Path) -> str | None:
 
 
 def _hdf5_kind(path: str | Path) -> str:
+    import h5py  # only here: 10 MiB that a merge of other files does without
+
     try:
         with h5py.File(path, "r") as file:
             kind = _STORES.get(str(file.attrs.get("format")))

@@ -10,7 +10,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy.special import erf, factorial, lpmv
 from torch import Tensor
 
 from merge.config import MergeConfig
@@ -128,7 +127,7 @@ def scale_features(
     frame = z.floor().long()[:, None] + offsets
     lower = (frame - z[:, None]) / rocking[:, None]
     upper = lower + 1 / rocking[:, None]
-    weight = torch.as_tensor(erf(upper.numpy() / 2**0.5) - erf(lower.numpy() / 2**0.5))
+    weight = torch.erf(upper / 2**0.5) - torch.erf(lower / 2**0.5)
     inside = (frame >= 0) & (frame < count[:, None])
     weight = torch.where(inside, weight, 0.0)
     # a centroid just outside the scan: all weight on the nearest frame
@@ -192,6 +191,11 @@ def _scaled_position(
 
 def real_harmonics(directions: Tensor, order: int) -> Tensor:
     """Real spherical harmonics of orders 1 to ``order`` of unit vectors (N, 3): (N, n_lm)."""
+    if not order:
+        return torch.zeros(len(directions), 0, dtype=torch.float64)
+    # not at the top: sweeps whose directions are not known do without scipy
+    from scipy.special import factorial, lpmv
+
     v = directions.detach().cpu().numpy()
     azimuth = np.arctan2(v[:, 1], v[:, 0])
     columns = []
@@ -202,6 +206,4 @@ def real_harmonics(directions: Tensor, order: int) -> Tensor:
             legendre = norm * lpmv(k, l, np.clip(v[:, 2], -1, 1))
             turn = np.cos(k * azimuth) if m >= 0 else np.sin(k * azimuth)
             columns.append(legendre * turn * (np.sqrt(2) if m else 1.0))
-    if not columns:
-        return torch.zeros(len(v), 0, dtype=torch.float64)
     return torch.as_tensor(np.stack(columns, 1))
