@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from merge.intensities.saved_scale import scale_file
 from merge.io.chosen_group import StoreInGroup, in_group
 from merge.io.friedel_store import FriedelStore
 from merge.io.observation_store import ObservationStore
-from merge.io.observations import UnmergedData, combine_friedel
+from merge.io.observations import CELL_TOLERANCE, UnmergedData, cell_text, combine_friedel
 from merge.io.reindexed_store import reindex_store
 from merge.io.reindexing import reindex
 from merge.io.screening import screened
@@ -111,8 +112,11 @@ class MergeInputs:
         self, data: Sequence[Dataset], reindex: Callable[[Dataset, str], Dataset]
     ) -> list[Dataset]:
         """Check the forms, and apply the operators: the first step, which counts the inputs."""
+        given = parse_unit_cell(self.unit_cell)
         for dataset in data:
             check_lattice(dataset.cell, dataset.space_group, dataset.name)
+            if given is not None:
+                check_given_cell(dataset, given)
         return apply_reindex(data, parse_reindex(self.reindex), reindex)
 
     def _joined(
@@ -241,3 +245,17 @@ def parse_unit_cell(text: str | None) -> gemmi.UnitCell | None:
             "180 degrees, for example 79.4,79.4,37.8,90,90,90"
         )
     return gemmi.UnitCell(*values)
+
+
+def check_given_cell(data: Dataset, given: gemmi.UnitCell) -> None:
+    """Refuse a cell of the command line that is not that of a file which says its own.
+
+    Raises
+    ------
+    UserError
+    """
+    if not data.cell.is_similar(given, CELL_TOLERANCE, math.degrees(CELL_TOLERANCE)):
+        raise UserError(
+            f"{data.name} has the cell {cell_text(data.cell)}, --unit-cell says "
+            f"{cell_text(given)}; it is for files that hold none: leave it out"
+        )

@@ -9,9 +9,11 @@ from pathlib import Path
 import gemmi
 import numpy as np
 import pytest
+from simulated_unmerged import FAST
 
 from integrator.errors import UserError
 from merge.io.unmerged_data import read_unmerged
+from pipelines import cli
 from pipelines.merge_inputs import parse_unit_cell
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
@@ -133,3 +135,30 @@ def test_cell_of_the_command_line():
     for text in ("79,79,38,90,90", "79,79,38,90,90,x", "79,79,-38,90,90,90", "1,2,3,90,90,180"):
         with pytest.raises(UserError, match="--unit-cell"):
             parse_unit_cell(text)
+
+
+@pytest.mark.realdata
+def test_a_cell_that_is_not_the_files(shared, tmp_path, capsys):
+    """A file that says its own cell does not lose it to the command line, nor silently."""
+    source = shared / "data" / "small" / "xds_ascii.hkl"
+    argv = ["merge", str(source), "--out", str(tmp_path / "m"), "--unit-cell"]
+    assert cli.main([*argv, "60,60,37.8,90,90,90"]) == 2
+    assert "--unit-cell says 60.00 60.00" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_merge_of_a_file_without_cell(tmp_path):
+    rng = np.random.default_rng(0)
+    index = rng.integers(1, 9, (600, 3))
+    rows = [
+        "".join(f"{v:4d}" for v in (*h, *h)) + f"{i % 12 + 1:6d} 0 0  1{v:8.1f}{9.0:8.1f}\n"
+        for i, (h, v) in enumerate(zip(index.tolist(), rng.uniform(50, 90, 600), strict=True))
+    ]
+    head = CONTENT[: CONTENT.index("-101")]
+    (tmp_path / "a.sca").write_text(head + "".join(rows))
+    argv = ["merge", str(tmp_path / "a.sca"), "--out", str(tmp_path / "m"), *FAST]
+    assert cli.main(argv) == 2
+    assert cli.main([*argv, "--unit-cell", "79.3,79.3,37.8,90,90,90"]) == 0
+    merged = gemmi.read_mtz_file(str(tmp_path / "m" / "merged.mtz"))
+    assert merged.cell.parameters == pytest.approx(CELL.parameters, rel=1e-6)
+    assert merged.spacegroup.xhm() == "P 43 21 2"
