@@ -83,7 +83,9 @@ demo: $(STAMP) $(DEMO)/frames/model.pdb
 	    --out "$(DEMO)/run" --resume; \
 	fi
 
+# What an interrupted simulation has left stands in the way of the next: nothing is written over.
 $(DEMO)/frames/model.pdb: | $(STAMP)
+	@rm -f "$(DEMO)"/frames/*_master.h5 "$(DEMO)"/frames/truth.*
 	"$(BIN)/braggflux" simulate --out "$(DEMO)/frames" --preset $(DEMO_NAME)
 
 test: $(STAMP)
