@@ -32,8 +32,10 @@ HOT_RATIO = 5.0
 HOT_CHANCE = 1e-9
 HOT_DISPERSION = 3.0
 """Variance over mean of its counts, 1 for a steady rate."""
-FLARE_PHOTONS, FLARE_VARIANCE = 10.0, 4.0
-"""Of variance over mean, and of relative variance: all light on a fifth of the frames has 4."""
+FLARE_DISPERSION = 10.0
+"""Variance over mean of a pixel that flares up."""
+FLARE_SHARE = 0.3
+"""Of the square of all its counts in the sum of their squares: 1 / n for n equal frames."""
 NOTABLE = 1e-3
 """Share of the voxels that no sound sweep loses."""
 ROWS = 4096
@@ -135,7 +137,7 @@ def hot_pixels(total: Array, squares: Array, count: Array) -> Bools:
 
 
 def flaring_pixels(total: Array, squares: Array, count: Array) -> Bools:
-    """Pixels of a panel whose counts are from few frames, (slow, fast): no background.
+    """Pixels of a panel whose counts are from one to three frames, (slow, fast): no background.
 
     A crystal of salt or ice, a cosmic ray's cluster, a spot that nobody predicted: the frames that
     it spares are as good as others.
@@ -145,8 +147,8 @@ def flaring_pixels(total: Array, squares: Array, count: Array) -> Bools:
     total, squares, count : ndarray, (slow, fast)
         As for :func:`hot_pixels`.
     """
-    mean, dispersion = _moments(total, squares, count)
-    return dispersion > FLARE_PHOTONS + FLARE_VARIANCE * mean
+    _, dispersion = _moments(total, squares, count)
+    return (dispersion > FLARE_DISPERSION) & (squares > FLARE_SHARE * total**2)
 
 
 def _moments(total: Array, squares: Array, count: Array) -> tuple[Array, Array]:

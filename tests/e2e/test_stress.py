@@ -73,8 +73,9 @@ def observations(directory, frames) -> dict[str, np.ndarray]:
     value, variance = (table[f"intensity.prf.{k}"][a] for k in ("value", "variance"))
     with ShoeboxStore.open(directory.shoeboxes) as store:
         flags = store.flags.numpy()[a]
-    z = (value - truth["photons"][b]) / np.sqrt(variance)
-    z[~table.has_flag(DialsFlag.INTEGRATED_PRF)[a]] = np.nan
+    is_used = table.has_flag(DialsFlag.INTEGRATED_PRF)[a]
+    assert (variance[is_used] > 0).all()  # the others have none
+    z = (value - truth["photons"][b]) / np.sqrt(np.where(is_used, variance, np.nan))
     return {"z": z, "d": truth["d"][b], "flags": flags, "xyz": truth["xyz_px"][b]} | {
         k: truth[k] for k in ("zingers", "hot_pixels")
     }
