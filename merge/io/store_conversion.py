@@ -29,6 +29,7 @@ from merge.io.mtz_observations import (
     read_mtz,
 )
 from merge.io.observations import UnmergedData
+from merge.io.screening import screened
 from merge.io.unmerged_data import read_unmerged
 from merge.io.unmerged_mtz import tidied
 from merge.io.unmerged_store import write_unmerged_store
@@ -48,7 +49,8 @@ def convert_to_store(
     """Write the observations of a file to a store.
 
     Memory does not depend on the number of images of MTZ files and CrystFEL streams. Partials
-    are not summed here.
+    are not summed here; copies of rows are left out where they are read together, which those of
+    one image are.
 
     Parameters
     ----------
@@ -71,14 +73,14 @@ def convert_to_store(
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of unmerged reflections")
     if path.suffix == ".stream":
-        write_unmerged_store(target, stream_chunks(path, space_group))
+        write_unmerged_store(target, map(screened, stream_chunks(path, space_group)))
     elif path.suffix == ".mtz":
         with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
             chunks = _mtz_chunks(path, Path(folder), rows_at_a_time)
-            write_unmerged_store(target, _in_group(chunks, space_group))
+            write_unmerged_store(target, map(screened, _in_group(chunks, space_group)))
     else:
         chunks = _one_dataset(path, space_group, cell)
-        write_unmerged_store(target, _in_group(chunks, space_group))
+        write_unmerged_store(target, map(screened, _in_group(chunks, space_group)))
 
 
 def _in_group(

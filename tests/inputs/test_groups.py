@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import gemmi
 import numpy as np
@@ -17,6 +18,7 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.grouping import GroupStore, batch_step, combine_group
 from merge.io.mtz import read_merged_mtz
 from merge.io.mtz_observations import read_mtz
+from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
 from merge.io.unmerged_store import UnmergedStore, write_unmerged_store
 from pipelines import cli
 from pipelines.grouping import complete_groups, parse_groups
@@ -140,6 +142,29 @@ def test_members_keep_their_own_images_and_batches(asu, truth, tmp_path):
     assert batch_step([(0, 1), (2, 3)], [(1, 9), (10, 19), (1, 9), (9, 19)]) == 1000
     assert batch_step([(0, 1)], [(1, 3600), (1, 3600)]) == 10000
     assert batch_step([(0, 1)], [None, None]) == 0
+
+
+def test_sweeps_with_a_physical_scale_stay_sweeps_of_their_own(asu, truth, tmp_path):
+    """Members of one and of two sweeps: three sweeps, each with its frames; LP of raw ones in."""
+    data = []
+    for k, n_sweeps in enumerate((1, 2)):
+        d = read_mtz(save(tmp_path, f"s{k}", sweep(asu, truth, k, n_images=6)))
+        number = np.floor(d.image * n_sweeps / 6)
+        places = {SWEEP: number, FRAME: d.image - 6 / n_sweeps * number + 0.5}
+        places |= {FRAME_WIDTH: np.full(len(d), 0.5), ZETA: np.ones(len(d))}
+        unit = np.eye(3)[np.random.default_rng(k).integers(0, 3, (2, len(d)))]
+        places |= dict(zip(BEAMS, np.concatenate(unit, axis=1).T, strict=True))
+        lp = np.full(len(d), 0.5)
+        data.append(replace(d, metadata=d.metadata | places | {"LP": lp}, has_lp_applied=k == 0))
+    group = combine_group(data, 1000)
+    table = build_problem([group], IntensityMergeConfig()).table
+    assert table.sweeps.n_frames == (6, 3, 3)
+    np.testing.assert_array_equal(np.bincount(table.sweeps.experiment), [900, 450, 450])
+    assert group.has_lp_applied
+    n = len(data[0])
+    np.testing.assert_array_equal(group.intensity[:n], data[0].intensity)
+    np.testing.assert_array_equal(group.intensity[n:], 0.5 * data[1].intensity)
+    np.testing.assert_array_equal(group.sigma[n:], 0.5 * data[1].sigma)
 
 
 def test_groups_after_reindexing_and_before_parents(asu, truth, tmp_path, caplog):

@@ -10,8 +10,12 @@ import pytest
 from simulated_unmerged import observed, write_mtz
 
 from integrator.crystal.reciprocal_asu import ReciprocalAsu
+from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.data_limit import end_of_data, largest_inv_d2, n_strays
+from merge.intensities.stream import ObservationStream
 from merge.io.mtz import read_merged_mtz
+from merge.io.store_conversion import convert_to_store
+from merge.io.unmerged_store import UnmergedStore
 from pipelines import cli
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
@@ -69,6 +73,22 @@ def test_a_stray_index_changes_nothing(name, rows, tmp_path, caplog):
     assert f"{len(STRAYS[name])} of {len(stray[0])} observations lie alone" in warnings(caplog)
     shells = [(tmp_path / n / "statistics.csv").read_text() for n in ("good", "stray")]
     assert shells[0] == shells[1]
+
+
+def test_stray_indices_and_copies_on_the_way_through_a_store(rows, tmp_path, caplog):
+    """Converted copies are gone, and the store read batch by batch ends where the data do."""
+    path = write_mtz(tmp_path / "a.mtz", *repeated(rows, slice(None)), **FORM)
+    convert_to_store(path, tmp_path / "a.h5")
+    with UnmergedStore(tmp_path / "a.h5") as store:
+        assert len(store) == len(rows[0])
+    stray = with_more(rows, np.array(STRAYS["one at 0.15 A"]))
+    convert_to_store(write_mtz(tmp_path / "b.mtz", *stray, **FORM), tmp_path / "b.h5")
+    config = IntensityMergeConfig(stills=True, stream_above=0)
+    with UnmergedStore(tmp_path / "b.h5") as store:
+        stream = ObservationStream([store], config)
+    assert stream.unique.asus[0].d_min == pytest.approx(4.0, abs=0.02)
+    assert stream.n_obs.sum() <= len(rows[0])
+    assert "1 of 2001 observations lie alone" in warnings(caplog)
 
 
 def test_a_given_limit_decides(rows, tmp_path, caplog):
