@@ -139,6 +139,7 @@ def plain_sweep_table(columns: Columns, rotation: Array | None, order: NDArray) 
     batch, dataset = columns.frame[first], columns.dataset[first]
     step = np.maximum(np.diff(batch), 1)
     begins = (np.diff(dataset) != 0) | (np.diff(batch) > MAX_GAP)
+    begins |= np.diff(columns.member[first]) != 0
     width = np.full(len(image), np.nan)
     if rotation is not None:
         which = np.searchsorted(image, columns.image)
