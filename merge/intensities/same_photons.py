@@ -12,8 +12,8 @@ PER_SHELL, MIN_REFLECTIONS = 100, 50
 MEDIAN_CHI2 = 0.4549
 #: Squared residual over the variance of one of both below which the other is not independent. An
 #: errorless model has 1, other data of the same quality 2; other programs' merges of the same
-#: observations had 0.1 to 0.5.
-SAME_PHOTONS = 0.6
+#: observations had 0.1 to 0.3, and sigmas may be too large by a third.
+SAME_PHOTONS = 0.4
 
 
 def residual_over_noise(intensity: Array, sigma: Array, other: Array, inv_d2: Array) -> float:

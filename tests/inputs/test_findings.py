@@ -114,7 +114,8 @@ def written(path, asu, f2, rng, *, n_images=20, n_per_image=150, image_scale=Non
         "BATCH": ("B", image + 101),
     }
     form = {"cell": asu.cell.parameters, "space_group": asu.space_group.xhm()}
-    return write_mtz(path, asu.miller_index[row], columns, **form)
+    sign = np.where(np.arange(len(row)) % 3, 1, -1)[:, None]  # both Friedel mates
+    return write_mtz(path, sign * asu.miller_index[row], columns, **form)
 
 
 def said(argv, caplog):

@@ -199,7 +199,10 @@ def test_z_of_stills_and_of_rows_without_an_experiment(twin):
 @pytest.mark.parametrize(
     ("first", "says"),
     [
-        (101, r"falls on the frames: .* are 0\.0 to 100\.0, those of images 101-200 are 100 to 200"),
+        (
+            101,
+            r"falls on the frames: .* are 0\.0 to 100\.0, those of images 101-200 are 100 to 200",
+        ),
         (2, r"lie \+1\.0 frames from .* from 1 on for images 2-101"),
     ],
 )
