@@ -32,6 +32,7 @@ from merge.model.scale_features import ScaleFeatures
 N_DETECTOR_FEATURES = 3
 #: Start of the learned standard deviations of flicker and drift, in the log.
 START_SD = 0.03
+SWEEP_SD = 2.0  # of a sweep's log-scale about that of all
 
 
 def interpolate(knots: Tensor, n: int) -> Tensor:
@@ -139,14 +140,15 @@ class ScaleModel(nn.Module):
     def _physical_penalty(self) -> Tensor:
         total = self.log_frame_scale.new_zeros(())
         flicker, step = self.log_flicker.clamp(-7.0, 0.0), self.log_drift_step.clamp(-7.0, 0.0)
-        drifts = self.drift.split(self.n_drift_knots)
-        for gamma, drift in zip(self.frame_scales().split(self.n_frames), drifts, strict=True):
+        drifts, scales = self.drift.split(self.n_drift_knots), self.frame_scales()
+        # the mean of all belongs to the structure factors; sweeps may differ by any factor
+        total = total + 0.5 * (scales.mean() / 0.1) ** 2
+        for gamma, drift in zip(scales.split(self.n_frames), drifts, strict=True):
             about = gamma - interpolate(drift, len(gamma))
             total = total + 0.5 * (about**2).sum() * torch.exp(-2 * flicker) + len(gamma) * flicker
             change = drift.diff()
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * step) + len(change) * step
-            # the mean belongs to the structure factors
-            total = total + 0.5 * (gamma.mean() / 0.1) ** 2
+            total = total + 0.5 * ((gamma.mean() - scales.mean()) / SWEEP_SD) ** 2
         # weak priors of the two: without them few frames could run one to zero
         for log_sd in (flicker, step):
             total = total + 0.5 * ((log_sd - np.log(START_SD)) / 1.0) ** 2

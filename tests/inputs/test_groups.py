@@ -25,7 +25,7 @@ from pipelines.grouping import complete_groups, parse_groups
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 FORM = {"cell": CELL.parameters, "space_group": "P 21 21 21"}
-FAST = ("--epochs", "12", "--set", "network_width=0", "--set", "held_out=0")
+FAST = ("--epochs", "30", "--set", "network_width=0", "--set", "held_out=0")
 
 
 @pytest.fixture(scope="module")
