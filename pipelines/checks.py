@@ -119,13 +119,23 @@ def check_imported(expt: Path, d_min: float | None) -> None:
     Raises
     ------
     UserError
-        Images are missing, or ``d_min`` is beyond the detector.
+        All images are stills, some are missing, the first cannot be used (noise below zero, a
+        trusted range that holds nothing), or ``d_min`` is beyond the detector.
     """
     try:
         experiments = read_experiments(expt)
     except UserError:
         return  # said of the refined experiments, which DIALS may have made readable
+    sweeps = [experiment for experiment in experiments if not experiment.is_still]
+    if experiments and not sweeps:
+        raise UserError(
+            "the images are stills: shoeboxes need a rotation scan; integrate them with "
+            "dials.stills_process and give its tables to braggflux merge --stills"
+        )
     check_frames(experiments, d_min, UNREFINED)
+    if sweeps:
+        with open_frames(sweeps[0]) as frames:
+            frames.read(0)
 
 
 def check_known_crystal(

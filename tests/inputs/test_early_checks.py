@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
+from image_cases import copy_of, edit, frames_of, set_panel, store_frames
 
 from fixtures.simulate import SimulatedFiles, simulate
 from pipelines import cli
@@ -137,6 +139,31 @@ def test_images_that_were_not_copied(frames, dials_import, tmp_path, capsys):
     finally:
         moved.rename(frames.data[1])
     assert f"no image file {frames.data[1]}" in line
+    assert dials_import.read_text() == "import\n"
+
+
+def test_noise_below_zero_is_known_from_the_first_image(frames, dials_import, tmp_path, capsys):
+    """Otherwise after spot finding, indexing and refinement: minutes."""
+    (tmp_path / "in").mkdir()
+    expt = copy_of(frames, tmp_path / "in")
+    raw = frames_of(frames.master).astype(np.int32)
+    noise = np.rint(np.random.default_rng(0).normal(0, 0.8, raw.shape)).astype(np.int32)
+    store_frames(expt, np.where(raw >= 65533, np.iinfo(np.int32).min, raw + noise))
+    set_panel(expt, trusted_range=(-100, 65533))
+    edit(expt, lambda e: [entry.pop("crystal") for entry in e["experiment"]])
+    shutil.copy(expt, tmp_path / "imported.expt")
+    line = refusal(capsys, "process", expt.parent / frames.master.name, "--out", tmp_path / "out")
+    assert "image 1 has" in line
+    assert "below zero, down to -" in line
+    assert dials_import.read_text() == "import\n"
+
+
+def test_stills_are_known_from_the_master(frames, dials_import, tmp_path, capsys):
+    imported = tmp_path / "imported.expt"
+    edit(imported, lambda e: e["scan"][0].update(oscillation=[0.0, 0.0]))
+    line = refusal(capsys, "process", frames.master, "--out", tmp_path / "out")
+    assert "the images are stills: shoeboxes need a rotation scan" in line
+    assert "braggflux merge --stills" in line
     assert dials_import.read_text() == "import\n"
 
 
