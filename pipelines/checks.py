@@ -23,7 +23,7 @@ from integrator.io.file_kinds import (
 from integrator.io.images import open_frames
 from integrator.shoebox.predict import require_recorded
 from integrator.shoebox.run import MIN_ROWS
-from integrator.shoebox.sweep import sweeps_of
+from integrator.shoebox.sweep import require_distinct, sweeps_of
 from merge.io.dataset_split import wavelength_groups
 from merge.io.mtz import read_merged_mtz
 from pipelines.atomic_model import check_same_crystal, read_model
@@ -46,13 +46,15 @@ def check_input(config: RunConfig) -> None:
     Raises
     ------
     UserError
-        A file is missing, the sweeps cannot be merged, or the model is of another crystal.
+        A file is missing, the sweeps cannot be merged or hold the same photons, or the model is of
+        another crystal.
     """
     config.require("expt", "refl", "out")
     check_pair(config.expt, config.refl)
     if config.reference is not None:
         read_merged_mtz(config.reference)
     experiments = sweeps_of(read_experiments(config.expt))
+    require_distinct(experiments)
     check_frames(experiments, config.extraction.d_min)
     crystals = [e.crystal for e in experiments]
     one_wavelength([e.beam.wavelength for e in experiments])

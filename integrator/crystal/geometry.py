@@ -187,11 +187,13 @@ class ImageFiles:
 
     ``paths`` has one entry for a multi-image file (HDF5 master) and one per frame otherwise;
     ``indices`` are the 0-based frame numbers inside the file (for a template: 0 .. n-1).
+    ``params`` are what dxtbx' format class is told (``multi_panel`` of ``dials.import``, say).
     """
 
     paths: tuple[str, ...]
     indices: tuple[int, ...] = ()
     lookup: ExternalLookup = ExternalLookup()
+    params: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

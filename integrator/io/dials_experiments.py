@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -164,9 +165,15 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
         if "imageset" in blocks:
             images = _decode_images(blocks["imageset"], values.get("scan"))
             values["images"] = images and replace(
-                images, lookup=_decode_lookup(blocks["imageset"])
+                images,
+                lookup=_decode_lookup(blocks["imageset"]),
+                params=blocks["imageset"].get("params") or {},
             )
         experiments.append(_checked_scan_points(Experiment(**values)))
+    names = Counter(experiment.identifier for experiment in experiments)
+    for name, n in names.most_common(2):
+        if name and n > 1:
+            raise ValueError(f"the identifier {name} stands for {n} experiments")
     return experiments
 
 
@@ -298,7 +305,7 @@ def _encode(
 def _encode_images(images: ImageFiles, scan: Scan | None) -> Block:
     paths = [os.path.abspath(path) for path in images.paths]
     block: Block = asdict(images.lookup)
-    block["params"] = {}
+    block["params"] = images.params
     multi_image = len(paths) == 1 and paths[0].endswith(_MULTI_IMAGE_SUFFIXES)
     if scan is None:
         n = len(images.indices) if multi_image else 1

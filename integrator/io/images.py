@@ -19,7 +19,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from integrator.crystal.geometry import Experiment, Panel
+from integrator.crystal.geometry import Experiment, ImageFiles, Panel
 from integrator.errors import UserError
 from integrator.io.dials_lookup import LookupMaps, read_lookup
 from integrator.io.nxmx import NxmxFrames
@@ -126,11 +126,16 @@ def open_frames(experiment: Experiment) -> ExperimentFrames:
     shapes = [panel.shape for panel in experiment.panels]
     lookup = read_lookup(images.lookup, shapes)
     if _is_hdf5(images.paths[0]):
+        if len(set(images.paths)) > 1:
+            raise UserError(
+                f"{images.paths[0]} is one of {len(images.paths)} HDF5 files that the .expt takes "
+                "for one image each; give the master file of them to dials.import"
+            )
         names = [panel.name for panel in experiment.panels]
         raw: RawFrames = NxmxFrames(images.paths[0], names, shapes, needed=indices)
         numbers: Sequence[int] = indices
     else:
-        raw, numbers = DxtbxFrames(images.paths, indices, shapes), range(len(indices))
+        raw, numbers = DxtbxFrames(images, indices, shapes), range(len(indices))
     first = experiment.scan.image_range[0] if experiment.scan is not None else 1
     return ExperimentFrames(raw, numbers, experiment.panels, lookup, images.paths[0], first)
 
@@ -294,8 +299,8 @@ class DxtbxFrames:
 
     Parameters
     ----------
-    paths : sequence of str
-        One file per frame, or one file of several frames.
+    images : ImageFiles
+        One file per frame, or one file of several frames; and what the format class is told.
     indices : sequence of int
         Frame number in the file, when there is one file.
     shapes : sequence of (int, int)
@@ -308,15 +313,16 @@ class DxtbxFrames:
     """
 
     def __init__(
-        self, paths: Sequence[str], indices: Sequence[int], shapes: Sequence[tuple[int, int]]
+        self, images: ImageFiles, indices: Sequence[int], shapes: Sequence[tuple[int, int]]
     ) -> None:
-        self._paths, self._indices, self._shapes = paths, indices, list(shapes)
-        registry = _import_dxtbx(paths[0])
-        self._format_class = registry.get_format_class_for_file(paths[0])
+        self._paths, self._params = images.paths, images.params
+        self._indices, self._shapes = indices, list(shapes)
+        registry = _import_dxtbx(self._paths[0])
+        self._format_class = registry.get_format_class_for_file(self._paths[0])
         if self._format_class is None:
             raise UserError(
-                f"{paths[0]} is in no image format that dxtbx knows; convert it, or check that "
-                "the file is whole"
+                f"{self._paths[0]} is in no image format that dxtbx knows; convert it, or check "
+                "that the file is whole"
             )
 
     def close(self) -> None:
@@ -327,7 +333,7 @@ class DxtbxFrames:
         one_file = len(self._paths) == 1
         path = self._paths[0 if one_file else number]
         try:
-            image = self._format_class.get_instance(path)
+            image = self._format_class.get_instance(path, **self._params)
             single = not hasattr(image, "get_num_images")
             raw = image.get_raw_data() if single else image.get_raw_data(self._indices[number])
         except _DAMAGED as error:
@@ -341,7 +347,8 @@ class DxtbxFrames:
 
     def pixel_mask(self) -> list[NDArray[np.bool_]]:
         """Return the format's static mask, where it has one."""
-        mask = self._format_class.get_instance(self._paths[0]).get_static_mask()
+        image = self._format_class.get_instance(self._paths[0], **self._params)
+        mask = image.get_static_mask()
         if mask is None:
             return [np.ones(shape, dtype=bool) for shape in self._shapes]
         panels = mask if isinstance(mask, tuple) else (mask,)

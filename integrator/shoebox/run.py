@@ -29,7 +29,7 @@ from integrator.shoebox.predict import (
     require_recorded,
 )
 from integrator.shoebox.spikes import QuietFrames
-from integrator.shoebox.sweep import Sweep, sweeps_of
+from integrator.shoebox.sweep import Sweep, require_distinct, sweeps_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,7 @@ def run_extraction(
     """
     settings = settings or MaskSettings()
     usable = sweeps_of(experiments)
+    require_distinct(usable)
     if len(usable) < len(experiments):
         logger.warning(
             "%d of %d experiments, stills or without a crystal, are left out",

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from twin_wedges import Twin, joined
 
 from fixtures.simulate import simulate
@@ -19,7 +20,7 @@ from integrator.io.dials import (
     write_reflections,
 )
 from integrator.shoebox.run import run_extraction
-from integrator.shoebox.sweep import sweeps_of
+from integrator.shoebox.sweep import require_distinct, sweeps_of
 from pipelines.unmerged_dials import read_dials
 
 
@@ -155,3 +156,53 @@ def test_lists_without_a_sweep_are_refused(tiny, tmp_path, name, says):
     table = read_reflections(tiny.refl)
     with pytest.raises(UserError, match=says):
         run_extraction(read_experiments(expt), 4.0, tmp_path / "x.h5", reflections=table)
+
+
+def listed(tiny, *changes: dict[str, object]) -> list[Experiment]:
+    """The simulated sweep, changed, as members of one list."""
+    (sweep,) = read_experiments(tiny.expt)
+    return [replace(sweep, identifier=str(i), **change) for i, change in enumerate(changes)]
+
+
+def wedge_of(tiny, first: int, last: int) -> dict[str, object]:
+    (sweep,) = read_experiments(tiny.expt)
+    scan = Scan((first, last), (0.5 * (first - 1), 0.5))
+    return {"scan": scan, "images": replace(sweep.images, indices=tuple(range(first - 1, last)))}
+
+
+def turned(tiny, degrees: float, axes: np.ndarray) -> dict[str, object]:
+    """The crystal turned, its axes chosen otherwise."""
+    crystal = read_experiments(tiny.expt)[0].crystal
+    turn = Rotation.from_rotvec([degrees, degrees, 0], degrees=True).as_matrix()
+    return {"crystal": replace(crystal, A=turn @ crystal.A @ axes)}
+
+
+@pytest.mark.parametrize(
+    "kind", ["the same", "overlapping slices", "indexed otherwise", "refined again"]
+)
+def test_the_same_photons_in_two_members_are_refused(tiny, tmp_path, kind):
+    second = {
+        "the same": {},
+        "overlapping slices": wedge_of(tiny, 9, 16),
+        "indexed otherwise": turned(tiny, 0.0, np.diag([-1.0, 1.0, -1.0])),
+        "refined again": turned(tiny, 0.05, np.eye(3)),
+    }[kind]
+    experiments = listed(tiny, wedge_of(tiny, 1, 12), second)
+    n = 4 if kind == "overlapping slices" else 12
+    with pytest.raises(UserError, match=f"the same lattice and have {n} images"):
+        run_extraction(experiments, 4.0, tmp_path / "x.h5")
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_other_lattices_and_other_images_are_no_copies(tiny):
+    require_distinct(listed(tiny, {}, turned(tiny, 5.0, np.eye(3))))
+    require_distinct(listed(tiny, wedge_of(tiny, 1, 8), wedge_of(tiny, 9, 16)))
+
+
+def test_one_identifier_for_two_members_is_refused(tiny, tmp_path):
+    """As in dxtbx; reflections of one would be given the frames of the other."""
+    document = json.loads(tiny.expt.read_text())
+    document["experiment"] *= 2
+    (tmp_path / "x.expt").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="stands for 2 experiments"):
+        read_experiments(tmp_path / "x.expt")
