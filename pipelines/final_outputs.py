@@ -79,8 +79,9 @@ def integrated_reflections(
         **_centroid_columns(store, xyz, xyz_mm, measured),
         **_sum_columns(store, table, measured),
     }
-    identifiers = {i: e["identifier"] for i, e in enumerate(store.experiments)}
-    return ReflectionTable(columns, identifiers)
+    # an empty one stops dials.scale, which gives identifiers where there are none
+    names = {i: e["identifier"] for i, e in enumerate(store.experiments) if e["identifier"]}
+    return ReflectionTable(columns, names)
 
 
 def _bounding_boxes(store: ShoeboxStore) -> np.ndarray:

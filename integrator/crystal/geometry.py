@@ -198,7 +198,11 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One sweep (or still) with everything known of its geometry."""
+    """One sweep (or still) with everything known of its geometry.
+
+    ``valid_images`` are the ranges of images, numbered as in the scan and inclusive, that an
+    earlier ``exclude_images`` of DIALS has left; none means all.
+    """
 
     beam: Beam
     panels: tuple[Panel, ...]
@@ -207,6 +211,7 @@ class Experiment:
     crystal: Crystal | None = None
     images: ImageFiles | None = None
     identifier: str = ""
+    valid_images: tuple[tuple[int, int], ...] = ()
 
     @property
     def is_still(self) -> bool:

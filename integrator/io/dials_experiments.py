@@ -162,6 +162,9 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
                 if key not in decoded:
                     decoded[key] = decode(blocks[name])
                 values[attribute] = decoded[key]
+        ranges = blocks.get("scan", {}).get("valid_image_ranges") or {}
+        kept = ranges.get(values["identifier"], ())
+        values["valid_images"] = tuple((int(first), int(last)) for first, last in kept)
         if "imageset" in blocks:
             images = _decode_images(blocks["imageset"], values.get("scan"))
             values["images"] = images and replace(

@@ -107,6 +107,7 @@ def run_extraction(
     experiments = usable
     is_full = reflections is not None and is_full_set(reflections)
     predictions = _positions(experiments, tables, is_full, (d_min, d_max))
+    predictions = list(map(_on_valid_images, experiments, predictions))
     with ExitStack() as stack:
         sweeps = []
         for experiment, prediction in zip(experiments, predictions, strict=True):
@@ -256,6 +257,21 @@ def _require_agreement(
             "degrees of where the EXPT file predicts their index: give the EXPT and REFL files "
             "of the same DIALS step"
         )
+
+
+def _on_valid_images(experiment: Experiment, prediction: Prediction) -> Prediction:
+    """Leave out spots whose centroid is on an image that ``exclude_images`` of DIALS took."""
+    if not experiment.valid_images:
+        return prediction
+    image = np.floor(prediction.xyz_px[:, 2].numpy()) + experiment.scan.image_range[0]
+    keep = np.any([(image >= a) & (image <= b) for a, b in experiment.valid_images], axis=0)
+    if not keep.all():
+        logger.warning(
+            "%d of %d reflections are on images that the .expt excludes (exclude_images of DIALS) "
+            "and are left out",
+            *(np.count_nonzero(~keep), len(keep)),
+        )
+    return prediction[torch.from_numpy(keep)]
 
 
 def _with_neighbours(sweep: Sweep, extent: SpotExtent, settings: MaskSettings) -> Sweep:

@@ -19,6 +19,7 @@ from integrator.io.dials import (
     write_experiments,
     write_reflections,
 )
+from integrator.shoebox.extent import SpotExtent
 from integrator.shoebox.run import run_extraction
 from integrator.shoebox.sweep import require_distinct, sweeps_of
 from pipelines.unmerged_dials import read_dials
@@ -206,3 +207,30 @@ def test_one_identifier_for_two_members_is_refused(tiny, tmp_path):
     (tmp_path / "x.expt").write_text(json.dumps(document))
     with pytest.raises(UserError, match="stands for 2 experiments"):
         read_experiments(tmp_path / "x.expt")
+
+
+def test_images_that_dials_excludes_are_left_out(tiny, tmp_path, caplog):
+    """By the centroid, as in dials.scale; the spots left out still are no background."""
+    document = json.loads(tiny.expt.read_text())
+    name = document["experiment"][0]["identifier"]
+    document["scan"][0]["valid_image_ranges"] = {name: [[1, 4], [9, 16]], "another": [[1, 2]]}
+    (tmp_path / "x.expt").write_text(json.dumps(document))
+    table, extent = read_reflections(tiny.refl), SpotExtent(0.8, 0.8, 0.1, (5, 9, 9))
+    keys, boxes = [], []
+    for expt in (tmp_path / "x.expt", tiny.expt):
+        out = tmp_path / f"{expt.stem}.h5"
+        experiments = read_experiments(expt)
+        with run_extraction(
+            experiments, 4.0, out, reflections=table, extent_override=extent
+        ) as store:
+            record = store.metadata()
+            key = np.column_stack([record.miller_index.numpy(), record.xyz_px[:, 2].numpy()])
+            order = np.lexsort(key.T)
+            keys.append(key[order])
+            boxes.append(store.read(slice(None)).counts.numpy()[order])
+    frame = keys[1][:, 3]
+    keep = (frame < 4) | (frame >= 8)
+    assert f"{(~keep).sum()} of {len(keep)} reflections are on images that the" in caplog.text
+    assert 100 < keep.sum() < len(keep) - 100
+    np.testing.assert_array_equal(keys[0], keys[1][keep])
+    np.testing.assert_array_equal(boxes[0], boxes[1][keep])
