@@ -46,6 +46,8 @@ MIN_STRENGTH = 5.0
 """Signal to noise of a strong spot."""
 MAX_CANDIDATES = 1500
 """Windows cropped at a time: bounds the memory."""
+WHOLE_FRAMES = 4
+"""Frames about the centroid that a spot must have to be measured."""
 BORDER = 1.5
 """Pixels around the spot from which the background is seen."""
 MAX_HALF_FRAMES = 7
@@ -227,10 +229,13 @@ def measure_extent(
     if sum(map(len, rest)) >= MIN_SPOTS:
         groups.append(_StrongSpots.join(rest))
     if not groups:
+        longest = max(sweep.frames.n_images for sweep in sweeps)
+        hint = "check that the EXPT belongs to these images, or give the size in the configuration"
+        if longest <= WHOLE_FRAMES:
+            hint = f"scans of {longest} images hold no whole spots, give more of the sweep"
         raise UserError(
             f"only {sum(map(len, found))} strong spots stand where reflections are predicted, at "
-            f"least {MIN_SPOTS} are needed to measure the spot size: check that the EXPT file "
-            "belongs to these images, or give the spot size in the configuration"
+            f"least {MIN_SPOTS} are needed to measure the spot size: {hint}"
         )
     sigmas = np.max([_fit(spots) for spots in groups], axis=0)
     logger.info(
@@ -298,11 +303,10 @@ def _crop(
     size = 2 * np.array(half) + 1
     counts = np.full((len(rows), *size), -1, dtype=np.int32)
     canvas = FrameCanvas(sweep.frames.panel_shapes, max(half[1:]) + 3)
-    usable = sweep.frames.static_mask()
     for frame in range(*block):
         step = frame - corner[:, 0]
         active = np.nonzero((step >= 0) & (step < size[0]))[0]
-        canvas.load(sweep.frames.read(frame), usable)
+        canvas.load(sweep.frames.read(frame), sweep.frames.static_mask())
         index = canvas.windows(panel[active], corner[active, 1], corner[active, 2], size[1:])
         counts[active, step[active]] = canvas.counts[index]
     return corner, counts
@@ -324,7 +328,7 @@ def _subtract_background(
         quiet = ring[enough] <= middle + 4 * np.sqrt(middle + 1)
         level[enough] = np.nanmean(np.where(quiet, ring[enough], np.nan), axis=1)
     net -= level[:, None, None, None]
-    core = (radius2 <= 3.0**2)[:, None] & (np.abs(dz) <= 2.0)[:, :, None, None]
+    core = (radius2 <= 3.0**2)[:, None] & (np.abs(dz) <= WHOLE_FRAMES / 2)[:, :, None, None]
     complete = ~(np.isnan(net) & core).any(axis=(1, 2, 3)) & enough
     signal = np.where(core, net, 0).sum(axis=(1, 2, 3))
     noise = np.sqrt(np.maximum(signal, 0) + level * core.sum(axis=(1, 2, 3)) + 1)
@@ -332,10 +336,27 @@ def _subtract_background(
 
 
 def _fit(spots: _StrongSpots) -> tuple[float, float, float]:
-    """(sigma_x, sigma_y, sigma_m): marginals inside a core that follows the running estimate."""
-    sigma = [1.2, 1.2, 1.5 * float(np.median(spots.step))]
-    one = np.ones_like(spots.step)
-    scale = [one, one, spots.step]  # width of a voxel in units of sigma
+    """(sigma_x, sigma_y, sigma_m) with the width of pixel and frame removed.
+
+    Dense neighbours may widen the core to the whole window; a smaller start finds the spots.
+    """
+    scale = [np.ones_like(spots.step)] * 2 + [spots.step]  # width of a voxel in units of sigma
+    reach = [float(np.median(np.abs(offset).max(axis=1))) for offset in spots.offset]
+    for start in ((1.2, 1.5), (0.8, 0.6)):
+        sigma = _core_sigmas(spots, start, scale)
+        if all(TRUNCATION * s < most for s, most in zip(sigma, reach, strict=True)):
+            break
+    broadening = [float(np.mean(width**2)) / 12 for width in scale]
+    return tuple(
+        math.sqrt(max(s**2 - b, (0.05 * s) ** 2)) for s, b in zip(sigma, broadening, strict=True)
+    )
+
+
+def _core_sigmas(
+    spots: _StrongSpots, start: tuple[float, float], scale: Sequence[Array]
+) -> list[float]:
+    """Sigmas in a core that follows the running estimate; ``start`` [pixels, frames]."""
+    sigma = [start[0], start[0], start[1] * float(np.median(spots.step))]
     net = np.nan_to_num(spots.net)
     marginals = ("ndhw,nd,nh->nw", "ndhw,nd,nw->nh", "ndhw,nh,nw->nd")
     others = ((2, 1), (2, 0), (1, 0))
@@ -349,10 +370,7 @@ def _fit(spots: _StrongSpots) -> tuple[float, float, float]:
             marginal = np.einsum(marginals[axis], net, *weights, optimize=True)
             density = marginal / scale[axis][:, None]
             sigma[axis] = _profile_sigma(spots.offset[axis], density, sigma[axis], scale[axis])
-    broadening = [float(np.mean(width**2)) / 12 for width in scale]
-    return tuple(
-        math.sqrt(max(s**2 - b, (0.05 * s) ** 2)) for s, b in zip(sigma, broadening, strict=True)
-    )
+    return sigma
 
 
 def _profile_sigma(offset: Array, marginal: Array, sigma: float, scale: Array) -> float:

@@ -6,10 +6,13 @@ import pytest
 import torch
 from scipy.special import ndtr
 
+from fixtures.simulate import simulate
 from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Panel, Scan
 from integrator.errors import UserError
+from integrator.io.dials import read_experiments
+from integrator.io.images import open_frames
 from integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
-from integrator.shoebox.predict import Prediction
+from integrator.shoebox.predict import Prediction, predict_reflections
 from integrator.shoebox.sweep import Sweep
 
 SHAPE = (260, 300)
@@ -114,6 +117,28 @@ def test_sweep_with_larger_spots_sets_the_box():
     large = make_sweep(200, n_images=60)
     extent = measure_extent([small, large])
     assert extent.sigma_x_px == pytest.approx(SIGMA_X, rel=0.1)
+
+
+@pytest.mark.parametrize(("width", "n_images"), [(1.0, 8), (2.0, 6)])
+def test_dense_spots_on_coarse_images_are_told_from_neighbours(tmp_path, width, n_images):
+    """Six pixels apart; before, the whole window: 4.9 x 4.2 pixels and boxes of 15 x 39 x 45."""
+    files = simulate(
+        tmp_path, "tiny", 0, overrides={"scan.width": width, "scan.n_images": n_images}
+    )
+    (experiment,) = read_experiments(files.expt)
+    prediction = predict_reflections(experiment)
+    with open_frames(experiment) as frames:
+        extent = measure_extent([Sweep(experiment, frames, prediction)])
+    # images of half a degree and of a quarter: 0.66 x 0.54
+    assert extent.sigma_x_px == pytest.approx(0.66, abs=0.04)
+    assert extent.sigma_y_px == pytest.approx(0.54, abs=0.04)
+    assert extent.sigma_m_deg < 0.12
+    assert extent.box == (5, 9, 11)
+
+
+def test_scans_without_whole_spots_are_named():
+    with pytest.raises(UserError, match="scans of 3 images hold no whole spots"):
+        measure_extent([make_sweep(200, width=0.5, n_images=3)])
 
 
 def test_no_spot_is_a_user_error():
