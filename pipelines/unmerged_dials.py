@@ -32,6 +32,7 @@ from merge.io.mtz import batch_offsets
 from merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA, zeta
 from merge.io.unmerged_data import read_unmerged
+from pipelines.integrated_twice import check_integrated_once
 
 Array = NDArray[np.float64]
 
@@ -157,6 +158,8 @@ def read_dials_datasets(
     used, number = np.unique(number[good], return_inverse=True)
     models = [models[i] for i in used]
     is_still = _check(models, experiments)
+    if not is_still:
+        check_integrated_once(models, number, reflections, intensity[good])
     describe = _of_stills if is_still else _of_sweeps
     metadata = describe(reflections, models, number)
     if "xyzobs.px.value" in reflections:

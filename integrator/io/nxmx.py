@@ -156,8 +156,9 @@ class NxmxFrames:
     def _find_panels(self, names: list[str], shapes: list[tuple[int, int]]) -> list[_Cut]:
         """Return the part of the frame array that each panel is."""
         shape = self._stack.shape
-        if len(names) == 1 and shapes[0] == shape:
-            return [(slice(None), slice(None))]
+        *leading, height, width = shape
+        if shapes == [(height, width)] and set(leading) <= {1}:
+            return [(*(0 for _ in leading), slice(None), slice(None))]
         modules = self._modules()
         cuts: list[_Cut]
         if set(names) <= modules.keys():

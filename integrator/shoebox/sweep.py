@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from integrator.crystal.geometry import Experiment
 from integrator.errors import UserError
@@ -60,56 +61,89 @@ def sweeps_of(experiments: Sequence[Experiment]) -> list[Experiment]:
     return sweeps
 
 
-def require_distinct(sweeps: Sequence[Experiment]) -> None:
-    """Refuse sweeps of one lattice that have images in common: their photons would count twice.
+@dataclass(frozen=True)
+class SharedImages:
+    """Two sweeps of one lattice that have images in common.
+
+    Parameters
+    ----------
+    first, second : int
+        Their positions.
+    images : frozenset of (str, int)
+        Files and numbers in them.
+    change : ndarray, (3, 3) int
+        Indices of the first from those of the second.
+    """
+
+    first: int
+    second: int
+    images: frozenset[tuple[str, int]]
+    change: NDArray[np.int64]
+
+
+def shared_images(sweeps: Sequence[Experiment]) -> list[SharedImages]:
+    """Find the sweeps of one lattice that have images in common.
 
     Several lattices on the same images are what ``dials.index`` makes of split crystals, and
-    welcome.
+    not among them.
 
     Parameters
     ----------
     sweeps : sequence of Experiment
-
-    Raises
-    ------
-    UserError
     """
-    frames = [_frames_of(sweep) for sweep in sweeps]
+    frames = [frozenset(images_of(sweep)) for sweep in sweeps]
     by_file: dict[str, list[int]] = {}
     for number, found in enumerate(frames):
         for path in {path for path, _ in found}:
             by_file.setdefault(path, []).append(number)
     pairs = {pair for numbers in by_file.values() for pair in combinations(numbers, 2)}
+    shared = []
     for first, second in sorted(pairs):
         common = frames[first] & frames[second]
-        if common and _is_same_lattice(sweeps[first], sweeps[second]):
-            one, other = ("{}-{}".format(*sweeps[i].scan.image_range) for i in (first, second))
-            raise UserError(
-                f"experiments {first} (images {one}) and {second} (images {other}) of the .expt "
-                f"are the same lattice and have {len(common)} images of "
-                f"{min(common)[0]} in common, whose photons would count twice: leave one of them "
-                "out (dials.split_experiments), or cut the scans so that they do not overlap "
-                "(dials.slice_sequence)"
-            )
+        change = _change_of_index(sweeps[first], sweeps[second]) if common else None
+        if change is not None:
+            shared.append(SharedImages(first, second, common, change))
+    return shared
 
 
-def _frames_of(experiment: Experiment) -> set[tuple[str, int]]:
-    """File of each image, and its number in the file."""
+def require_distinct(sweeps: Sequence[Experiment]) -> None:
+    """Refuse sweeps of one lattice that have images in common: their photons would count twice.
+
+    Raises
+    ------
+    UserError
+    """
+    for shared in shared_images(sweeps):
+        first, second = shared.first, shared.second
+        one, other = ("{}-{}".format(*sweeps[i].scan.image_range) for i in (first, second))
+        raise UserError(
+            f"experiments {first} (images {one}) and {second} (images {other}) of the .expt are "
+            f"the same lattice and have {len(shared.images)} images of {min(shared.images)[0]} in "
+            "common, whose photons would count twice: leave one of them out "
+            "(dials.split_experiments), or cut the scans so that they do not overlap "
+            "(dials.slice_sequence)"
+        )
+
+
+def images_of(experiment: Experiment) -> list[tuple[str, int]]:
+    """File of each image of a sweep and its number in the file, in their order."""
     images = experiment.images
     if images is None:
-        return set()
+        return []
     if len(images.paths) == 1:
-        return {(images.paths[0], index) for index in images.indices}
-    return {(path, 0) for path in images.paths}
+        return [(images.paths[0], index) for index in images.indices]
+    return [(path, 0) for path in images.paths]
 
 
-def _is_same_lattice(first: Experiment, second: Experiment) -> bool:
-    """Whether the indices of one are whole numbers for the other, whatever the choice of axes."""
+def _change_of_index(first: Experiment, second: Experiment) -> NDArray[np.int64] | None:
+    """Give the indices of the first from the second's; None where they are no whole numbers."""
     one, other = (e.goniometer.fixed_rotation @ e.crystal.A for e in (first, second))
     change = np.linalg.solve(one, other)
     whole = np.rint(change)
     is_near = np.abs(change - whole).max() < SAME_LATTICE
-    return bool(is_near and round(abs(np.linalg.det(whole))) == 1)
+    if not is_near or round(abs(np.linalg.det(whole))) != 1:
+        return None
+    return whole.astype(np.int64)
 
 
 def describe_experiment(experiment: Experiment) -> dict[str, object]:

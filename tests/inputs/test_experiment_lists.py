@@ -200,6 +200,24 @@ def test_other_lattices_and_other_images_are_no_copies(tiny):
     require_distinct(listed(tiny, wedge_of(tiny, 1, 8), wedge_of(tiny, 9, 16)))
 
 
+def test_spots_integrated_twice_are_refused(twin, tmp_path):
+    """Before, each counted twice: redundancy 3.2 of 2.5, CCanom .32 where there is none."""
+    wedges = [twin.wedge(a, b, identifier=f"w{a}") for a, b in ((101, 160), (131, 200))]
+    slices = read(tmp_path, [e for e, _ in wedges], joined(wedges))  # copies, left to the merge
+    assert len(slices) == sum(len(table) for _, table in wedges)
+    intensity = wedges[1][1].columns["intensity.prf.value"]
+    intensity *= 1 + 0.01 * np.random.default_rng(0).normal(size=len(intensity))
+    n_twice = (wedges[1][1]["xyzcal.px"][:, 2] < 160).sum()
+    with pytest.raises(UserError, match=f"same 30 images, and {n_twice} reflections"):
+        read(tmp_path, [e for e, _ in wedges], joined(wedges))
+    # a table shared out between two members of one scan is no repetition
+    table = wedges[1][1]
+    table.columns["id"] = np.arange(len(table), dtype=np.int32) % 2
+    halves = [replace(wedges[1][0], identifier=name) for name in "ab"]
+    table = replace(table, identifiers={0: "a", 1: "b"})
+    assert len(read(tmp_path, halves, table)) == len(table)
+
+
 def test_one_identifier_for_two_members_is_refused(tiny, tmp_path):
     """As in dxtbx; reflections of one would be given the frames of the other."""
     document = json.loads(tiny.expt.read_text())

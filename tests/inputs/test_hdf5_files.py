@@ -576,6 +576,19 @@ def test_a_module_with_a_leading_number(base, frames, tmp_path):
         np.testing.assert_array_equal(source.read(0)[0], counts)
 
 
+@pytest.mark.parametrize("has_module", [True, False])
+def test_a_panel_with_a_dimension_of_its_own(base, frames, tmp_path, has_module):
+    """Frames of (image, 1, slow, fast), as of a detector with a single module."""
+    folder = tmp_path / "copy"
+    shutil.copytree(base, folder)
+    with detector(folder) as file:
+        del file["entry/data"]
+        file.create_group("entry/data").create_dataset("data", data=frames[:, None])
+        if not has_module:
+            del file["entry/instrument/detector/module"]
+    assert_reads(folder / "tiny_master.h5", frames)
+
+
 # plugins of HDF5
 
 

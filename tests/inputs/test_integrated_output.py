@@ -6,9 +6,11 @@ A run on images 3 to 16 of a simulated sweep, whose true centroids and recorded 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import warnings
+from dataclasses import replace
 
 import gemmi
 import numpy as np
@@ -215,3 +217,27 @@ def test_z_lies_in_the_scan_of_dxtbx(dials, run):
     z, phi = (table[f"xyzcal.{unit}"].parts()[2] for unit in ("px", "mm"))
     angle = experiment.scan.get_angle_from_array_index(z, deg=False).as_numpy_array()
     np.testing.assert_allclose(angle, phi.as_numpy_array(), atol=1e-5)
+
+
+def test_sweeps_without_identifiers(dials, tiny, tmp_path):
+    """DIALS gives them, where the table names none; an empty one stopped it with a KeyError."""
+    document = json.loads(cut(tiny, tmp_path, 1, 8, "two").read_text())
+    second = json.loads(cut(tiny, tmp_path, 9, 16, "second").read_text())
+    document["scan"] += second["scan"]
+    (entry,) = document["experiment"]
+    document["experiment"] = [entry | {"identifier": "", "scan": i} for i in (0, 1)]
+    (tmp_path / "two.expt").write_text(json.dumps(document))
+    table = read_reflections(tiny.refl)
+    table.columns["id"] = (table["xyzcal.px"][:, 2] >= 8).astype(np.int32)
+    write_reflections(tmp_path / "two.refl", replace(table, identifiers={}))
+    argv = ["run", tmp_path / "two.expt", tmp_path / "two.refl", "--out", tmp_path / "run"]
+    argv += ["--epochs", "1", "--device", "cpu", "--d-min", "4"]
+    assert cli.main([str(word) for word in argv]) == 0
+    out = RunDirectory.open(tmp_path / "run")
+    ours = read_reflections(out.integrated_refl)
+    assert ours.identifiers == {}
+    frame = ours["xyzcal.px"][:, 2]
+    np.testing.assert_array_equal(ours["id"], frame >= 8)
+    run_dials("scale", out.integrated_expt, out.integrated_refl, "d_min=4", folder=tmp_path)
+    scaled = read_experiments(tmp_path / "scaled.expt")
+    assert len({experiment.identifier for experiment in scaled} - {""}) == 2
