@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from integrator.shoebox.predict import (
     require_recorded,
 )
 from integrator.shoebox.spikes import QuietFrames
-from integrator.shoebox.sweep import Sweep, require_distinct, sweeps_of
+from integrator.shoebox.sweep import Sweep, images_of, require_distinct, sweeps_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def run_extraction(
             *extent.box,
         )
         return extract_shoeboxes(
-            [_with_neighbours(sweep, extent, settings) for sweep in sweeps],
+            [_with_neighbours(sweep, experiments, extent, settings) for sweep in sweeps],
             extent,
             out,
             settings=settings,
@@ -274,20 +274,42 @@ def _on_valid_images(experiment: Experiment, prediction: Prediction) -> Predicti
     return prediction[torch.from_numpy(keep)]
 
 
-def _with_neighbours(sweep: Sweep, extent: SpotExtent, settings: MaskSettings) -> Sweep:
-    """Add the spots around the list: they reach into its boxes and are no background."""
+def _with_neighbours(
+    sweep: Sweep, experiments: Sequence[Experiment], extent: SpotExtent, settings: MaskSettings
+) -> Sweep:
+    """Add the spots around the list: they reach into its boxes and are no background.
+
+    So do those of other lattices on the same images.
+    """
     listed, width = sweep.prediction, sweep.experiment.scan.oscillation[1]
     spread = frame_sigma(extent.sigma_m_deg, listed.zeta.numpy(), width)
-    around = predict_reflections(
-        sweep.experiment,
-        max(NEIGHBOUR_RESOLUTION * float(listed.d.min()), detector_limit(sweep.experiment)),
-        padding_frames=settings.foreground * float(np.quantile(spread, 0.99)),
-    )
+    limit = max(NEIGHBOUR_RESOLUTION * float(listed.d.min()), detector_limit(sweep.experiment))
+    padding = settings.foreground * float(np.quantile(spread, 0.99))
+    around = predict_reflections(sweep.experiment, limit, padding_frames=padding)
     scale = _tolerance(sweep.experiment)
     distance = _distance_to_same_index(
         around.miller_index.numpy(), around.xyz_px.numpy(), listed, scale
     )
-    return replace(sweep, neighbours=around[torch.from_numpy(np.isinf(distance))])
+    known = [around[torch.from_numpy(np.isinf(distance))]]
+    for other, shift in _lattices_on_same_images(sweep.experiment, experiments):
+        spots = predict_reflections(other, limit, padding_frames=padding)
+        moved = spots.xyz_px + spots.xyz_px.new_tensor([0.0, 0.0, shift])
+        known.append(replace(spots, xyz_px=moved))
+    columns = {f.name: torch.cat([getattr(k, f.name) for k in known]) for f in fields(Prediction)}
+    return replace(sweep, neighbours=Prediction(**columns))
+
+
+def _lattices_on_same_images(
+    experiment: Experiment, experiments: Sequence[Experiment]
+) -> list[tuple[Experiment, int]]:
+    """Other experiments that share images, and what makes their frames those of this one."""
+    place = {image: number for number, image in enumerate(images_of(experiment))}
+    found = []
+    for other in experiments:
+        shifts = [place[image] - k for k, image in enumerate(images_of(other)) if image in place]
+        if other is not experiment and shifts:
+            found.append((other, shifts[0]))
+    return found
 
 
 def _tolerance(experiment: Experiment) -> np.ndarray:

@@ -20,6 +20,8 @@ from integrator.io.dials import (
     write_reflections,
 )
 from integrator.shoebox.extent import SpotExtent
+from integrator.shoebox.mask import MaskBit
+from integrator.shoebox.predict import predict_reflections
 from integrator.shoebox.run import run_extraction
 from integrator.shoebox.sweep import require_distinct, sweeps_of
 from pipelines.unmerged_dials import read_dials
@@ -216,6 +218,25 @@ def test_spots_integrated_twice_are_refused(twin, tmp_path):
     halves = [replace(wedges[1][0], identifier=name) for name in "ab"]
     table = replace(table, identifiers={0: "a", 1: "b"})
     assert len(read(tmp_path, halves, table)) == len(table)
+
+
+def test_spots_of_another_lattice_are_no_background(tiny, tmp_path):
+    """Before, nine in ten of their centres were background of the boxes that they fell into."""
+    second = wedge_of(tiny, 5, 16) | turned(tiny, 20.0, np.eye(3))
+    experiments = listed(tiny, {}, second)
+    extent = SpotExtent(0.8, 0.8, 0.1, (5, 9, 9))
+    out = tmp_path / "x.h5"
+    with run_extraction(experiments, 4.0, out, extent_override=extent) as store:
+        mask, record = store.read_raw(slice(None))[1].numpy(), store.metadata()
+    for own, other, shift in ((0, 1, 4), (1, 0, -4)):
+        spots = predict_reflections(experiments[other], 4.0).xyz_px.numpy()[:, ::-1]
+        is_own = ((record.experiment == own) & (record.frames_per_layer == 1)).numpy()
+        corner = record.corner.numpy()[is_own]
+        voxel = np.floor(spots + np.array([shift, 0, 0])).astype(int)[:, None] - corner
+        spot, box = np.nonzero(((voxel >= 0) & (voxel < extent.box)).all(axis=2))
+        bits = mask[is_own][box, *voxel[spot, box].T]
+        assert len(bits) > 100
+        assert not (bits & MaskBit.BACKGROUND).any()
 
 
 def test_one_identifier_for_two_members_is_refused(tiny, tmp_path):
