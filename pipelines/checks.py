@@ -54,13 +54,13 @@ def check_input(config: RunConfig) -> None:
     if config.reference is not None:
         read_merged_mtz(config.reference)
     experiments = sweeps_of(read_experiments(config.expt))
-    require_distinct(experiments)
     check_frames(experiments, config.extraction.d_min)
     crystals = [e.crystal for e in experiments]
     one_wavelength([e.beam.wavelength for e in experiments])
     cell, space_group = crystal_form(
         [(c.unit_cell.parameters, c.space_group.xhm()) for c in crystals]
     )
+    require_distinct(experiments)
     if why_no_peaks(config) is None:
         check_same_crystal(read_model(config.model), cell, space_group, config.model)
 

@@ -280,6 +280,7 @@ def test_sweeps_of_two_space_groups_are_not_merged(job, tmp_path, capsys):
     first = read_experiments(job.expt)
     document = json.loads(job.expt.read_text())
     document["crystal"][0]["space_group_hall_symbol"] = "P 4abw 2nw"  # P 41 21 2
+    document["experiment"][0]["identifier"] = "other"
     second = job.folder / "other.expt"
     second.write_text(json.dumps(document))
     write_experiments(job.expt, [*first, *read_experiments(second)])

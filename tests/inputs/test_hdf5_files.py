@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -20,6 +21,8 @@ import pytest
 
 from fixtures.simulate import simulate
 from integrator.errors import UserError
+from integrator.io.dials import read_experiments
+from integrator.io.images import open_frames
 from integrator.io.nxmx import INVALID, NxmxFrames
 from pipelines.cli import main
 
@@ -587,6 +590,17 @@ def test_a_panel_with_a_dimension_of_its_own(base, frames, tmp_path, has_module)
         if not has_module:
             del file["entry/instrument/detector/module"]
     assert_reads(folder / "tiny_master.h5", frames)
+
+
+def test_a_file_for_each_image_is_refused(base, tmp_path):
+    """As in dxtbx; before, frames of the first file stood for those of all."""
+    (experiment,) = read_experiments(base / "tiny.expt")
+    paths = tuple(
+        str(shutil.copy(base / "tiny_master.h5", tmp_path / f"x_{i:04d}.h5")) for i in range(N)
+    )
+    images = replace(experiment.images, paths=paths)
+    with pytest.raises(UserError, match=f"one of {N} HDF5 files that the .expt takes for one"):
+        open_frames(replace(experiment, images=images))
 
 
 # plugins of HDF5
