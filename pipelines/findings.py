@@ -13,6 +13,7 @@ from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.merger import IntensityMerger
 from merge.intensities.odd_images import odd_images
 from merge.intensities.same_photons import SAME_PHOTONS, residual_over_noise
+from merge.intensities.steps import Steps
 from merge.intensities.table import ObservationTable
 from merge.io.merged_table import MergedTable
 
@@ -45,31 +46,47 @@ def say_images(
     is_still : bool
     """
     found = odd_images(merger, table, is_still)
-    o = table.observations
-    first = np.unique(o.image.numpy(), return_index=True)[1]
-    dataset = o.dataset.numpy()[first]
-
-    def named(values: dict[int, float]) -> str:
-        of = [f" of {names[k]}" if len(names) > 1 else "" for k in dataset]
-        shown = [
-            f"{int(numbers[k])}{of[k]} ({value:.2g})"
-            for k, value in sorted(values.items())[:MOST_NAMED]
-        ]
-        more = len(values) - len(shown)
-        return ", ".join(shown) + (f" and {more} more" if more else "")
-
     if found.faint:
         logger.warning(
             "%d of %d images are much brighter or fainter than their neighbours (scale over "
             "theirs): %s",
-            *(len(found.faint), len(first), named(found.faint)),
+            *(len(found.faint), len(numbers), _named(found.faint, table, numbers, names)),
         )
     if found.alien:
         logger.warning(
             "%d of %d images do not agree with the rest (squared residuals over what the error "
             "model expects; indexed otherwise, or of another crystal?): %s",
-            *(len(found.alien), len(first), named(found.alien)),
+            *(len(found.alien), len(numbers), _named(found.alien, table, numbers, names)),
         )
+
+
+def say_steps(
+    steps: Steps, table: ObservationTable, numbers: NDArray, names: tuple[str, ...]
+) -> None:
+    """Name the images where the beam was another; parameters as of :func:`say_images`."""
+    logger.warning(
+        "%d of %d images have levels of their own, far from the drift of their sweep (scale over "
+        "it): %s; %s",
+        *(len(steps.levels), len(numbers), _named(steps.levels, table, numbers, names)),
+        f"{len(steps.rows)} observations that lie on them in part are left out"
+        if len(steps.rows)
+        else "reflections that lie on them in part are kept",
+    )
+
+
+def _named(
+    values: dict[int, float], table: ObservationTable, numbers: NDArray, names: tuple[str, ...]
+) -> str:
+    """Name images, given by their numbers in the table, each with its value."""
+    o = table.observations
+    dataset = o.dataset.numpy()[np.unique(o.image.numpy(), return_index=True)[1]]
+    of = [f" of {names[k]}" if len(names) > 1 else "" for k in dataset]
+    shown = [
+        f"{int(numbers[k])}{of[k]} ({value:.2g})"
+        for k, value in sorted(values.items())[:MOST_NAMED]
+    ]
+    more = len(values) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def model_rows(merger: IntensityMerger, rows: slice) -> tuple[Array, Array]:

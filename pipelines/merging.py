@@ -10,6 +10,7 @@ import torch
 from merge.intensities.build import MergeProblem, build_problem
 from merge.intensities.config import IntensityMergeConfig
 from merge.intensities.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
+from merge.intensities.steps import find_steps, without_rows
 from pipelines.ambiguity import (
     ambiguous_operators,
     image_numbers,
@@ -17,7 +18,7 @@ from pipelines.ambiguity import (
     write_choices,
 )
 from pipelines.device import choose_device
-from pipelines.findings import say_images
+from pipelines.findings import say_images, say_steps
 from pipelines.merge_fit import Knowledge, MergeFit, is_coupled
 from pipelines.merge_inputs import MergeInputs
 from pipelines.merge_metrics import write_metrics
@@ -75,6 +76,11 @@ def _merge_in_memory(
     operators = ambiguous_operators(data, config)
     standard = None if saved is None else saved.standard
     problem = build_problem(data, config, inputs.parents, operators, standard)
+    if saved is None and (steps := find_steps(problem, config)).levels:
+        say_steps(steps, problem.table, image_numbers(problem, data), problem.names)
+        if len(steps.rows):
+            data = without_rows(data, steps.rows)
+            problem = build_problem(data, config, inputs.parents, operators)
     number = image_numbers(problem, data)
     labels = [d.labels._replace(wavelength=d.typical_wavelength) for d in data]
     say_what_data_leave_idle(config, problem, data)

@@ -28,6 +28,11 @@ from merge.model.scale_features import (
 )
 
 START_MOSAICITY = 0.1  # [deg]
+#: Log-scale about the drift that no flicker explains: at least this, and so many robust standard
+#: deviations; on frames with so many observations.
+LEAST_STEP, N_DEVIATIONS, MIN_OBSERVATIONS = math.log(1.6), 7.0, 10
+#: Share of a rocking curve within such a frame, or without, that makes a scale doubtful.
+LEAST_SHARE = 0.02
 #: Sweeps that may have a response of their own that moves with the scan.
 MAX_MOVING = 8
 
@@ -83,11 +88,33 @@ class SweepScale(ScaleModel):
         """Log-scale of every frame, (F,): the slow drift alone where frames do not flicker."""
         if bool(self.has_flicker):
             return self.log_frame_scale
+        return torch.where(self.is_odd, self.log_frame_scale, self.slow_drift())
+
+    def slow_drift(self) -> Tensor:
+        """Log-scale of every frame without its flicker, (F,)."""
         drifts = zip(self.drift.split(self.n_drift_knots), self.n_frames, strict=True)
         return torch.cat([interpolate(knots, n) for knots, n in drifts])
 
     def log_mean_frame_scale(self, index: Tensor) -> Tensor:
         """Log of the frames' scales, averaged over the rocking curve, (B,)."""
+        frame, weight = self._rocking_curve(index)
+        return (weight * self.frame_scales().exp()[frame]).sum(1).log() - weight.sum(1).log()
+
+    @torch.no_grad()
+    def crosses_steps(self) -> Tensor:
+        """Observations whose rocking curves cross into an odd frame or out of it, (N,) bool.
+
+        How much of them such a frame has is known no better than the rocking curves.
+        """
+        crosses = torch.zeros_like(self.z, dtype=torch.bool)
+        if bool(self.is_odd.any()):
+            frame, weight = self._rocking_curve(torch.arange(len(crosses), device=crosses.device))
+            share = (weight * self.is_odd[frame]).sum(1) / weight.sum(1)
+            crosses = torch.minimum(share, 1.0 - share) > LEAST_SHARE
+        return crosses
+
+    def _rocking_curve(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames that each observation crosses, and their weights, (B, m) each."""
         z = self.z[index]
         offset = torch.arange(-self.each_side, self.each_side + 1, device=z.device)
         frame = z.floor().long()[:, None] + offset
@@ -97,19 +124,41 @@ class SweepScale(ScaleModel):
         frame = frame + self.first_frame[index, None]
         first, last = self.first_frame[index, None], self.last_frame[index, None]
         weight = torch.where((frame >= first) & (frame <= last), weight, 0.0) + 1e-12
-        values = self.frame_scales().exp()[torch.minimum(torch.maximum(frame, first), last)]
-        return (weight * values).sum(1).log() - weight.sum(1).log()
+        return torch.minimum(torch.maximum(frame, first), last), weight
 
     @torch.no_grad()
-    def start_drift(self) -> None:
-        """Set the slow drift to what the frames' scales say as they are."""
+    def start_drift(self, count: Tensor) -> None:
+        """Set the slow drift to what the frames' scales say as they are, and find odd frames.
+
+        Parameters
+        ----------
+        count : Tensor, (F,)
+            Observations that the scale of each frame was taken from.
+        """
+        self.is_odd.fill_(False)
+        self._set_drift()
+        enough = count >= MIN_OBSERVATIONS
+        about = self.log_frame_scale - self.slow_drift()
+        if not bool(enough.any()):
+            return
+        spread = 1.4826 * about[enough].abs().median()
+        # the fewer observations, the less the first scale of a frame says
+        fewer = (count[enough].double().median() / count.clamp_min(1)).clamp_min(1.0).sqrt()
+        limit = (N_DEVIATIONS * float(spread) * fewer).clamp_min(LEAST_STEP)
+        self.is_odd.copy_(enough & (about.abs() > limit))
+        self._set_drift()
+
+    def _set_drift(self) -> None:
+        """Medians of the frames near each knot that are not odd."""
         frames = self.log_frame_scale.split(self.n_frames)
-        for gamma, drift in zip(frames, self.drift.split(self.n_drift_knots), strict=True):
+        drifts, odds = self.drift.split(self.n_drift_knots), self.is_odd.split(self.n_frames)
+        for gamma, drift, odd in zip(frames, drifts, odds, strict=True):
             ends = torch.linspace(0, len(gamma), len(drift) + 1, device=gamma.device)
             parts = ends.long().tolist()
             for k in range(len(drift)):
-                part = gamma[parts[k] : max(parts[k + 1], parts[k] + 1)]
-                drift[k] = part.median()
+                span = slice(parts[k], max(parts[k + 1], parts[k] + 1))
+                usual = gamma[span][~odd[span]]
+                drift[k] = (usual if len(usual) else gamma[span]).median()
 
     def penalty(self) -> Tensor:
         """Minus the log-prior of all parameters, up to a constant, () [nats]."""

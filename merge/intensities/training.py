@@ -64,7 +64,7 @@ def _start(merger: IntensityMerger, table: ObservationTable) -> None:
             log_image_scale += _log_ratio(residual, used * expected, image, n)
             log_image_scale -= log_image_scale.mean()
             if scale.sweep is not None:
-                scale.sweep.start_drift()
+                scale.sweep.start_drift(torch.bincount(image, used, minlength=n))
             residual = used * o.intensity / scale(everything)[0][first].exp()
         if scale.spectrum is not None:
             knots = scale.spectrum_knots

@@ -112,7 +112,8 @@ class _Batches:
         own = _own_dataset(mtz, intensity_label, path)
         by_number = {header.number: header for header in mtz.batches}
         headers = [by_number.get(number) for number in batches.tolist()]
-        self.dataset = [own if h is None else datasets.get(h.dataset_id, own) for h in headers]
+        found = [None if h is None else datasets.get(h.dataset_id, own) for h in headers]
+        self.dataset = _of_neighbours(found, batches, own, path)
         self.wavelength = np.array([0.0 if h is None else h.wavelength for h in headers])
         cells = [None if h is None else h.cell for h in headers]
         self.cells = np.array([c.parameters for c in cells if c is not None and c.is_crystal()])
@@ -120,6 +121,35 @@ class _Batches:
         self.is_still = bool(np.all(phi[:, 0] == phi[:, 1])) and any(
             h is not None for h in headers
         )
+
+
+def _of_neighbours(
+    found: list[gemmi.Mtz.Dataset | None],
+    batches: NDArray[np.int64],
+    own: gemmi.Mtz.Dataset | None,
+    path: Path,
+) -> list[gemmi.Mtz.Dataset | None]:
+    """Give batches without a header the data set of those before and after, if it is one."""
+    known = [k for k, dataset in enumerate(found) if dataset is not None]
+    if len({found[k].id for k in known}) < 2:
+        return [own if dataset is None else dataset for dataset in found]
+    place = np.searchsorted(known, np.arange(len(found))).clip(1, len(known) - 1)
+    filled = list(found)
+    for k, dataset in enumerate(found):
+        if dataset is None:
+            near = [found[known[place[k] - 1]], found[known[place[k]]]]
+            if near[0].id != near[1].id or not known[0] < k < known[-1]:
+                raise UserError(
+                    f"{path} holds several data sets and batch {batches[k]} has no header that "
+                    "says whose it is; write the header, or leave the batch out"
+                )
+            filled[k] = near[0]
+    if len(known) < len(found):
+        log.warning(
+            "%s: %d batches without headers are taken for the data set of their neighbours",
+            *(path, len(found) - len(known)),
+        )
+    return filled
 
 
 def _says_nothing(dataset: gemmi.Mtz.Dataset) -> bool:
@@ -133,16 +163,20 @@ def _own_dataset(mtz: gemmi.Mtz, intensity_label: str, path: Path) -> gemmi.Mtz.
     own = next((d for d in mtz.datasets if d.id == number), None)
     others = [d for d in mtz.datasets if not _says_nothing(d)]
     wavelength = [d.wavelength for d in others if d.wavelength > 0.0]
-    if own is not None and not _says_nothing(own):
-        is_only_one = own.wavelength <= 0.0 and len(wavelength) == 1
-        return next(d for d in others if d.wavelength > 0.0) if is_only_one else own
-    if not mtz.batches and len(wavelength) > 1 and wavelength_groups(wavelength).any():
+    has_columns = {c.dataset_id for c in mtz.columns if c.type != "H"} - {number}
+    is_own = own is not None and not _says_nothing(own)
+    # where columns are spread over the data sets, they say whose they are
+    is_open = not is_own or not has_columns & {d.id for d in others}
+    if is_open and not mtz.batches and wavelength_groups(wavelength or [0.0]).any():
         raise UserError(
             f"{path} lists data sets of several wavelengths "
             f"({', '.join(f'{d.dataset_name} {d.wavelength:.5f} A' for d in others)}) and has no "
             "batch headers that say which observations are whose; write the headers, or each data "
             "set to a file of its own"
         )
+    if is_own:
+        is_only_one = own.wavelength <= 0.0 and len(wavelength) == 1
+        return next(d for d in others if d.wavelength > 0.0) if is_only_one else own
     return others[0] if len(others) == 1 else own
 
 

@@ -33,6 +33,8 @@ N_DETECTOR_FEATURES = 3
 #: Start of the learned standard deviations of flicker and drift, in the log.
 START_SD = 0.03
 SWEEP_SD = 2.0  # of a sweep's log-scale about that of all
+#: Standard deviation about the drift of a frame that no flicker explains.
+ODD_SD = 1.0
 
 
 def interpolate(knots: Tensor, n: int) -> Tensor:
@@ -65,6 +67,9 @@ class ScaleModel(nn.Module):
         self.physical = config.physical_scale
         zeros = lambda n: nn.Parameter(torch.zeros(n, dtype=torch.float64))  # noqa: E731
         self.log_frame_scale = zeros(sum(features.n_frames))
+        # frames that no flicker explains: a shutter's fault, an attenuator
+        odd = torch.zeros(sum(features.n_frames), dtype=torch.bool)
+        self.register_buffer("is_odd", odd, persistent=False)
         self.n_drift_knots = features.n_drift_knots
         self.drift = zeros(sum(features.n_drift_knots))
         # standard deviation of a frame's log-scale about the drift, and of the drift's change from
@@ -143,9 +148,12 @@ class ScaleModel(nn.Module):
         drifts, scales = self.drift.split(self.n_drift_knots), self.frame_scales()
         # the mean of all belongs to the structure factors; sweeps may differ by any factor
         total = total + 0.5 * (scales.mean() / 0.1) ** 2
-        for gamma, drift in zip(scales.split(self.n_frames), drifts, strict=True):
+        frames, odds = scales.split(self.n_frames), self.is_odd.split(self.n_frames)
+        for gamma, drift, odd in zip(frames, drifts, odds, strict=True):
             about = gamma - interpolate(drift, len(gamma))
-            total = total + 0.5 * (about**2).sum() * torch.exp(-2 * flicker) + len(gamma) * flicker
+            usual = about[~odd]
+            total = total + 0.5 * (usual**2).sum() * torch.exp(-2 * flicker) + len(usual) * flicker
+            total = total + 0.5 * ((about[odd] / ODD_SD) ** 2).sum()
             change = drift.diff()
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * step) + len(change) * step
             total = total + 0.5 * ((gamma.mean() - scales.mean()) / SWEEP_SD) ** 2
