@@ -31,6 +31,8 @@ START_MOSAICITY = 0.1  # [deg]
 #: Log-scale about the drift that no flicker explains: at least this, and so many robust standard
 #: deviations; on frames with so many observations.
 LEAST_STEP, N_DEVIATIONS, MIN_OBSERVATIONS = math.log(1.6), 7.0, 10
+#: Frames on each side that say what is usual.
+N_NEIGHBOURS = 8
 #: Share of a rocking curve within such a frame, or without, that makes a scale doubtful.
 LEAST_SHARE = 0.02
 #: Sweeps that may have a response of their own that moves with the scan.
@@ -136,17 +138,23 @@ class SweepScale(ScaleModel):
             Observations that the scale of each frame was taken from.
         """
         self.is_odd.fill_(False)
-        self._set_drift()
         enough = count >= MIN_OBSERVATIONS
-        about = self.log_frame_scale - self.slow_drift()
-        if not bool(enough.any()):
-            return
-        spread = 1.4826 * about[enough].abs().median()
-        # the fewer observations, the less the first scale of a frame says
-        fewer = (count[enough].double().median() / count.clamp_min(1)).clamp_min(1.0).sqrt()
-        limit = (N_DEVIATIONS * float(spread) * fewer).clamp_min(LEAST_STEP)
-        self.is_odd.copy_(enough & (about.abs() > limit))
+        if bool(enough.any()):
+            # the fewer observations, the less the first scale of a frame says
+            fewer = (count[enough].double().median() / count.clamp_min(1)).clamp_min(1.0).sqrt()
+            frames, known = (v.split(self.n_frames) for v in (self.log_frame_scale, enough))
+            near = torch.cat([_running_median(*part) for part in zip(frames, known, strict=True)])
+            self._find_odd(near, enough, fewer)
+            self._set_drift()
+            self._find_odd(self.slow_drift(), enough, fewer)
         self._set_drift()
+
+    def _find_odd(self, usual: Tensor, enough: Tensor, fewer: Tensor) -> None:
+        """Add frames that are far from what is usual near them, (F,) each."""
+        about = (self.log_frame_scale - usual).abs()
+        spread = 1.4826 * float(about[enough & ~self.is_odd].median())
+        limit = (N_DEVIATIONS * spread * fewer).clamp_min(LEAST_STEP)
+        self.is_odd.logical_or_(enough & (about > limit))
 
     def _set_drift(self) -> None:
         """Medians of the frames near each knot that are not odd."""
@@ -155,15 +163,30 @@ class SweepScale(ScaleModel):
         for gamma, drift, odd in zip(frames, drifts, odds, strict=True):
             ends = torch.linspace(0, len(gamma), len(drift) + 1, device=gamma.device)
             parts = ends.long().tolist()
+            lost = []
             for k in range(len(drift)):
                 span = slice(parts[k], max(parts[k + 1], parts[k] + 1))
                 usual = gamma[span][~odd[span]]
-                drift[k] = (usual if len(usual) else gamma[span]).median()
+                if len(usual):
+                    drift[k] = usual.median()
+                else:
+                    lost.append(k)
+            known = [k for k in range(len(drift)) if k not in lost]
+            for k in lost if known else []:
+                drift[k] = drift[min(known, key=lambda other, k=k: abs(other - k))]
 
     def penalty(self) -> Tensor:
         """Minus the log-prior of all parameters, up to a constant, () [nats]."""
         about = self.log_mosaicity - math.log(START_MOSAICITY)
         return super().penalty() + 0.5 * (about / self.mosaicity_sd) ** 2
+
+
+def _running_median(values: Tensor, known: Tensor) -> Tensor:
+    """Median of the known values among the neighbours of each frame and itself, (n,)."""
+    padded = torch.nn.functional.pad(
+        torch.where(known, values, torch.nan), (N_NEIGHBOURS, N_NEIGHBOURS), value=torch.nan
+    )
+    return padded.unfold(0, 2 * N_NEIGHBOURS + 1, 1).nanmedian(1).values
 
 
 def _features(

@@ -33,6 +33,8 @@ ROTATION_LABELS = ("LP", "ROT", "PHI")
 ISYM_LABELS = ("M/ISYM", "M_ISYM", "MISYM")
 #: M/ISYM = 256 M + ISYM.
 PARTIAL_FLAG = 256
+#: Share of the rows, beside others, that may lack M/ISYM.
+MOST_UNKNOWN = 0.1
 #: An intensity column is passed over when it has less than this share of the fullest one's values.
 MOSTLY_FULL = 0.5
 #: Total fraction of the parts of one reflection that counts as all of it (AIMLESS' default).
@@ -148,17 +150,17 @@ def _to_original_indices(mtz: gemmi.Mtz, isym_label: str | None, path: Path) -> 
     value = np.nan_to_num(np.array(column, dtype=float)).astype(np.int64)
     isym, is_partial = value % PARTIAL_FLAG, (value & PARTIAL_FLAG) != 0
     unknown = isym == 0
-    if unknown.any():
+    if unknown.all():
         # 1 is the identity; gemmi takes 0 for the inversion
         log.warning(
-            "%s: %s is 0 in %d of %d rows, which takes indices nowhere: they are used as they "
-            "stand",
-            path,
-            isym_label,
-            unknown.sum(),
-            len(unknown),
+            "%s: %s is 0 in all rows, which takes indices nowhere: they are used as they stand",
+            *(path, isym_label),
         )
+    elif unknown.any():
+        _say_unknown(unknown, isym_label, path)
     array = mtz.array
+    index = [c.idx for c in list(mtz.columns)[:3]]
+    lost = ~np.isfinite(array[:, index]).all(axis=1) | (unknown & ~unknown.all())
     array[:, column.idx] = np.where(unknown, 1, isym)
     column.label, column.type = "M/ISYM", "Y"
     try:
@@ -170,6 +172,7 @@ def _to_original_indices(mtz: gemmi.Mtz, isym_label: str | None, path: Path) -> 
             "space group that its indices were reduced in"
         ) from error
     column.label = isym_label
+    mtz.array[np.ix_(lost, index)] = np.nan  # gemmi takes NaN for 0
     return is_partial
 
 
@@ -182,6 +185,20 @@ def _say_if_one_batch(data: UnmergedData, path: Path) -> None:
             "scales of their own; write the image number to BATCH",
             *(path, np.ptp(rot)),
         )
+
+
+def _say_unknown(unknown: NDArray[np.bool_], label: str, path: Path) -> None:
+    """Say that rows, (N,), are left out, whose mate the file does not tell."""
+    if unknown.mean() > MOST_UNKNOWN:
+        raise UserError(
+            f"{path}: {label} is 0 or missing in {unknown.sum()} of {len(unknown)} rows, so that "
+            "nothing says which Friedel mate they are; write the file again with M/ISYM in all "
+            "rows, or with indices as observed and without M/ISYM"
+        )
+    log.warning(
+        "%s: %s is 0 or missing in %d of %d rows: nothing says which Friedel mate they are",
+        *(path, label, unknown.sum(), len(unknown)),
+    )
 
 
 def check_complete(mtz: gemmi.Mtz, path: Path) -> None:

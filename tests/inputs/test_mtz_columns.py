@@ -162,3 +162,29 @@ def test_one_batch_number_for_a_sweep_is_said(width, is_said, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         read_mtz(write(tmp_path / "a.mtz", rows))
     assert ("all observations have one BATCH" in caplog.text) == is_said
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_few_rows_without_m_isym_are_left_out(value, tmp_path, caplog):
+    """Which mate they are of is not known; half the rows are too many."""
+    reduced = to_asu(ROWS.hkl, mad.GROUP)
+    isym = reduced.isym.astype(float)
+    isym[:60] = value
+    columns = ROWS.columns | {"M/ISYM": isym}
+    path = write(tmp_path / "few.mtz", mad.Rows(reduced.miller_index, columns), isym=None)
+    assert table_of(path) == table_of(write(tmp_path / "b.mtz", ROWS.take(np.arange(60, 6000))))
+    assert "0 or missing in 60 of 6000 rows" in caplog.text
+    isym[::2] = value
+    path = write(tmp_path / "many.mtz", mad.Rows(reduced.miller_index, columns), isym=None)
+    with pytest.raises(UserError, match="3030 of 6000 rows"):
+        read_mtz(path)
+
+
+def test_rows_without_an_index_are_left_out(tmp_path, caplog):
+    """K of NaN is not 0."""
+    reduced = to_asu(ROWS.hkl, mad.GROUP)
+    rows = mad.Rows(reduced.miller_index.astype(float), ROWS.columns | {"M/ISYM": reduced.isym})
+    rows.hkl[:30, 1] = np.nan
+    path = write(tmp_path / "a.mtz", rows, isym=None)
+    assert table_of(path) == table_of(write(tmp_path / "b.mtz", ROWS.take(np.arange(30, 6000))))
+    assert "30 rows without index" in caplog.text

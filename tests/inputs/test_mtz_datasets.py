@@ -157,15 +157,44 @@ def test_headers_that_name_the_base_mean_the_only_data_set(tmp_path):
 
 
 def test_two_wavelengths_without_headers_are_refused(tmp_path):
+    """All columns in one data set, as CCP4's programs write them, do not say whose a row is."""
     mtz = with_datasets((("p", "x", "a"), 0.98, (), {}), (("p", "x", "b"), 1.0, (), {}))
-    (data,) = one(tmp_path / "a.mtz", mtz)  # whose column I is of the second
-    assert data.labels.names.dataset == "b"
+    reason = r"a 0\.98000 A, b 1\.00000 A.*no batch headers"
+    with pytest.raises(UserError, match=reason):
+        one(tmp_path / "a.mtz", mtz)
     read = gemmi.read_mtz_file(str(tmp_path / "a.mtz"))
     for column in read.columns:
         column.dataset_id = 0
     read.write_to_file(str(tmp_path / "b.mtz"))
-    with pytest.raises(UserError, match=r"a 0\.98000 A, b 1\.00000 A.*no batch headers"):
+    with pytest.raises(UserError, match=reason):
         read_mtz_datasets(tmp_path / "b.mtz")
+    for column in read.columns:
+        column.dataset_id = read.datasets[1 + (column.label in ("I", "SIGI"))].id
+    read.write_to_file(str(tmp_path / "c.mtz"))
+    (data,) = read_mtz_datasets(tmp_path / "c.mtz")  # each has columns of its own
+    assert data.labels.names.dataset == "b"
+
+
+def test_batches_without_headers_belong_to_their_neighbours(tmp_path, caplog):
+    """Not to the data set of the columns, whose anomalous signal is another."""
+    known = [k for k in range(1, 11) if k not in (3, 8)]
+    names = [("p", "x", "a"), ("p", "x", "b")]
+    shared = [[k for k in known if k in half] for half in HALVES]
+    mtz = with_datasets((names[0], 0.98, shared[0], {}), (names[1], 1.02, shared[1], {}))
+    found = one(tmp_path / "a.mtz", mtz)
+    batches = {d.name: sorted(set(d.metadata["BATCH"].astype(int))) for d in found}
+    assert batches == {"a_a": [1, 2, 3, 4, 5], "a_b": [6, 7, 8, 9, 10]}
+    assert "2 batches without headers" in caplog.text
+
+
+@pytest.mark.parametrize("lost", [1, 5, 6, 10])
+def test_batches_between_data_sets_without_headers_are_refused(lost, tmp_path):
+    shared = [[k for k in half if k != lost] for half in HALVES]
+    mtz = with_datasets(
+        (("p", "x", "a"), 0.98, shared[0], {}), (("p", "x", "b"), 1.02, shared[1], {})
+    )
+    with pytest.raises(UserError, match=f"batch {lost} has no header"):
+        one(tmp_path / "a.mtz", mtz)
 
 
 def test_the_cell_is_that_of_the_data_set(tmp_path):
