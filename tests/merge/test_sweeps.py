@@ -185,6 +185,7 @@ def place(batch, rotation=None, dataset=None):
         image=np.arange(n),
         frame=np.asarray(batch),
         dataset=np.zeros(n, int) if dataset is None else np.asarray(dataset),
+        member=np.zeros(n, int),
         position=None,
         inv_d2=np.full(n, 0.1),
     )
