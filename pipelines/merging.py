@@ -76,11 +76,12 @@ def _merge_in_memory(
     operators = ambiguous_operators(data, config)
     standard = None if saved is None else saved.standard
     problem = build_problem(data, config, inputs.parents, operators, standard)
-    if saved is None and (steps := find_steps(problem, config)).levels:
+    steps = find_steps(problem, config)
+    if steps.levels:
         say_steps(steps, problem.table, image_numbers(problem, data), problem.names)
         if len(steps.rows):
             data = without_rows(data, steps.rows)
-            problem = build_problem(data, config, inputs.parents, operators)
+            problem = build_problem(data, config, inputs.parents, operators, standard)
     number = image_numbers(problem, data)
     labels = [d.labels._replace(wavelength=d.typical_wavelength) for d in data]
     say_what_data_leave_idle(config, problem, data)

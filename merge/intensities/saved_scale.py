@@ -125,6 +125,8 @@ class SavedScale:
                     k.removeprefix(start): v for k, v in self.state.items() if k.startswith(start)
                 }
                 module = getattr(merger, part)
+                if "sweep.is_odd" in (own := module.state_dict()):  # earlier files lack it
+                    state = {"sweep.is_odd": own["sweep.is_odd"]} | state
                 if self.settings["stills"]:
                     state = module.state_dict() | state
                 module.load_state_dict(state)

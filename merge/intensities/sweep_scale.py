@@ -55,6 +55,7 @@ class SweepScale(ScaleModel):
         features = _features(table, config.absorption_order)
         super().__init__(features, MergeConfig(absorption_order=config.absorption_order))
         self.table, self.absorption_order = table, config.absorption_order
+        self.register_buffer("is_odd", self.is_odd)  # saved with the parameters
         self.register_buffer("has_flicker", torch.tensor(config.flicker != "off"))
         for f in fields(Centres):  # saved with the parameters
             self.register_buffer(f"centre_{f.name}", getattr(features.centres, f.name))

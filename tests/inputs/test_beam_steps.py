@@ -14,7 +14,7 @@ N_IMAGES = 60
 STEADY = np.exp(-0.3 * np.sin(np.arange(N_IMAGES) / 3))
 
 
-def merged(tmp_path, name, factor_of_image):
+def merged(tmp_path, name, factor_of_image, *options):
     """Bijvoet correlation with the truth of a sweep whose batches are scaled by factors."""
     rows = mad.observe(mad.truth(), 0, n_images=N_IMAGES, n_per_image=80)
     factor = (STEADY * factor_of_image)[rows.columns["BATCH"].astype(int) - 1]
@@ -22,7 +22,7 @@ def merged(tmp_path, name, factor_of_image):
     mtz = mad.empty_mtz()
     mad.add_dataset(mtz, ("p", "x", "d"), mad.PEAK, range(1, N_IMAGES + 1))
     path = mad.write(tmp_path / f"{name}.mtz", rows, mtz)
-    assert cli.main(["merge", str(path), "--out", str(tmp_path / name), *FAST]) == 0
+    assert cli.main(["merge", str(path), "--out", str(tmp_path / name), *FAST, *options]) == 0
     return mad.bijvoet_correlation(tmp_path / name / "merged.mtz", mad.truth())
 
 
@@ -41,6 +41,8 @@ def test_images_of_another_beam_cost_what_they_hold(first, last, factor, steady,
     assert f"{last - first + 1} of {N_IMAGES} images" in line
     for image in range(first, last + 1):
         assert f" {image} (" in line
+    frozen = ("--freeze-scales", str(tmp_path / "step"))
+    assert merged(tmp_path, "again", factors, *frozen) > steady - 0.01
 
 
 def test_a_steady_beam_has_no_steps(tmp_path, caplog):
