@@ -3,7 +3,7 @@
 #   make env     environment in .venv (and DIALS by apt, where that is allowed)
 #   make demo    simulate frames, process them beside DIALS, end with the peak table
 #   make test    all tests
-#   make lint    ruff
+#   make lint    ruff (.ci/run calls it, then the tests)
 #
 # A smaller torch for a machine without a GPU:
 #   make env TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
