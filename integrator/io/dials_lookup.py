@@ -9,6 +9,7 @@ nothing else can be called, and DIALS is not needed.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -170,7 +171,7 @@ class _Grid:
             raise ValueError("padded array")
 
 
-class _Flex:
+class _Flex(ABC):
     """A flex array: what it needs to be one is in its state."""
 
     def build(self, state: tuple[_Grid, bytes | str]) -> None:
@@ -187,8 +188,9 @@ class _Flex:
         return self._elements(self._text[length:], size).reshape(self._grid.shape)
 
     @staticmethod
+    @abstractmethod
     def _elements(text: bytes, size: int) -> NDArray:
-        raise NotImplementedError
+        """Decode ``size`` elements."""
 
 
 class _FlexBool(_Flex):

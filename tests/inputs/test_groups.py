@@ -105,7 +105,8 @@ def test_two_sweeps_are_one_dataset(asu, truth, tmp_path):
     assert not list((tmp_path / "group").glob("*_merged.mtz"))
     apart = [table(tmp_path / "apart" / f"{n}_merged.mtz") for n in "ab"]
     errors = [mean_square_error(asu, truth, t) for t in (grouped, *apart)]
-    assert errors[0] < 0.95 * min(errors[1:])
+    # seen 2026-11: .144 of .205 and .242
+    assert errors[0] < 0.75 * min(errors[1:])
     # as one file of both sweeps, whose join its reader cannot see
     one = save(tmp_path, "one", joined(sweeps, (0, 1000)))
     assert merge(one, "--out", tmp_path / "one") == 0
