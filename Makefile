@@ -97,4 +97,4 @@ lint: $(STAMP)
 
 # After an option has been added or changed.
 reference-config: $(STAMP)
-	"$(BIN)/python" -c 'from pipelines.config import write_reference_config; write_reference_config()'
+	"$(BIN)/python" -c 'from braggflux.pipelines.config.run import write_reference_config; write_reference_config()'

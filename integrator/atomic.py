@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from integrator.errors import UserError
+from braggflux.integrator.errors import UserError
 
 
 @contextmanager

@@ -57,7 +57,8 @@ class ReflectionMetadata(TensorRecord):
         Which experiment (sweep).
     panel : Tensor, (N,) int64
     xyz_px : Tensor, (N, 3)
-        Predicted (fast, slow, frame); see ``integrator.crystal.geometry`` for the origin.
+        Predicted (fast, slow, frame); see ``braggflux.integrator.crystal.geometry`` for the
+        origin.
     xyz_mm : Tensor, (N, 3)
         [mm, mm, rad]
     s1 : Tensor, (N, 3)
@@ -149,7 +150,7 @@ class IntensityTable(TensorRecord):
     effective_background: Tensor  # (N,) beta > 0
     exposure: Tensor  # (N,) t in (0, 1]
     background: Tensor  # (N,) mean photons/pixel under the spot
-    flags: Tensor  # (N,) int64, bits of integrator.types.Flag
+    flags: Tensor  # (N,) int64, bits of braggflux.integrator.types.Flag
     refl_row: Tensor  # (N,) int64, row in the shoebox store
 
     @property

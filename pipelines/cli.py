@@ -24,10 +24,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from integrator.errors import UserError
-from pipelines import log, schema
-from pipelines.provenance import package_version
-from pipelines.runtime import tune_process
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.config import schema
+from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.provenance import package_version
+from braggflux.pipelines.workspace.runtime import tune_process
 
 #: Explicit, so that `--help` needs no search of the file system; in the order of a user's day.
 COMMANDS = (
@@ -66,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"braggflux {package_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
-        module = importlib.import_module(f"pipelines.commands.{name}")
+        module = importlib.import_module(f"braggflux.pipelines.commands.{name}")
         command = commands.add_parser(
             name,
             help=module.__doc__.splitlines()[0],

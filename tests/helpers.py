@@ -14,12 +14,12 @@ import torch
 from scipy import stats
 from scipy.special import erf
 
-from integrator.config import IntegratorConfig
-from integrator.model.background import MeanBackground
-from integrator.model.encoder import PositionFeatures
-from integrator.model.integrator import Integrator
-from integrator.model.profile import SpotShape
-from integrator.types import ReflectionMetadata, ShoeboxBatch
+from braggflux.integrator.config import IntegratorConfig
+from braggflux.integrator.model.background import MeanBackground
+from braggflux.integrator.model.encoder import PositionFeatures
+from braggflux.integrator.model.integrator import Integrator
+from braggflux.integrator.model.profile import SpotShape
+from braggflux.integrator.types import ReflectionMetadata, ShoeboxBatch
 
 
 def assert_within_se(values, expected, n_sigma: float = tolerances.N_SIGMA) -> None:

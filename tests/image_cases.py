@@ -15,7 +15,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 
-from fixtures.simulate import SimulatedFiles
+from braggflux.fixtures.simulate import SimulatedFiles
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 

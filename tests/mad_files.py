@@ -8,16 +8,16 @@ from pathlib import Path
 import gemmi
 import numpy as np
 
-from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.crystal.symmetry import to_asu
-from integrator.io.dials import (
+from braggflux.integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.crystal.symmetry import to_asu
+from braggflux.integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
     write_experiments,
     write_reflections,
 )
-from merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.mtz import read_merged_mtz
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 GROUP = gemmi.SpaceGroup("P 21 21 21")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from integrator.crystal.symmetry import to_asu
-from integrator.io.dials import (
+from braggflux.integrator.crystal.symmetry import to_asu
+from braggflux.integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
     read_experiments,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gemmi
 import numpy as np
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.io.observations import make_unmerged
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.io.observations import make_unmerged
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

@@ -9,12 +9,12 @@ import torch
 from helpers import Spot, gaussian_voxels, make_integrator, poisson_boxes, spot_metadata
 from simulated_merge import CELL, SPACE_GROUP
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.types import Flag, ShoeboxBatch
-from merge.config import MergeConfig
-from merge.model.merger import Merger, merge_batch
-from merge.model.scale_features import scale_features
-from pipelines.joint import JointModel
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.types import Flag, ShoeboxBatch
+from braggflux.merge.data.scale_features import scale_features
+from braggflux.merge.engine.config import MergeConfig
+from braggflux.merge.engine.merger import Merger, merge_batch
+from braggflux.pipelines.integration.joint_model import JointModel
 
 SPOT = Spot(sigma_x_px=0.8, sigma_y_px=0.8, sigma_m_deg=0.08, box=(7, 9, 9))
 LEVEL = 0.6

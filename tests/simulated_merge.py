@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.types import IntensityTable
-from merge.config import MergeConfig
-from merge.model.fisher import fisher_parameters, fisher_step
-from merge.model.merger import Merger, merge_batch
-from merge.model.scale_features import scale_features
-from merge.types import MergeBatch
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.types import IntensityTable
+from braggflux.merge.data.scale_features import scale_features
+from braggflux.merge.engine.config import MergeConfig
+from braggflux.merge.engine.fisher import fisher_parameters, fisher_step
+from braggflux.merge.engine.merger import Merger, merge_batch
+from braggflux.merge.engine.types import MergeBatch
 
 CELL = gemmi.UnitCell(31, 36, 41, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

@@ -12,12 +12,12 @@ import gemmi
 import numpy as np
 import torch
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.intensities.build import MergeProblem, build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.training import fit, start
-from merge.io.observations import UnmergedData, make_unmerged
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.io.observations import UnmergedData, make_unmerged
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.problem import MergeProblem, build_problem
 
 CELL = gemmi.UnitCell(50, 60, 70, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

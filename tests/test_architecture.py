@@ -14,7 +14,7 @@ MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 COMMANDS = sorted((ROOT / "pipelines" / "commands").glob("*.py"))
 
 FOUNDATIONS = ("integrator.crystal", "integrator.distributions", "integrator.types")
-#: Module prefix -> what of ours it may import. The most specific prefix counts.
+#: Module prefix -> what of ours it may import (all in ``braggflux``); the most specific counts.
 MAY_IMPORT = {
     "integrator.errors": (),
     "integrator.atomic": ("integrator.errors",),
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "integrator.types": ("integrator.errors",),
     "integrator": ("integrator",),
     "merge": ("merge", *FOUNDATIONS, "integrator.errors", "integrator.atomic"),
+    "merge.io": ("merge", *FOUNDATIONS, "integrator.errors", "integrator.atomic", "integrator.io"),
     "fixtures": (
         "fixtures",
         "integrator.crystal",
@@ -46,6 +47,7 @@ TOP_LEVEL = {
     "LICENSE",
     "Makefile",
     "docs",
+    "benchmarks",
 }
 MAX_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES = 400, 60, 80
 
@@ -74,22 +76,50 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def ours(path: Path) -> set[str]:
+    """Names imported from our packages, without the common ``braggflux``."""
+    return {n.removeprefix("braggflux.") for n in imports(path) if is_within(n, "braggflux")}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_import_directions(path):
     module = name_of(path)
     rule = max((p for p in MAY_IMPORT if is_within(module, p)), key=len)
-    ours = {name for name in imports(path) if name.split(".")[0] in (*PACKAGES, "tests")}
-    wrong = {n for n in ours if not any(is_within(n, allowed) for allowed in MAY_IMPORT[rule])}
+    wrong = {n for n in ours(path) if not any(is_within(n, a) for a in MAY_IMPORT[rule])}
     assert not wrong, f"{module} must not import {sorted(wrong)}"
+    bare = {n for n in imports(path) if n.split(".")[0] in (*PACKAGES, "tests")}
+    assert not bare, f"{module} imports {sorted(bare)} without `braggflux.`"
 
 
 def test_the_rules_catch_what_they_should(tmp_path):
     file = tmp_path / "x.py"
-    file.write_text("from merge.model import scale\nimport integrator.io\n")
-    assert imports(file) == {"merge.model.scale", "integrator.io"}
-    assert not any(is_within("merge.model.scale", a) for a in MAY_IMPORT["integrator"])
+    file.write_text("from braggflux.merge.model import merger\nimport braggflux.integrator.io\n")
+    assert ours(file) == {"merge.model.merger", "integrator.io"}
+    assert not any(is_within("merge.model.merger", a) for a in MAY_IMPORT["integrator"])
     assert not any(is_within("integrator.io", a) for a in MAY_IMPORT["merge"])
     assert not any(is_within("integrator.model", a) for a in MAY_IMPORT["fixtures"])
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or over others."""
+    reached = {name: set(targets) for name, targets in graph.items()}
+    for middle in graph:
+        for targets in reached.values():
+            if middle in targets:
+                targets |= reached[middle]
+    return sorted(
+        {tuple(sorted(m for m in reached[n] if n in reached[m])) for n in graph if n in reached[n]}
+    )
+
+
+def test_no_import_circle():
+    modules = {name_of(path): path for path in MODULES if path.name != "__init__.py"}
+    graph = {
+        name: {m for n in ours(path) for m in (n, n.rpartition(".")[0]) if m in modules}
+        for name, path in modules.items()
+    }
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [("a", "b", "c")]
+    assert not circles(graph)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -144,7 +174,7 @@ def test_top_level():
     found = {name.split("/")[0] for name in tracked_files()}
     visible = {name for name in found if not name.startswith(".")}
     assert visible <= TOP_LEVEL, f"not wanted at the top: {sorted(visible - TOP_LEVEL)}"
-    assert TOP_LEVEL - {"docs"} <= visible, f"missing: {sorted(TOP_LEVEL - visible)}"
+    assert TOP_LEVEL - {"docs", "benchmarks"} <= visible, f"missing: {sorted(TOP_LEVEL - visible)}"
 
 
 def test_no_large_or_binary_files_are_tracked():

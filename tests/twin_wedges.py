@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from integrator.crystal.geometry import Experiment, Scan
-from integrator.io.dials import DialsFlag, ReflectionTable, read_experiments
-from integrator.shoebox.predict import predict_reflections
-from pipelines.matching import match_observations
+from braggflux.integrator.crystal.geometry import Experiment, Scan
+from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, read_experiments
+from braggflux.integrator.shoebox.predict import predict_reflections
+from braggflux.pipelines.compare.matching import match_observations
 
 BACKGROUND_SD = 6.0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hdf5plugin
 
-from fixtures.simulate import SimulatedFiles
+from braggflux.fixtures.simulate import SimulatedFiles
 
 
 def cut(tiny: SimulatedFiles, folder: Path, first: int, last: int, name: str) -> Path:

@@ -14,7 +14,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from integrator.crystal.symmetry import rotations
+from braggflux.integrator.crystal.symmetry import rotations
 
 IntArray = NDArray[np.int32]
 

@@ -7,7 +7,7 @@ Frames and signs are those of dxtbx/imgCIF (laboratory frame in mm and 1/Angstro
 * Pixel coordinates are continuous, (fast, slow), with the centre of the first pixel at (0.5, 0.5).
 * Frame coordinates ``z`` are continuous and counted from the scan's own start: z = 0 at the start
   of its first image, whatever the number of that image. Files of DIALS count differently; see
-  :mod:`integrator.io.dials_frames`.
+  :mod:`braggflux.integrator.io.dials.frames`.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gemmi
 import numpy as np
 
-from integrator.crystal.cell import reciprocal_metric
-from integrator.crystal.symmetry import rotations
-from integrator.errors import UserError
+from braggflux.integrator.crystal.cell import reciprocal_metric
+from braggflux.integrator.crystal.symmetry import rotations
+from braggflux.integrator.errors import UserError
 
 #: Allowed change of ``a_i . a_j / (|a_i| |a_j|)`` under the rotations: lengths of refined cells
 #: that should be equal may differ by 1 %, angles be off by 1.1 degrees.

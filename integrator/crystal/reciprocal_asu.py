@@ -8,9 +8,9 @@ import gemmi
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from integrator.crystal import symmetry
-from integrator.crystal.cell import d_spacing
-from integrator.errors import UserError
+from braggflux.integrator.crystal import symmetry
+from braggflux.integrator.crystal.cell import d_spacing
+from braggflux.integrator.errors import UserError
 
 #: Queries of at least so many indices are answered from a table of the whole sphere,
 MANY_INDICES = 10_000
@@ -43,7 +43,7 @@ class ReciprocalAsu:
         +1 or -1; ``miller_index * friedel_sign[:, None]`` is in the asymmetric unit.
     is_centric : ndarray, (R,) bool
     epsilon : ndarray, (R,) int32
-        Without lattice centring; see :func:`integrator.crystal.symmetry.epsilon`.
+        Without lattice centring; see :func:`braggflux.integrator.crystal.symmetry.epsilon`.
     d : ndarray, (R,) float64
         [A]
     friedel_mate : ndarray, (R,) int64

@@ -19,11 +19,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from integrator.crystal.geometry import Experiment, ImageFiles, Panel
-from integrator.errors import UserError
-from integrator.io.dials_lookup import LookupMaps, read_lookup
-from integrator.io.nxmx import NxmxFrames
-from integrator.io.photons import (
+from braggflux.integrator.crystal.geometry import Experiment, ImageFiles, Panel
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials.lookup import LookupMaps, read_lookup
+from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
+from braggflux.integrator.io.hdf5.photons import (
     INVALID,
     NO_COUNT,
     NegativeCounts,

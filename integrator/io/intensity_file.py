@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from integrator.atomic import replacing
-from integrator.errors import UserError
-from integrator.types import IntensityTable
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.types import IntensityTable
 
 # h5py is imported by the functions that open a file: 10 MiB that a merge of MTZ files, which
 # imports this module, does without.

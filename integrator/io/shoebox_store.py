@@ -5,7 +5,7 @@ Layout (rows N are sorted by sweep and first frame)::
     /                      attributes: format, version, software, box, extent, units, n_rows
     /boxes/counts          (N, D, H, W) int, photons; 0 where not recorded. A layer D sums
                            ``frames_per_layer`` frames
-    /boxes/mask            (N, D, H, W) uint8, bits of integrator.shoebox.mask.MaskBit
+    /boxes/mask            (N, D, H, W) uint8, bits of braggflux.integrator.shoebox.mask.MaskBit
     /reflections/<column>  fields of ReflectionMetadata, flags, entering, recorded_fraction
     /background/<e>/panel_<p>/{sum,count}   (slow, fast) float32, per sweep
     /background/<e>/frame_ratio             (n_frames,) background of a frame over the mean
@@ -28,11 +28,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from integrator.atomic import replacing
-from integrator.errors import UserError
-from integrator.io.hdf5_filters import bitshuffle
-from integrator.shoebox.mask import MaskBit
-from integrator.types import ReflectionMetadata, ShoeboxBatch
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.hdf5.filters import bitshuffle
+from braggflux.integrator.shoebox.mask import MaskBit
+from braggflux.integrator.types import ReflectionMetadata, ShoeboxBatch
 
 FORMAT = "braggflux-shoeboxes"
 VERSION = 3
@@ -245,7 +245,7 @@ class ShoeboxStore:
 
     @property
     def flags(self) -> Tensor:
-        """Bits of ``integrator.types.Flag``, (N,) int64."""
+        """Bits of ``braggflux.integrator.types.Flag``, (N,) int64."""
         return torch.from_numpy(self._columns["flags"].astype(np.int64))
 
     def cache_in_memory(self, byte_limit: int = 4 << 30) -> bool:

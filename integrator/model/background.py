@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from integrator.types import ReflectionMetadata
+from braggflux.integrator.types import ReflectionMetadata
 
 
 @dataclass(frozen=True)

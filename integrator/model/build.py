@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from integrator.config import IntegratorConfig
-from integrator.errors import UserError
-from integrator.io.shoebox_store import ShoeboxStore
-from integrator.model.background import MeanBackground
-from integrator.model.encoder import PositionFeatures
-from integrator.model.integrator import Integrator
-from integrator.model.local_shape import PlaceFeatures
-from integrator.model.profile import SpotShape
-from integrator.model.start import MIN_PHOTONS, spot_brightness, start_profile
-from integrator.shoebox.background import mean_image
-from integrator.types import Flag
+from braggflux.integrator.config import IntegratorConfig
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.model.background import MeanBackground
+from braggflux.integrator.model.encoder import PositionFeatures
+from braggflux.integrator.model.integrator import Integrator
+from braggflux.integrator.model.local_shape import PlaceFeatures
+from braggflux.integrator.model.profile import SpotShape
+from braggflux.integrator.model.start import MIN_PHOTONS, spot_brightness, start_profile
+from braggflux.integrator.shoebox.background import mean_image
+from braggflux.integrator.types import Flag
 
 CHUNK = 4096
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from integrator.types import ReflectionMetadata
+from braggflux.integrator.types import ReflectionMetadata
 
 EXPONENTS = [e for e in itertools.product(range(4), repeat=3) if sum(e) <= 3]
 N_MOMENTS = len(EXPONENTS)

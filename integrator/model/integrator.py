@@ -4,7 +4,7 @@
 
 ``inference`` gives q(z | shoebox), q(theta) and the likelihood of J; ``generative`` the expected
 counts; ``loss`` the terms of the ELBO, one value per observation. What is summed, and how often,
-is decided in ``pipelines.joint`` alone.
+is decided in ``braggflux.pipelines.integration.joint_model`` alone.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from torch.distributions import (
     kl_divergence,
 )
 
-from integrator.config import IntegratorConfig
-from integrator.distributions.shifted_poisson import ShiftedPoisson, shifted_poisson_from_pixels
-from integrator.model.background import BackgroundFit, BackgroundModel, MeanBackground
-from integrator.model.encoder import (
+from braggflux.integrator.config import IntegratorConfig
+from braggflux.integrator.distributions.shifted_poisson import (
+    ShiftedPoisson,
+    shifted_poisson_from_pixels,
+)
+from braggflux.integrator.model.background import BackgroundFit, BackgroundModel, MeanBackground
+from braggflux.integrator.model.encoder import (
     PositionFeatures,
     ProfileEncoder,
     ProfilePrior,
     score_moments,
 )
-from integrator.model.local_shape import LocalShape, PlaceFeatures
-from integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, VoxelWeights
-from integrator.types import Flag, IntensityTable, ReflectionMetadata, ShoeboxBatch
+from braggflux.integrator.model.local_shape import LocalShape, PlaceFeatures
+from braggflux.integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, VoxelWeights
+from braggflux.integrator.types import Flag, IntensityTable, ReflectionMetadata, ShoeboxBatch
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ grid (e3, slow, fast) the distance ``u`` from the predicted centroid becomes
 before the profile, one density for all places, is integrated over voxels. What is left for the
 latents of a spot are differences in shape.
 
-The coefficients start from strong spots by Fisher scoring (``integrator.model.start``) and are
-then trained with everything else.
+The coefficients start from strong spots by Fisher scoring (``braggflux.integrator.model.start``)
+and are then trained with everything else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from integrator.types import ReflectionMetadata
+from braggflux.integrator.types import ReflectionMetadata
 
 
 class PlaceFeatures(nn.Module):

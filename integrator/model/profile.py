@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from integrator.model.local_shape import LocalShape
-from integrator.types import ReflectionMetadata
+from braggflux.integrator.model.local_shape import LocalShape
+from braggflux.integrator.types import ReflectionMetadata
 
 #: Standard deviations from the centre beyond which nodes lie ever wider apart, and by how much:
 #: a spot's tails are smooth, and a node costs the same everywhere.

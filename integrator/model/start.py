@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from integrator.model.integrator import Integrator, first_intensity
-from integrator.model.profile import ProfileGrid, VoxelWeights
-from integrator.types import ShoeboxBatch
+from braggflux.integrator.model.integrator import Integrator, first_intensity
+from braggflux.integrator.model.profile import ProfileGrid, VoxelWeights
+from braggflux.integrator.types import ShoeboxBatch
 
 MIN_PHOTONS = 50.0  # a fainter spot is not strong: its background says more than its profile
 SHAPE_ROUNDS = range(3, 12, 2)  # rounds before which offsets and widths are fitted

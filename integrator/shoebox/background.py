@@ -16,18 +16,18 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from integrator.crystal.geometry import Experiment
-from integrator.io.shoebox_store import BackgroundField
-from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels
-from integrator.shoebox.shadows import (
+from braggflux.integrator.crystal.geometry import Experiment
+from braggflux.integrator.io.shoebox_store import BackgroundField
+from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels
+from braggflux.integrator.shoebox.shadows import (
     TOUCHING,
     divide,
     levels_and_ratio,
     shaded_tiles,
     tiles_of_panels,
 )
-from integrator.shoebox.sweep import Sweep
+from braggflux.integrator.shoebox.sweep import Sweep
 
 MAX_TILES = 1024
 """Over all panels: bounds the memory of the per-frame sums."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from integrator.io.shoebox_store import ShoeboxStore
-from integrator.types import Flag, ReflectionMetadata, ShoeboxBatch
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.types import Flag, ReflectionMetadata, ShoeboxBatch
 
 POOL_CHUNKS = 32
 """Chunks of the file that are shuffled together when the store does not fit in memory."""

@@ -3,7 +3,7 @@
 Both are read off the statistic of the background between the spots. A pixel is hot if its mean is
 many times that of its surroundings, of which it is allowed the third largest (rings and streaks
 are never one pixel wide), and if it counts steadily, as no reflection does that nobody predicted.
-Shadows are looked for in tiles of pixels, see :mod:`integrator.shoebox.shadows`.
+Shadows are looked for in tiles of pixels, see :mod:`braggflux.integrator.shoebox.shadows`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.special import pdtrc
 
-from integrator.io.shoebox_store import ShoeboxWriter
-from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.mask import MaskBit, MaskSettings
-from integrator.types import Flag
+from braggflux.integrator.io.shoebox_store import ShoeboxWriter
+from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.mask import MaskBit, MaskSettings
+from braggflux.integrator.types import Flag
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def remove_from_boxes(
     lost : ndarray, (N,)
         Weight of a Gaussian spot (1 at its centre) on voxels that were valid before.
     flags : ndarray, (N,) int64
-        Bits of ``integrator.types.Flag`` to add.
+        Bits of ``braggflux.integrator.types.Flag`` to add.
     n_gone : int
         Voxels that were valid before.
     """

@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from integrator.crystal.geometry import Experiment
-from integrator.io.dials_lookup import read_offsets
+from braggflux.integrator.crystal.geometry import Experiment
+from braggflux.integrator.io.dials.lookup import read_offsets
 
 MAX_ITERATIONS = 20
 """Of the fixed point in a scan-varying crystal; its error shrinks by the drift per turn angle."""

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from integrator.errors import UserError
-from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.sweep import Sweep
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 

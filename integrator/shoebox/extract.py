@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from integrator.crystal.geometry import Experiment
-from integrator.errors import UserError
-from integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
-from integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
-from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
-from integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer, min_zeta
-from integrator.shoebox.mask import (
+from braggflux.integrator.crystal.geometry import Experiment
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials.sweeps import describe_experiment
+from braggflux.integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
+from braggflux.integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
+from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
+from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer, min_zeta
+from braggflux.integrator.shoebox.mask import (
     MaskBit,
     MaskSettings,
     SpotMap,
@@ -31,10 +32,10 @@ from integrator.shoebox.mask import (
     edge_flags,
     window_half,
 )
-from integrator.shoebox.predict import Prediction
-from integrator.shoebox.spikes import SpikeFilter
-from integrator.shoebox.sweep import Sweep, describe_experiment
-from integrator.types import Flag, ReflectionMetadata
+from braggflux.integrator.shoebox.predict import Prediction
+from braggflux.integrator.shoebox.spikes import SpikeFilter
+from braggflux.integrator.shoebox.sweep import Sweep
+from braggflux.integrator.types import Flag, ReflectionMetadata
 
 logger = logging.getLogger(__name__)
 

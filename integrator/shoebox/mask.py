@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from integrator.shoebox.canvas import FrameCanvas
-from integrator.types import Flag
+from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.types import Flag
 
 if TYPE_CHECKING:
-    from integrator.io.images import FrameSource
+    from braggflux.integrator.io.images import FrameSource
 
 FloatArray = NDArray[np.float32]
 

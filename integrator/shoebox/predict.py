@@ -1,9 +1,10 @@
 """All reflections of a sweep: which are recorded, where and when.
 
-The geometry lives in :mod:`integrator.shoebox.diffraction`; here Miller indices are listed, the
-crossings inside the scan are kept and each ray is given its panel. The result agrees with
-``dials.predict`` (Waterman et al. (2013) J. Synchrotron Rad. 20, 829 describe the conventions);
-we solve the crossing in a scan-varying crystal exactly where DIALS replaces the arc by its chord.
+The geometry lives in :mod:`braggflux.integrator.shoebox.diffraction`; here Miller indices are
+listed, the crossings inside the scan are kept and each ray is given its panel. The result agrees
+with ``dials.predict`` (Waterman et al. (2013) J. Synchrotron Rad. 20, 829 describe the
+conventions); we solve the crossing in a scan-varying crystal exactly where DIALS replaces the arc
+by its chord.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from integrator.crystal import corrections
-from integrator.crystal.geometry import Crystal, Experiment
-from integrator.errors import UserError
-from integrator.shoebox import diffraction
-from integrator.shoebox.diffraction import DiffractionGeometry
-from integrator.types import TensorRecord
+from braggflux.integrator.crystal import corrections
+from braggflux.integrator.crystal.geometry import Crystal, Experiment
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials.sweeps import require_rotation
+from braggflux.integrator.shoebox import diffraction
+from braggflux.integrator.shoebox.diffraction import DiffractionGeometry
+from braggflux.integrator.types import TensorRecord
 
 CHUNK = 250_000
 """Miller indices solved at a time: bounds the memory of large cells."""
@@ -43,7 +45,7 @@ class Prediction(TensorRecord):
     miller_index : Tensor, (N, 3) int64
     panel : Tensor, (N,) int64
     xyz_px : Tensor, (N, 3)
-        (fast, slow, frame), continuous; see ``integrator.crystal.geometry``.
+        (fast, slow, frame), continuous; see ``braggflux.integrator.crystal.geometry``.
     xyz_mm : Tensor, (N, 3)
         [mm, mm, rad], without parallax.
     s1 : Tensor, (N, 3)
@@ -248,20 +250,6 @@ def detector_limit(experiment: Experiment) -> float:
         s1 = lab / np.linalg.norm(lab, axis=1)[:, None] * np.linalg.norm(s0)
         limit = min(limit, float((1 / np.linalg.norm(s1 - s0, axis=1)).min()))
     return limit
-
-
-def require_rotation(experiment: Experiment) -> None:
-    """Refuse an experiment that cannot be integrated; the message says what it lacks."""
-    if experiment.crystal is None:
-        raise UserError(
-            f"experiment {experiment.identifier or '(unnamed)'} has no crystal: give an indexed "
-            "or refined EXPT file"
-        )
-    if experiment.is_still:
-        raise UserError(
-            f"experiment {experiment.identifier or '(unnamed)'} is a still: shoeboxes need a "
-            "rotation scan; merge stills with braggflux merge --stills"
-        )
 
 
 def _chunks(hkl: np.ndarray) -> list[np.ndarray]:

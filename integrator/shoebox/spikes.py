@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf, pdtrc
 
-from integrator.shoebox.canvas import INVALID, FrameCanvas
+from braggflux.integrator.shoebox.canvas import INVALID, FrameCanvas
 
 if TYPE_CHECKING:
-    from integrator.io.images import FrameSource
+    from braggflux.integrator.io.images import FrameSource
 
 CHANCE = 1e-9
 """Of a count as large or larger, under the largest rate that its surroundings allow."""

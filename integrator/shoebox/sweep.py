@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from integrator.crystal.geometry import Experiment
-from integrator.errors import UserError
-from integrator.shoebox.predict import Prediction, require_rotation
+from braggflux.integrator.crystal.geometry import Experiment
+from braggflux.integrator.shoebox.predict import Prediction
 
 if TYPE_CHECKING:
-    from integrator.io.images import FrameSource
-
-SAME_LATTICE = 0.01
-"""Two lattices are one where the indices of one are those of the other to within this share.
-
-DIALS indexes lattices of one image apart from five degrees on, which is 0.09.
-"""
+    from braggflux.integrator.io.images import FrameSource
 
 
 @dataclass(frozen=True)
@@ -43,122 +31,3 @@ class Sweep:
     frames: FrameSource
     prediction: Prediction
     neighbours: Prediction | None = None
-
-
-def sweeps_of(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """Members of an experiment list that can be integrated, in its order.
-
-    Raises
-    ------
-    UserError
-        There is none; the message says what the first one lacks.
-    """
-    if not experiments:
-        raise UserError("the EXPT file holds no experiment: give an indexed or refined one")
-    sweeps = [e for e in experiments if e.can_be_integrated]
-    if not sweeps:
-        require_rotation(experiments[0])
-    return sweeps
-
-
-@dataclass(frozen=True)
-class SharedImages:
-    """Two sweeps of one lattice that have images in common.
-
-    Parameters
-    ----------
-    first, second : int
-        Their positions.
-    images : frozenset of (str, int)
-        Files and numbers in them.
-    change : ndarray, (3, 3) int
-        Indices of the first from those of the second.
-    """
-
-    first: int
-    second: int
-    images: frozenset[tuple[str, int]]
-    change: NDArray[np.int64]
-
-
-def shared_images(sweeps: Sequence[Experiment]) -> list[SharedImages]:
-    """Find the sweeps of one lattice that have images in common.
-
-    Several lattices on the same images are what ``dials.index`` makes of split crystals, and
-    not among them.
-
-    Parameters
-    ----------
-    sweeps : sequence of Experiment
-    """
-    frames = [frozenset(images_of(sweep)) for sweep in sweeps]
-    by_file: dict[str, list[int]] = {}
-    for number, found in enumerate(frames):
-        for path in {path for path, _ in found}:
-            by_file.setdefault(path, []).append(number)
-    pairs = {pair for numbers in by_file.values() for pair in combinations(numbers, 2)}
-    shared = []
-    for first, second in sorted(pairs):
-        common = frames[first] & frames[second]
-        change = _change_of_index(sweeps[first], sweeps[second]) if common else None
-        if change is not None:
-            shared.append(SharedImages(first, second, common, change))
-    return shared
-
-
-def require_distinct(sweeps: Sequence[Experiment]) -> None:
-    """Refuse sweeps of one lattice that have images in common: their photons would count twice.
-
-    Raises
-    ------
-    UserError
-    """
-    for shared in shared_images(sweeps):
-        first, second = shared.first, shared.second
-        one, other = ("{}-{}".format(*sweeps[i].scan.image_range) for i in (first, second))
-        raise UserError(
-            f"experiments {first} (images {one}) and {second} (images {other}) of the .expt are "
-            f"the same lattice and have {len(shared.images)} images of {min(shared.images)[0]} in "
-            "common, whose photons would count twice: leave one of them out "
-            "(dials.split_experiments), or cut the scans so that they do not overlap "
-            "(dials.slice_sequence)"
-        )
-
-
-def images_of(experiment: Experiment) -> list[tuple[str, int]]:
-    """File of each image of a sweep and its number in the file, in their order."""
-    images = experiment.images
-    if images is None:
-        return []
-    if len(images.paths) == 1:
-        return [(images.paths[0], index) for index in images.indices]
-    return [(path, 0) for path in images.paths]
-
-
-def _change_of_index(first: Experiment, second: Experiment) -> NDArray[np.int64] | None:
-    """Give the indices of the first from the second's; None where they are no whole numbers."""
-    one, other = (e.goniometer.fixed_rotation @ e.crystal.A for e in (first, second))
-    change = np.linalg.solve(one, other)
-    whole = np.rint(change)
-    is_near = np.abs(change - whole).max() < SAME_LATTICE
-    if not is_near or round(abs(np.linalg.det(whole))) != 1:
-        return None
-    return whole.astype(np.int64)
-
-
-def describe_experiment(experiment: Experiment) -> dict[str, object]:
-    """Summarise a sweep for the header of the store, as JSON values."""
-    crystal, scan = experiment.crystal, experiment.scan
-    images = experiment.images
-    return {
-        "identifier": experiment.identifier,
-        "wavelength": experiment.beam.wavelength,
-        "n_images": scan.n_images,
-        "image_range": list(scan.image_range),
-        "oscillation_deg": list(scan.oscillation),
-        "unit_cell": list(crystal.unit_cell.parameters),
-        "space_group": crystal.space_group.xhm(),
-        "panel_shapes": [list(panel.shape) for panel in experiment.panels],
-        "pixel_size_mm": [list(panel.pixel_size) for panel in experiment.panels],
-        "images": list(images.paths) if images else [],
-    }

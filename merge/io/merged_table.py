@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.half_sets import HalfSet, friedel_rows, mean_of_mates
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.output.half_sets import HalfSet, friedel_rows, mean_of_mates
 
 Array = NDArray[np.float64]
 
@@ -95,7 +95,7 @@ def merged_table(
     Notes
     -----
     The mean of two mates is weighted by 1/sigma^2 and takes them as independent; see
-    :func:`merge.half_sets.mean_of_mates`.
+    :func:`braggflux.merge.output.half_sets.mean_of_mates`.
     """
     seen = np.asarray(n_obs) > 0
     plus, minus = friedel_rows(asu)

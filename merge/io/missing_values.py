@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.io.sweep_columns import SWEEP_COLUMNS
+from braggflux.merge.io.sweep_columns import SWEEP_COLUMNS
 
 Array = NDArray[np.float64]
 

@@ -1,4 +1,6 @@
-"""Merged structure factors in MTZ files; unmerged ones are in :mod:`merge.io.unmerged_mtz`.
+"""Merged structure factors in MTZ files.
+
+Unmerged ones are in :mod:`braggflux.merge.io.formats.unmerged_mtz`.
 
 Column names and types are those of CCP4 (``F(+)`` G, ``SIGF(+)`` L, ``I(+)`` K, ``SIGI(+)`` M,
 ``F`` F, ``IMEAN`` J, sigmas Q, counts I), so that other programs find the data without being told.
@@ -14,13 +16,11 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from integrator.atomic import replacing
-from integrator.crystal.symmetry import is_in_asu
-from integrator.errors import UserError
-from merge.half_sets import HalfSet, mean_of_mates
-from merge.io.dataset_labels import DatasetNames
-from merge.io.merged_table import MergedTable, merged_table
-from merge.io.unmerged_mtz import (
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.crystal.symmetry import is_in_asu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.dataset_labels import DatasetNames
+from braggflux.merge.io.formats.unmerged_mtz import (
     UnmergedMtz,
     UnmergedTable,
     batch_offsets,
@@ -28,6 +28,8 @@ from merge.io.unmerged_mtz import (
     read_unmerged_mtz,
     write_unmerged_mtz,
 )
+from braggflux.merge.io.merged_table import MergedTable, merged_table
+from braggflux.merge.output.half_sets import HalfSet, mean_of_mates
 
 __all__ = [
     "DatasetNames",

@@ -12,12 +12,12 @@ import gemmi
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from integrator.crystal.cell import reciprocal_metric
-from integrator.crystal.lattice import FREE_TOLERANCE, check_lattice
-from integrator.crystal.symmetry import is_centric, rotations, to_asu
-from integrator.errors import UserError
-from merge.io.dataset_labels import DatasetLabels
-from merge.io.missing_values import without_missing
+from braggflux.integrator.crystal.cell import reciprocal_metric
+from braggflux.integrator.crystal.lattice import FREE_TOLERANCE, check_lattice
+from braggflux.integrator.crystal.symmetry import is_centric, rotations, to_asu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.dataset_labels import DatasetLabels
+from braggflux.merge.io.missing_values import without_missing
 
 Array = NDArray[np.float64]
 
@@ -146,7 +146,7 @@ def make_unmerged(
     image_label : array_like, (N,)
         Any numbers that tell images apart (batch numbers); they are numbered in rising order.
     metadata : mapping of str to (N,)
-        Gaps are dealt with as :mod:`merge.io.missing_values` says.
+        Gaps are dealt with as :mod:`braggflux.merge.io.missing_values` says.
     wavelength : array_like, (N,), or None
         Rows without theirs are left out.
     miller_index, intensity, sigma, cell, space_group, name, has_lp_applied, labels

@@ -8,11 +8,11 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from integrator.crystal.cell import reciprocal_metric
-from integrator.crystal.lattice import TOLERANCE, lattice_misfit
-from integrator.crystal.symmetry import is_absent, rotations
-from integrator.errors import UserError
-from merge.io.observations import CrystalForm, UnmergedData, cell_of_metric, cell_text
+from braggflux.integrator.crystal.cell import reciprocal_metric
+from braggflux.integrator.crystal.lattice import TOLERANCE, lattice_misfit
+from braggflux.integrator.crystal.symmetry import is_absent, rotations
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.observations import CrystalForm, UnmergedData, cell_of_metric, cell_text
 
 
 def reindex(data: UnmergedData, operator: str) -> UnmergedData:

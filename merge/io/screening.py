@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from integrator.errors import UserError
-from merge.io.observations import UnmergedData
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.observations import UnmergedData
 
 Array = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from merge.io.observations import UnmergedData
-from merge.io.screening import SAME_PLACE, spot_positions
+from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.screening import SAME_PLACE, spot_positions
 
 Array = NDArray[np.float64]
 

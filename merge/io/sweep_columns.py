@@ -14,7 +14,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from integrator.crystal.cell import reciprocal_metric
+from braggflux.integrator.crystal.cell import reciprocal_metric
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation

@@ -1,258 +1,306 @@
-"""Variational merging: photon-count likelihoods to posteriors of structure-factor amplitudes.
+"""Variational merging of measured intensities: scales, error model, prior and q(F).
 
-    J_i = K_i u_i F_h^2,    F_h ~ double-Wilson,    q(F_h) = Nakagami(k_h, Omega_h)
+    I_i = K_i F_h^2 + error,    F_h ~ Wilson or double-Wilson,    q(F_h) = Nakagami(k_h, Omega_h)
 
-``inference`` gives q(F), ``generative`` the intensity it expects of each observation, ``loss`` the
-terms of the ELBO. The divergence of each group of Bijvoet mates is a global term: it is weighted
-with the share of the group's observations that the batch holds, so that any set of batches that
-covers the data once adds up to the full batch.
+Every tree of rows (an amplitude and those that are expected to resemble it) has one divergence. A
+batch weighs it with the share of the tree's observations that it holds, and the prior of the scale
+parameters with its share of all observations, so that any batches that cover the data once add up
+to the full batch.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.distributions.nakagami import Nakagami
-from integrator.types import Flag, IntensityTable
-from merge.config import MergeConfig
-from merge.model.anisotropy import anisotropic_design, invariant_tensors
-from merge.model.friedel import estimate_one_minus_r2, mean_half_set_covariance
-from merge.model.likelihood import observation_likelihood
-from merge.model.prior import DoubleWilsonPrior, WilsonPrior
-from merge.model.scale import ScaleModel
-from merge.model.scale_features import ScaleFeatures
-from merge.types import MergeBatch, MergeLoss
+from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.table import Batch, ObservationTable
+from braggflux.merge.likelihood.photon_counts import as_deviance, expected_sigma
+from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
+from braggflux.merge.prior.double_wilson import TreePrior
+from braggflux.merge.rows import UniqueRows
+from braggflux.merge.scale.model import ErrorsByPlace, ObservationScale
 
 
-def merge_batch(table: IntensityTable, refl_id: Tensor) -> MergeBatch:
-    """Bind a table to unique reflections, all rows; ``refl_id`` (N,) >= 0."""
-    return MergeBatch(
-        refl_id=refl_id,
-        effective_counts=table.effective_counts.double(),
-        effective_background=table.effective_background.double(),
-        exposure=table.exposure.double(),
-        scale_index=table.refl_row,
-    )
-
-
-def usable(table: IntensityTable, refl_id: Tensor) -> Tensor:
-    """Tell which observations enter the merge: of a known reflection and not rejected, (N,)."""
-    return (refl_id >= 0) & ((table.flags & Flag.REJECTED) == 0)
-
-
-class Merger(nn.Module):
-    """Scale model, error model, prior and q(F).
+@dataclass(frozen=True)
+class Expectation:
+    """What the model expects of each observation, (N,).
 
     Parameters
     ----------
-    asu : ReciprocalAsu
-    features : ScaleFeatures
-        Of every observation of the experiment.
-    n_obs : Tensor, (R,) int64
-        Observations of each unique reflection, for the weights of the global terms.
-    config : MergeConfig
+    mean, spread : Tensor
+        Of K F^2 under q(F).
+    variance : Tensor
+        Error model's D.
+    scale : Tensor
+        K; with harmonics, ``mean`` over <F^2> of the first.
+    common : Tensor
+        Error that the observations of a cluster share.
+    other : NotTheSpot or None
+        What else may have been measured.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    variance: Tensor
+    scale: Tensor
+    common: Tensor
+    other: NotTheSpot | None
+
+
+@dataclass(frozen=True)
+class MergeTerms:
+    """Terms of the ELBO of one batch [nats], summed with their weights.
+
+    ``information`` is the data's expected information of log <F^2> of each row and ``row_weight``
+    the weight of its divergence, (R,) each, without gradients.
+    """
+
+    log_likelihood: Tensor
+    kl_structure_factor: Tensor
+    scale_penalty: Tensor
+    information: Tensor
+    row_weight: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """The objective, higher is better."""
+        return self.log_likelihood - self.kl_structure_factor - self.scale_penalty
+
+
+class IntensityMerger(nn.Module):
+    """The whole model.
+
+    Parameters
+    ----------
+    unique : UniqueRows
+    table : ObservationTable
+    config : IntensityMergeConfig
     """
 
     def __init__(
-        self, asu: ReciprocalAsu, features: ScaleFeatures, n_obs: Tensor, config: MergeConfig
+        self, unique: UniqueRows, table: ObservationTable, config: IntensityMergeConfig
     ) -> None:
         super().__init__()
-        self.config = config
-        inv_d2 = torch.as_tensor(asu.d, dtype=torch.float64) ** -2
-        self.register_buffer("inv_d2", inv_d2)
-        tensors = invariant_tensors(asu.cell, asu.space_group)
-        wilson = WilsonPrior(
-            inv_d2,
-            torch.as_tensor(asu.epsilon),
-            torch.as_tensor(asu.is_centric),
+        self.prior = TreePrior(
+            unique,
             config.n_wilson_knots,
-            torch.as_tensor(anisotropic_design(asu, tensors)) if config.anisotropic else None,
+            config.n_correlation_shells,
+            config.anisotropic,
+            config.n_reference_shells,
         )
-        plus = np.flatnonzero(asu.friedel_sign > 0)
-        mate = asu.friedel_mate[plus]
-        order = np.argsort(np.argsort(-asu.d[plus]))
-        shell = order * config.n_friedel_shells // max(len(plus), 1)
-        self.prior = DoubleWilsonPrior(
-            wilson,
-            torch.as_tensor(plus),
-            torch.as_tensor(mate),
-            torch.as_tensor(shell),
-            config.n_friedel_shells,
-            config.double_wilson,
+        self.scale = ObservationScale(table, config)
+        self.likelihood = IntensityLikelihood(
+            config.likelihood == "normal",
+            config.dof,
+            config.error_model,
+            table.has_clusters and config.error_model,
+            float(table.observations.sigma.median()),
         )
-        group = np.zeros(len(asu), dtype=np.int64)
-        group[plus], group[mate] = np.arange(len(plus)), np.arange(len(plus))
-        self.register_buffer("group", torch.as_tensor(group))
-        self.register_buffer("n_obs", n_obs)
-        n_group = torch.zeros(len(plus), dtype=torch.int64).index_add_(0, self.group, n_obs)
-        self.register_buffer("n_group", n_group)
-        self.scale = ScaleModel(features, config)
-        self.likelihood = observation_likelihood(
-            config.handover, config.relative_error, config.outlier_fraction
-        )
-        self.log_spread = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
-        self.log_concentration = nn.Parameter(torch.zeros(len(asu), dtype=torch.float64))
+        self.register_buffer("group", torch.as_tensor(unique.group))
+        self.register_buffer("joined", torch.as_tensor(unique.joined), persistent=False)
+        self.has_mates = bool((unique.joined != np.arange(len(unique))).any())
+        self.is_tied = False
+        # of a mate's F^2 to that of both, as far as it is known while they share one
+        ratio = torch.zeros(len(unique), dtype=torch.float64)
+        self.register_buffer("log_ratio", ratio, persistent=False)
+        self.n_levels = int(unique.depth.max())
+        for level in range(1, self.n_levels + 1):
+            rows = (unique.depth == level).nonzero()[0]
+            for name, values in (("rows", rows), ("above", unique.parent[rows])):
+                buffer = torch.as_tensor(values)
+                self.register_buffer(f"level_{level}_{name}", buffer, persistent=False)
+        self.n_groups = unique.n_groups
+        for name in ("n_obs", "n_group"):
+            self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
+        # of a row with a parent: relative to the parent's, so that a common change is one step
+        self.log_spread_step = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
+        self.log_concentration = nn.Parameter(torch.zeros(len(unique), dtype=torch.float64))
+        # the data's, of log <F^2> of each row in the last pass of a fit, (R,)
+        information = torch.zeros(len(unique), dtype=torch.float64)
+        self.register_buffer("information", information, persistent=False)
+        # of all observations, where q(F) alone is fitted
+        self.fixed_scale: tuple[Tensor, ErrorsByPlace] | None = None
+        self.count(table)
+        self.eval()
+
+    @contextmanager
+    def training_mode(self) -> Iterator[None]:
+        """Train: some images do without parameters of their own, another draw each step."""
+        self.train()
+        try:
+            yield
+        finally:
+            self.eval()
+
+    @contextmanager
+    def with_fixed_scale(self, everything: Batch) -> Iterator[None]:
+        """Compute the scales of the whole table once; only that batch may be used within."""
+        with torch.no_grad():
+            self.fixed_scale = self.scale(everything)
+        try:
+            yield
+        finally:
+            self.fixed_scale = None
+
+    @contextmanager
+    def tied(self, table: ObservationTable) -> Iterator[ObservationTable]:
+        """Let Bijvoet mates share the amplitude of F(+); yields the table to fit meanwhile."""
+        self._share_amplitudes()
+        self.is_tied = True
+        row = table.terms.row
+        try:
+            yield table.with_rows(self.joined[row], self.log_ratio[row])
+        finally:
+            self.is_tied = False
+            self._part_amplitudes()
+
+    @torch.no_grad()
+    def _share_amplitudes(self) -> None:
+        """Set F(+) to the mean of the mates, weighted with what the data say of each."""
+        weight = (self.n_obs > 0) * self.log_concentration.exp()
+        value = weight * (self.log_spread - self.log_ratio)
+        total = torch.zeros_like(weight).index_add_(0, self.joined, weight)
+        mean = torch.zeros_like(weight).index_add_(0, self.joined, value)
+        seen = total > 0
+        mean = torch.where(seen, mean / total.clamp_min(1e-30), self.log_spread)
+        self.set_log_spread(mean[self.joined])
+        log_total = torch.where(seen, total.clamp_min(1e-30).log(), self.log_concentration)
+        self.log_concentration.copy_(log_total[self.joined])
+
+    @torch.no_grad()
+    def _part_amplitudes(self) -> None:
+        """Give the mates what was found for both."""
+        self.set_log_spread(self.log_spread[self.joined] + self.log_ratio)
+        self.log_concentration.copy_(self.log_concentration[self.joined])
+
+    def count(self, table: ObservationTable) -> None:
+        """Count the used observations of each row and tree, for the weights of the KL."""
+        used = table.observations.is_used[table.terms.observation]
+        self.set_counts(torch.bincount(table.terms.row[used], minlength=len(self.group)))
+
+    def set_counts(self, n_obs: Tensor) -> None:
+        """Set the number of used observations of each row, (R,)."""
+        self.n_obs = n_obs.to(self.device)
+        n_group = torch.zeros(self.n_groups, dtype=torch.int64, device=self.device)
+        self.n_group = n_group.index_add_(0, self.group, self.n_obs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.group.device
+
+    @property
+    def levels(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows at each step below the rows without parent, and their parents."""
+        return [
+            (getattr(self, f"level_{k}_rows"), getattr(self, f"level_{k}_above"))
+            for k in range(1, self.n_levels + 1)
+        ]
+
+    @property
+    def log_spread(self) -> Tensor:
+        """Log of <F^2> of each row, (R,)."""
+        total = self.log_spread_step
+        for rows, parent in self.levels:
+            total = total.index_add(0, rows, total[parent])
+        return total
+
+    @torch.no_grad()
+    def set_log_spread(self, value: Tensor) -> None:
+        """Set <F^2> of each row from its log, (R,)."""
+        step = value.clone()
+        for rows, parent in self.levels:
+            step[rows] = value[rows] - value[parent]
+        self.log_spread_step.copy_(step)
 
     def inference(self) -> Nakagami:
-        """q(F) of every unique reflection, (R,)."""
-        # 0.3: below, the implicit cusp at F = 0 is narrower than anything the data can say
+        """q(F) of every row, (R,)."""
         return Nakagami(
-            self.log_concentration.exp().clamp(0.3, 1e9),
+            self.log_concentration.clamp(-1.2, 20.0).exp(),
             self.log_spread.exp(),
             validate_args=False,
         )
 
-    def generative(self, batch: MergeBatch, q: Nakagami) -> tuple[Tensor, Tensor]:
-        """Give K F^2 at the quadrature nodes of q(F), (Q, B) [photons], and weights (Q,)."""
-        nodes, weights = q.intensity_nodes(self.config.n_nodes)
-        return self.scale(batch.scale_index).exp() * nodes[:, batch.refl_id], weights
+    def generative(self, batch: Batch, q: Nakagami) -> Expectation:
+        """Mean and variance of every observation."""
+        log_scale, errors = self.fixed_scale or self.scale(batch)
+        row = batch.terms.row
+        mean = log_scale.exp() * q.spread[row]
+        spread = mean**2 / q.concentration[row]
+        if batch.observation_of_term is not None:
+            into = batch.observation_of_term
+            n = len(batch.observations)
+            mean = mean.new_zeros(n).index_add(0, into, mean)
+            spread = spread.new_zeros(n).index_add(0, into, spread)
+            row = batch.first_rows
+        o = batch.observations
+        sigma = o.sigma
+        if o.photon_variance is not None:
+            sigma = expected_sigma(mean, o.sigma, o.photon_variance)
+        variance = self.likelihood.variance(sigma, mean, errors.relative)
+        common = self.likelihood.common(mean, errors.log_common)
+        scale = mean / q.spread[row]
+        usual = scale.detach() * self.prior.spread().detach()[row]
+        other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
+        return Expectation(mean, spread, variance, scale, common, other)
 
-    def loss(self, batch: MergeBatch, q: Nakagami) -> MergeLoss:
-        """Terms of the ELBO."""
-        expected, weights = self.generative(batch, q)
-        log_density = self.likelihood(batch.likelihood, expected)  # (Q, B)
-        penalty = self.scale.penalty() + self.prior.wilson.penalty()
-        return MergeLoss(weights @ log_density, self.prior.kl(q), penalty)
+    def loss(self, batch: Batch, q: Nakagami, with_prior: bool = True) -> MergeTerms:
+        """Terms of the ELBO that this batch contributes.
 
-    def count_observations(self, refl_id: Tensor) -> None:
-        """Count the observations anew, (N,): the integrator rejects some that the frames hold.
-
-        Counted in, they would take part of the prior of their group with them.
+        Without ``with_prior`` the divergence is left for later, to be counted with the sum of the
+        ``row_weight`` of several batches.
         """
-        self.n_obs.copy_(torch.bincount(refl_id, minlength=len(self.n_obs)))
-        self.n_group.zero_().index_add_(0, self.group, self.n_obs)
-
-    def group_weights(self, refl_id: Tensor) -> Tensor:
-        """Share of each group's observations that a batch holds, (P,)."""
-        counted = torch.bincount(self.group[refl_id], minlength=len(self.n_group))
-        return counted.double() / self.n_group.clamp_min(1)
-
-    @torch.no_grad()
-    def expected_intensity(self, refl_id: Tensor, scale_index: Tensor) -> Tensor:
-        """K <F^2> of observations, (B,) [photons]."""
-        return self.scale(scale_index).exp() * self.log_spread.exp()[refl_id]
-
-    @torch.no_grad()
-    def scaled_observations(self, batch: MergeBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled intensity, its variance, and probability to be no outlier, each (B,).
-
-        The intensity is the prior-free estimate divided by K; the variance is that expected at
-        the merged intensity, with the relative error.
-        """
-        scale = self.scale(batch.scale_index).exp()
-        expected = scale * self.log_spread.exp()[batch.refl_id]
-        likelihood = batch.likelihood
-        variance = self.likelihood.variance(likelihood, expected) / scale**2
-        good = self.likelihood.responsibility(likelihood, expected)
-        return likelihood.mode / scale, variance, good
-
-    @torch.no_grad()
-    def start(self, batch: MergeBatch) -> None:
-        """Start from inverse-variance means of the observations, shrunk towards Wilson."""
-        scale = self.scale(batch.scale_index).exp()
-        likelihood = batch.likelihood
-        value = likelihood.mode / scale
-        variance = likelihood.observed_variance / scale**2 + (0.05 * value) ** 2
-        total = torch.zeros_like(self.log_spread)
-        weight = torch.zeros_like(self.log_spread)
-        weight.index_add_(0, batch.refl_id, 1 / variance)
-        total.index_add_(0, batch.refl_id, value / variance)
-        seen = weight > 0
-        mean = total / weight.clamp_min(1e-30)
-        self.prior.wilson.start(mean, seen)
-        sigma = self.prior.wilson.epsilon * self.prior.wilson.wilson_sigma()
-        noise = weight.clamp_min(1e-30) ** -0.5
-        floor = torch.minimum(noise, sigma) * 0.5
-        spread = torch.where(seen, torch.maximum(mean, floor), sigma)
-        k = torch.where(seen, (spread / noise) ** 2, 1.0).clamp(0.6, 1e6)
-        mate = self._mate_row()
-        lonely = ~seen & seen[mate]  # F(-) never seen: start at F(+)
-        spread = torch.where(lonely, spread[mate], spread)
-        self.log_spread.copy_(spread.log())
-        self.log_concentration.copy_(k.log())
-
-    @torch.no_grad()
-    def restart_doubted(self, batch: MergeBatch) -> int:
-        """Start q(F) anew where most observations of a group of mates pass for outliers.
-
-        Far from them q(F) may sit on a single wrong observation, which no step leaves.
-        The median of all observations of the group is on the side of the majority.
-
-        Returns
-        -------
-        int
-            Groups started anew.
-        """
-        value, variance, good = self.scaled_observations(batch)
-        group = self.group[batch.refl_id]
-        n_doubted = torch.bincount(group[good < 0.5], minlength=len(self.n_group))
-        doubted = 2 * n_doubted > self.n_group
-        chosen = doubted[group]
-        if not chosen.any():
-            return 0
-        median, sigma = grouped_median(value[chosen], variance[chosen].sqrt(), group[chosen])
-        rows = torch.nonzero(doubted[self.group])[:, 0]
-        number = (doubted.cumsum(0) - 1)[self.group[rows]]
-        spread = torch.maximum(median[number], sigma[number])
-        self.log_spread[rows] = spread.log()
-        self.log_concentration[rows] = (spread / sigma[number]).square().clamp(0.6, 1e6).log()
-        return int(doubted.sum())
-
-    def _mate_row(self) -> Tensor:
-        mate = torch.arange(len(self.log_spread), device=self.log_spread.device)
-        plus, minus = self.prior.plus_row, self.prior.minus_row
-        mate[plus] = minus
-        mate[minus] = plus
-        return mate
-
-    @torch.no_grad()
-    def update_friedel_correlation(self, batch: MergeBatch, seed: int) -> None:
-        """Set 1 - r^2 by shell from half-set Bijvoet differences."""
-        prior = self.prior
-        if not (prior.coupled and prior.has_mate.any()):
-            return
-        value, variance, good = self.scaled_observations(batch)
-        sigma = (prior.wilson.epsilon * prior.wilson.wilson_sigma())[prior.plus_row]
-        amplitude2 = 0.5 * (
-            self.log_spread.exp()[prior.plus_row] + self.log_spread.exp()[prior.minus_row]
-        )
-        norm = 2 * (amplitude2 * sigma).sqrt()
-        # near F = 0 a difference of intensities says nothing of a difference of amplitudes
-        usable_group = prior.has_mate & (amplitude2 > 0.2 * sigma)
-        product, known = mean_half_set_covariance(
-            batch.refl_id,
-            value,
-            good / variance,
-            prior.plus_row,
-            prior.minus_row,
-            norm,
-            torch.Generator().manual_seed(seed),
-        )
-        keep = known & usable_group
-        prior.one_minus_r2.copy_(
-            estimate_one_minus_r2(
-                product[keep], prior.shell[keep], len(prior.one_minus_r2), prior.one_minus_r2
-            )
+        used = batch.observations.is_used
+        e = self.generative(batch, q)
+        log_density = self.log_density(batch, e)
+        if batch.cluster is not None:  # a cluster is used or held out as a whole
+            used = used.new_zeros(len(log_density)).index_put((batch.cluster,), used)
+        rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
+        held = torch.bincount(self.group[rows], minlength=self.n_groups)
+        weight = (held.double() / self.n_group.clamp_min(1))[self.group]
+        if self.is_tied:  # F(-) is not there
+            weight = weight * (self.joined == torch.arange(len(weight), device=self.device))
+        return MergeTerms(
+            (log_density * used).sum(),
+            (weight * self.prior.kl(q)).sum() if with_prior else log_density.new_zeros(()),
+            batch.share * (self.scale.penalty() + self.prior.wilson.penalty()),
+            self._information(batch, e),
+            weight.detach(),
         )
 
+    @torch.no_grad()
+    def _information(self, batch: Batch, e: Expectation) -> Tensor:
+        """Sum of w m^2 / D over the used observations of each row, (R,)."""
+        o = batch.observations
+        residual = o.intensity - e.mean
+        robust = self.likelihood.weight(residual, e.variance)
+        robust = robust * self.likelihood.share_of_spots(
+            residual, e.common, e.spread, e.variance, batch.cluster, e.other
+        )
+        term = o.is_used * robust * e.mean**2 / e.variance
+        rows = batch.first_rows
+        return term.new_zeros(len(self.group)).index_add_(0, rows, term)
 
-def grouped_median(value: Tensor, sigma: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Middle value of each group (the lower of two), and its sigma, (G,) each.
+    def log_density(self, batch: Batch, e: Expectation) -> Tensor:
+        """Bound the log-density of each cluster (or observation), (C,)."""
+        residual, spread, variance = self.as_normal(batch, e.mean, e.spread, e.variance)
+        return self.likelihood(residual, e.common, spread, variance, batch.cluster, e.other)
 
-    Each observation has one vote: a wrong one that claims to be precise must not win.
+    def as_normal(
+        self, batch: Batch, mean: Tensor, spread: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Residual, spread and variance for the likelihood, (N,) each.
 
-    Parameters
-    ----------
-    value, sigma : Tensor, (N,)
-    group : Tensor, (N,) int64
-        Numbers with gaps; the results are in their order.
-    """
-    _, group = torch.unique(group, return_inverse=True)
-    order = value.argsort()
-    order = order[group[order].argsort(stable=True)]
-    size = torch.bincount(group)
-    middle = order[size.cumsum(0) - size + (size - 1) // 2]
-    return value[middle], sigma[middle]
+        Of photon counts they are those that give the shifted Poisson.
+        """
+        o = batch.observations
+        if o.photon_variance is None:
+            return o.intensity - mean, spread, variance
+        return as_deviance(o.intensity, mean, spread, variance, o.sigma, o.photon_variance)

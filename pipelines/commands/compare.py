@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compare, write and show."""
-    from pipelines.compare import compare, show
-    from pipelines.report.html import write_report
-    from pipelines.rundir import RunDirectory
+    from braggflux.pipelines.compare.run import compare, show
+    from braggflux.pipelines.report.html import write_report
+    from braggflux.pipelines.workspace.rundir import RunDirectory
 
     run_directory = RunDirectory.open(args.run_directory)
     rows = compare(

@@ -15,7 +15,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from integrator.errors import UserError
+from braggflux.integrator.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check the arguments and convert."""
-    from merge.io.store_conversion import convert_to_store
-    from merge.io.unmerged_store import SUFFIX, UnmergedStore
-    from pipelines.merge_inputs import check_unmerged, parse_space_group, parse_unit_cell
-    from pipelines.outputs import require_free_file
+    from braggflux.merge.io.stores.store_conversion import convert_to_store
+    from braggflux.merge.io.stores.unmerged_store import SUFFIX, UnmergedStore
+    from braggflux.pipelines.inputs.inputs import (
+        check_unmerged,
+        parse_space_group,
+        parse_unit_cell,
+    )
+    from braggflux.pipelines.workspace.outputs import require_free_file
 
     if args.out.suffix != SUFFIX:
         raise UserError(f"--out {args.out} must end in {SUFFIX}, by which merge knows a store")

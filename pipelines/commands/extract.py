@@ -15,7 +15,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from pipelines.flags import add_config_arguments, config_from_args
+from braggflux.pipelines.config.flags import add_config_arguments, config_from_args
 
 FLAGS = {
     "--d-min": "extraction.d_min",
@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(args, FLAGS, fixed)
     config.require("expt", "refl")
 
-    from pipelines.checks import check_pair
-    from pipelines.extraction import extract
-    from pipelines.outputs import require_free_file
+    from braggflux.pipelines.integration.checks import check_pair
+    from braggflux.pipelines.integration.extraction import extract
+    from braggflux.pipelines.workspace.outputs import require_free_file
 
     require_free_file(args.out)
     check_pair(config.expt, config.refl)

@@ -22,9 +22,9 @@ from __future__ import annotations
 import argparse
 import logging
 
-from merge.intensities.config import IntensityMergeConfig
-from pipelines.flags import MERGE_FLAGS, add_config_arguments, config_from_args
-from pipelines.merge_arguments import add_input_arguments, inputs_from_args
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.pipelines.config.flags import MERGE_FLAGS, add_config_arguments, config_from_args
+from braggflux.pipelines.config.merge_arguments import add_input_arguments, inputs_from_args
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(args, MERGE_FLAGS, fixed, IntensityMergeConfig)
     inputs = inputs_from_args(args)
 
-    from pipelines.merging import merge
+    from braggflux.pipelines.merging.merge import merge
 
     for path in merge(inputs, config):
         logger.info("wrote %s", path)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines import schema
+from braggflux.pipelines.config import schema
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> None:
     d_min = schema.coerce(args.d_min, float | None, "--d-min")
     elements = schema.coerce(args.elements or (), tuple[str, ...], "--elements")
 
-    from pipelines.anomalous import peak_heights_from_mtz
-    from pipelines.report.terminal import write_csv
+    from braggflux.pipelines.maps.anomalous_peaks import peak_heights_from_mtz
+    from braggflux.pipelines.report.terminal import write_csv
 
     peaks = peak_heights_from_mtz(args.mtz, args.model, d_min=d_min, elements=elements or None)
     columns = ("chain", "seqid", "residue", "atom", "peak_sigma")

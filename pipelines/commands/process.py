@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.flags import RUN_FLAGS, add_config_arguments, config_from_args
+from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
 
 STEPS = ("import", "find_spots", "index", "refine", "integrate", "scale", "merge")
 FLAGS = {
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the input and hand over to :mod:`pipelines.process`."""
+    """Check the input and hand over to :mod:`braggflux.pipelines.dials.process`."""
     fixed: dict[str, object] = {}
     if args.images:
         fixed["dials.images"] = [str(path) for path in args.images]
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> None:
         fixed["dials.has_reference"] = False
     config = config_from_args(args, FLAGS, fixed)
 
-    from pipelines.process import process
-    from pipelines.run_settings import say_idle_of_run
+    from braggflux.pipelines.config.run_settings import say_idle_of_run
+    from braggflux.pipelines.dials.process import process
 
     say_idle_of_run(config, is_process=True)
     process(config, resume=args.resume, truth=args.truth)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write report.html."""
-    from pipelines.report.html import write_report
-    from pipelines.rundir import RunDirectory
+    from braggflux.pipelines.report.html import write_report
+    from braggflux.pipelines.workspace.rundir import RunDirectory
 
     logger.info("wrote %s", write_report(RunDirectory.open(args.run_directory)))

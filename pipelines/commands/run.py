@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pipelines.flags import RUN_FLAGS, add_config_arguments, config_from_args
+from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(args, RUN_FLAGS, fixed)
     config.require("expt", "refl", "out")
 
-    from pipelines.process import finish
-    from pipelines.run import run as run_pipeline
-    from pipelines.run_settings import say_idle_of_run
+    from braggflux.pipelines.config.run_settings import say_idle_of_run
+    from braggflux.pipelines.dials.process import finish
+    from braggflux.pipelines.integration.run import run as run_pipeline
 
     say_idle_of_run(config)
     finish(run_pipeline(config, resume=args.resume))

@@ -18,7 +18,7 @@ import argparse
 import logging
 from pathlib import Path
 
-from integrator.errors import UserError
+from braggflux.integrator.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Simulate."""
-    from fixtures.presets import effect_overrides
-    from fixtures.simulate import simulate
-    from pipelines import log, outputs, schema
+    from braggflux.fixtures.presets import effect_overrides
+    from braggflux.fixtures.simulate import simulate
+    from braggflux.pipelines.config import schema
+    from braggflux.pipelines.workspace import log, outputs
 
     outputs.require_free_folder(args.out, outputs.SIMULATE_RESULTS)
     seed = schema.coerce(args.seed, int, "--seed")
@@ -66,9 +67,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_stills(args: argparse.Namespace, seed: int) -> None:
-    from fixtures.stills import StillsExperiment, StillsSettings
-    from pipelines import log, schema
-    from pipelines.stills_store import write_stills
+    from braggflux.fixtures.stills import StillsExperiment, StillsSettings
+    from braggflux.pipelines.config import schema
+    from braggflux.pipelines.simulate.stills_store import write_stills
+    from braggflux.pipelines.workspace import log
 
     given = {"n_images": args.images and schema.coerce(args.images, int, "--images")}
     given |= {"model": args.model, "seed": seed}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pipelines.report.terminal import peaks_table, write_table
-from pipelines.rundir import REFERENCE, RunDirectory, write_rows
+from braggflux.pipelines.report.terminal import peaks_table, write_table
+from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, write_rows
 
 GAIN = "gain [%]"
 

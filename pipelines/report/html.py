@@ -10,13 +10,13 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from integrator.atomic import replacing
-from integrator.errors import UserError
-from pipelines import provenance, schema
-from pipelines.config import RunConfig
-from pipelines.report import plots
-from pipelines.report.epochs import published_table, write_published_table
-from pipelines.rundir import RunDirectory, read_rows
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.config.run import RunConfig, schema
+from braggflux.pipelines.report import plots
+from braggflux.pipelines.report.epochs import published_table, write_published_table
+from braggflux.pipelines.workspace import provenance
+from braggflux.pipelines.workspace.rundir import RunDirectory, read_rows
 
 #: Statistics that the page tabulates, with their heading.
 SHELL_COLUMNS = {

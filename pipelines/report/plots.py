@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from pipelines.rundir import REFERENCE
+from braggflux.pipelines.workspace.rundir import REFERENCE
 
 #: Okabe & Ito's colours, told apart by colour-blind readers too.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

@@ -6,7 +6,7 @@ import csv
 import sys
 from collections.abc import Sequence
 
-from pipelines.rundir import REFERENCE, RunDirectory
+from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 Cells = Sequence[Sequence[str]]
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fixtures.simulate import SimulatedFiles, simulate
-from pipelines import log
-from pipelines.config import RunConfig
-from pipelines.process import finish
-from pipelines.run import run
-from pipelines.rundir import RunDirectory
-from pipelines.schema import updated
+from braggflux.fixtures.simulate import SimulatedFiles, simulate
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.config.schema import updated
+from braggflux.pipelines.dials.process import finish
+from braggflux.pipelines.integration.run import run
+from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 EPOCHS = 3
 

@@ -14,7 +14,7 @@ import hdf5plugin  # noqa: F401 - the frames are bitshuffled
 import numpy as np
 import pytest
 
-from integrator.io.dials import (
+from braggflux.integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
     read_experiments,
@@ -22,7 +22,7 @@ from integrator.io.dials import (
     write_experiments,
     write_reflections,
 )
-from pipelines import cli
+from braggflux.pipelines import cli
 
 
 @dataclass

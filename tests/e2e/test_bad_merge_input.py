@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST, observed, write_mtz
 
-from fixtures.stills import stills
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.crystal.symmetry import to_asu
-from merge.io.mtz import read_merged_mtz
-from pipelines import cli
-from pipelines.stills_store import write_stills
+from braggflux.fixtures.stills import stills
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.crystal.symmetry import to_asu
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.pipelines import cli
+from braggflux.pipelines.simulate.stills_store import write_stills
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
 GROUP = gemmi.SpaceGroup(FORM["space_group"])
@@ -216,7 +216,7 @@ def test_an_output_that_is_a_file(asu, tmp_path, capsys):
 def test_the_installed_command(asu, tmp_path):
     """As a process of its own: exit code and a single line."""
     path = Folder(tmp_path, asu).mtz(without=("I", "SIGI"))
-    command = [sys.executable, "-m", "pipelines.cli", "merge", str(path), "--out"]
+    command = [sys.executable, "-m", "braggflux.pipelines.cli", "merge", str(path), "--out"]
     done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -12,12 +12,12 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.io.dials import DialsFlag, read_reflections
-from integrator.io.shoebox_store import ShoeboxStore
-from integrator.types import Flag
-from pipelines import cli
-from pipelines.matching import match_observations
-from pipelines.rundir import RunDirectory
+from braggflux.integrator.io.dials import DialsFlag, read_reflections
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.types import Flag
+from braggflux.pipelines import cli
+from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 pytestmark = pytest.mark.dials
 

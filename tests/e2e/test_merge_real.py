@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pipelines import cli
+from braggflux.pipelines import cli
 
 pytestmark = [pytest.mark.slow, pytest.mark.realdata]
 

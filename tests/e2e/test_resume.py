@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from integrator.errors import UserError
-from pipelines.epoch_outputs import EpochWriter
-from pipelines.process import finish
-from pipelines.run import run
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.dials.process import finish
+from braggflux.pipelines.integration.epoch_outputs import EpochWriter
+from braggflux.pipelines.integration.run import run
 
 
 def merged(directory) -> np.ndarray:

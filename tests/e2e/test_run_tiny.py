@@ -8,9 +8,9 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.io.dials import DialsFlag, read_reflections
-from pipelines.matching import match_observations
-from pipelines.rundir import read_rows
+from braggflux.integrator.io.dials import DialsFlag, read_reflections
+from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.workspace.rundir import read_rows
 
 EPOCHS = 3
 #: Column of merged.mtz -> MTZ type, the contract with other programs.

@@ -12,17 +12,17 @@ import gemmi
 import numpy as np
 import pytest
 
-from fixtures.presets import EFFECTS, effect_overrides
-from fixtures.simulate import simulate
-from integrator.errors import UserError
-from integrator.io.dials import DialsFlag, read_reflections
-from integrator.io.shoebox_store import ShoeboxStore
-from integrator.types import Flag
-from pipelines.config import RunConfig
-from pipelines.matching import match_observations
-from pipelines.run import run
-from pipelines.rundir import read_rows
-from pipelines.schema import updated
+from braggflux.fixtures.presets import EFFECTS, effect_overrides
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import DialsFlag, read_reflections
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.types import Flag
+from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.config.schema import updated
+from braggflux.pipelines.integration.run import run
+from braggflux.pipelines.workspace.rundir import read_rows
 
 ICE = (3.90, 3.67, 3.44, 2.67, 2.25)
 SHORT = {"training.epochs": 3, "training.batch_size": 512, "training.device": "cpu"}

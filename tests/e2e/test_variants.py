@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.simulate import simulate
-from integrator.io.dials import (
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
     read_experiments,
@@ -17,12 +17,12 @@ from integrator.io.dials import (
     write_experiments,
     write_reflections,
 )
-from integrator.io.intensity_file import read_intensities
-from pipelines import cli
-from pipelines.process import finish
-from pipelines.run import run
-from pipelines.rundir import read_rows
-from pipelines.schema import updated
+from braggflux.integrator.io.intensity_file import read_intensities
+from braggflux.pipelines import cli
+from braggflux.pipelines.config.schema import updated
+from braggflux.pipelines.dials.process import finish
+from braggflux.pipelines.integration.run import run
+from braggflux.pipelines.workspace.rundir import read_rows
 
 
 def amplitudes(path, label="F") -> dict[tuple[int, int, int], float]:

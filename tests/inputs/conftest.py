@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fixtures.simulate import SimulatedFiles, simulate
+from braggflux.fixtures.simulate import SimulatedFiles, simulate
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import mad_files as mad
 import numpy as np
 import pytest
 
-from pipelines import cli
+from braggflux.pipelines import cli
 
 FAST = ("--epochs", "20", "--set", "network_width=8", "--anomalous")
 N_IMAGES = 60

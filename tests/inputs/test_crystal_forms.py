@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST, observed, write_mtz
 
-from integrator.crystal.lattice import check_lattice, lattice_misfit
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.io.observations import typical_cell
-from pipelines import cli
+from braggflux.integrator.crystal.lattice import check_lattice, lattice_misfit
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.observations import typical_cell
+from braggflux.pipelines import cli
 
 FITTING = {
     "triclinic": ("P 1", (30, 40, 50, 70, 80, 95)),

@@ -8,9 +8,9 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.errors import UserError
-from merge.io.crystfel_stream import stream_chunks
-from merge.io.unmerged_data import read_unmerged
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.crystfel_stream import stream_chunks
+from braggflux.merge.io.formats.unmerged_data import read_unmerged
 
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 pytestmark = pytest.mark.realdata
@@ -77,6 +77,6 @@ def test_line_ends_of_other_systems_and_compression(stream, tmp_path, monkeypatc
     same(read(tmp_path / "b.stream", crlf), whole)
     same(read(tmp_path / "c.stream.gz", gzip.compress(stream)), whole)
     # line ends that fall between two reads
-    monkeypatch.setattr("merge.io.crystfel_stream._PIECE", 61)
+    monkeypatch.setattr("braggflux.merge.io.formats.crystfel_stream._PIECE", 61)
     (again,) = stream_chunks(tmp_path / "b.stream", SPACE_GROUP)
     same(again, whole)

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines import schema
-from pipelines.commands.process import FLAGS
-from pipelines.config import DialsConfig, RunConfig
-from pipelines.dials_chain import DialsChain
-from pipelines.flags import add_config_arguments, config_from_args
+from braggflux.pipelines.commands.process import FLAGS
+from braggflux.pipelines.config.flags import add_config_arguments, config_from_args
+from braggflux.pipelines.config.run import DialsConfig, RunConfig, schema
+from braggflux.pipelines.dials.chain import DialsChain
 
 
 def parse(*argv: str) -> RunConfig:

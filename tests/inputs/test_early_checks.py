@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from image_cases import copy_of, edit, frames_of, set_panel, store_frames
 
-from fixtures.simulate import SimulatedFiles, simulate
-from pipelines import cli
+from braggflux.fixtures.simulate import SimulatedFiles, simulate
+from braggflux.pipelines import cli
 
 
 @pytest.fixture(scope="module")

@@ -10,21 +10,21 @@ import pytest
 from scipy.spatial.transform import Rotation
 from twin_wedges import Twin, joined
 
-from fixtures.simulate import simulate
-from integrator.crystal.geometry import Experiment, Scan
-from integrator.errors import UserError
-from integrator.io.dials import (
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.crystal.geometry import Experiment, Scan
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import (
     read_experiments,
     read_reflections,
     write_experiments,
     write_reflections,
 )
-from integrator.shoebox.extent import SpotExtent
-from integrator.shoebox.mask import MaskBit
-from integrator.shoebox.predict import predict_reflections
-from integrator.shoebox.run import run_extraction
-from integrator.shoebox.sweep import require_distinct, sweeps_of
-from pipelines.unmerged_dials import read_dials
+from braggflux.integrator.io.dials.sweeps import require_distinct, sweeps_of
+from braggflux.integrator.shoebox.extent import SpotExtent
+from braggflux.integrator.shoebox.extraction import run_extraction
+from braggflux.integrator.shoebox.mask import MaskBit
+from braggflux.integrator.shoebox.predict import predict_reflections
+from braggflux.merge.io.formats.dials import read_dials
 
 
 @pytest.fixture(scope="module")

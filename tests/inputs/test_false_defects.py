@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from image_cases import copy_of, frames_of, store_frames
 
-from fixtures.simulate import simulate
-from integrator.io.dials import read_experiments, read_reflections
-from integrator.io.shoebox_store import ShoeboxStore
-from integrator.shoebox.background import mean_image
-from integrator.shoebox.run import run_extraction
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.io.dials import read_experiments, read_reflections
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.shoebox.background import mean_image
+from braggflux.integrator.shoebox.extraction import run_extraction
 
 BLOBS = {
     "salt": (4, 3000),

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from simulated_unmerged import write_mtz
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.higher_symmetry import point_group_with, relations
-from merge.intensities.odd_images import against_neighbours
-from merge.intensities.same_photons import SAME_PHOTONS, residual_over_noise
-from pipelines import cli
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.data.same_photons import SAME_PHOTONS, residual_over_noise
+from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
+from braggflux.merge.output.odd_images import against_neighbours
+from braggflux.pipelines import cli
 
 CELL = gemmi.UnitCell(60, 60, 60, 90, 90, 120)
 TWIN = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1]])

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from simulated_unmerged import write_mtz
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.grouping import GroupStore, batch_step, combine_group
-from merge.io.mtz import read_merged_mtz
-from merge.io.mtz_observations import read_mtz
-from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
-from merge.io.unmerged_store import UnmergedStore, write_unmerged_store
-from pipelines import cli
-from pipelines.grouping import complete_groups, parse_groups
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.grouping import GroupStore, batch_step, combine_group
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
+from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
+from braggflux.merge.problem import build_problem
+from braggflux.pipelines import cli
+from braggflux.pipelines.inputs.grouping import complete_groups, parse_groups
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 FORM = {"cell": CELL.parameters, "space_group": "P 21 21 21"}

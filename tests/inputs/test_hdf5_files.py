@@ -19,12 +19,12 @@ import hdf5plugin
 import numpy as np
 import pytest
 
-from fixtures.simulate import simulate
-from integrator.errors import UserError
-from integrator.io.dials import read_experiments
-from integrator.io.images import open_frames
-from integrator.io.nxmx import INVALID, NxmxFrames
-from pipelines.cli import main
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import read_experiments
+from braggflux.integrator.io.hdf5.nxmx import INVALID, NxmxFrames
+from braggflux.integrator.io.images import open_frames
+from braggflux.pipelines.cli import main
 
 SLOW, FAST = SHAPE = (288, 280)
 N = 16
@@ -609,7 +609,7 @@ def test_a_file_for_each_image_is_refused(base, tmp_path):
 def test_plugins_that_hdf5_finds_by_itself(base, control, tmp_path):
     """As with Debian's DIALS: the store is written, and reads back equal."""
     out = tmp_path / "out.h5"
-    command = [sys.executable, "-m", "pipelines.cli", "extract", base / "tiny.expt"]
+    command = [sys.executable, "-m", "braggflux.pipelines.cli", "extract", base / "tiny.expt"]
     environment = os.environ | {"HDF5_PLUGIN_PATH": hdf5plugin.PLUGINS_PATH}
     command += [base / "tiny.refl", "--out", out]
     subprocess.run([str(x) for x in command], env=environment, check=True)

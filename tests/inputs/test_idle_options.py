@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST, write_mtz
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.intensities.config import IntensityMergeConfig
-from merge.io.mtz import read_merged_mtz
-from pipelines import cli
-from pipelines.config import RunConfig
-from pipelines.merge_settings import settled
-from pipelines.run_settings import say_idle_of_run
-from pipelines.schema import updated
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.pipelines import cli
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.config.run_settings import say_idle_of_run
+from braggflux.pipelines.config.schema import updated
+from braggflux.pipelines.merging.settings import settled
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
 

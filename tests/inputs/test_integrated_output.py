@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 from wedges import cut, run_dials
 
-from fixtures.simulate import simulate
-from integrator.io.dials import (
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.io.dials import (
     DialsFlag,
     place_on_scans,
     read_experiments,
     read_reflections,
     write_reflections,
 )
-from merge.io.sweep_columns import FRAME
-from pipelines import cli
-from pipelines.matching import match_observations
-from pipelines.rundir import RunDirectory
-from pipelines.unmerged_dials import read_dials
-from pipelines.unmerged_photons import read_photon_table
+from braggflux.merge.io.formats.dials import read_dials
+from braggflux.merge.io.formats.photon_table import read_photon_table
+from braggflux.merge.io.sweep_columns import FRAME
+from braggflux.pipelines import cli
+from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 FIRST, LAST = 3, 16
 MEDIAN_ABS_NORMAL = 0.6745

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from simulated_integration import changed, write_integrated
 
-from integrator.errors import UserError
-from integrator.io.dials import DialsFlag, read_reflections
-from pipelines.unmerged_dials import read_dials
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import DialsFlag, read_reflections
+from braggflux.merge.io.formats.dials import read_dials
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 pytestmark = pytest.mark.realdata

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from image_cases import copy_of, dxtbx_imageset, edit, frames_of, set_panel, store_frames
 
-from integrator.errors import UserError
-from integrator.io.dials import read_experiments
-from integrator.io.dials_lookup import read_flex
-from integrator.io.images import open_frames
-from integrator.shoebox.extent import SpotExtent
-from integrator.shoebox.predict import predict_reflections
-from integrator.shoebox.run import run_extraction
-from pipelines.cli import main
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import read_experiments
+from braggflux.integrator.io.dials.lookup import read_flex
+from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.shoebox.extent import SpotExtent
+from braggflux.integrator.shoebox.extraction import run_extraction
+from braggflux.integrator.shoebox.predict import predict_reflections
+from braggflux.pipelines.cli import main
 
 SHAPE = (288, 280)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from simulated_integration import changed, write_integrated
 
-from integrator.errors import UserError
-from integrator.io.dials import DialsFlag, read_reflections
-from merge.io.unmerged_data import read_unmerged
-from pipelines.unmerged_dials import read_dials
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import DialsFlag, read_reflections
+from braggflux.merge.io.formats.dials import read_dials
+from braggflux.merge.io.formats.unmerged_data import read_unmerged
 
 SMALL = """data_x
 _cell.length_a 79.3

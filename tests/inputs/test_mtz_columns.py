@@ -8,11 +8,11 @@ import mad_files as mad
 import numpy as np
 import pytest
 
-from integrator.crystal.symmetry import to_asu
-from integrator.errors import UserError
-from merge.io.mtz import read_merged_mtz
-from merge.io.mtz_observations import read_mtz
-from pipelines import cli
+from braggflux.integrator.crystal.symmetry import to_asu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.pipelines import cli
 
 FAST = ("--epochs", "5", "--set", "network_width=8", "--anomalous")
 ROWS = mad.observe(mad.truth(), 0)

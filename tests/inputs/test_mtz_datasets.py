@@ -9,9 +9,9 @@ import mad_files as mad
 import numpy as np
 import pytest
 
-from integrator.errors import UserError
-from merge.io.mtz_observations import read_mtz_datasets
-from pipelines import cli
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.mtz_observations import read_mtz_datasets
+from braggflux.pipelines import cli
 
 FAST = ("--epochs", "20", "--set", "network_width=8", "--anomalous")
 
@@ -237,8 +237,8 @@ def test_crystal_forms_in_batches(lengths, is_refused, tmp_path):
 
 @pytest.mark.parametrize("rows_at_a_time", [10_000_000, 1000])
 def test_a_store_holds_one_data_set_and_its_labels(tmp_path, rows_at_a_time):
-    from merge.io.store_conversion import convert_to_store
-    from merge.io.unmerged_store import UnmergedStore
+    from braggflux.merge.io.stores.store_conversion import convert_to_store
+    from braggflux.merge.io.stores.unmerged_store import UnmergedStore
 
     mad_file, target = two_wavelengths(tmp_path / "mad.mtz"), tmp_path / "mad.h5"
     with pytest.raises(UserError, match=r"2 data sets \(.*PEAK, .*HREM\)"):

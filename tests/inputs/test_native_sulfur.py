@@ -14,13 +14,13 @@ import pytest
 import torch
 from simple_scale import merge_mates, simple_log_scale
 
-from fixtures.unmerged import UnmergedSettings, unmerged_sweep
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.intensities.config import IntensityMergeConfig
-from merge.model.french_wilson import french_wilson
-from pipelines.merge_inputs import MergeInputs
-from pipelines.merge_outputs import doubt_of_cc_anom
-from pipelines.merging import merge
+from braggflux.fixtures.unmerged import UnmergedSettings, unmerged_sweep
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.output.french_wilson import french_wilson
+from braggflux.pipelines.inputs.inputs import MergeInputs
+from braggflux.pipelines.merging.merge import merge
+from braggflux.pipelines.merging.outputs import doubt_of_cc_anom
 
 
 class Truth:

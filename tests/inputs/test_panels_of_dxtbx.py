@@ -9,8 +9,8 @@ import numpy as np
 from image_cases import dxtbx_imageset
 from wedges import run_dials
 
-from integrator.io.dials import read_experiments, write_experiments
-from integrator.io.images import open_frames
+from braggflux.integrator.io.dials import read_experiments, write_experiments
+from braggflux.integrator.io.images import open_frames
 
 
 def mini_cbf(packed: bytes) -> bytes:

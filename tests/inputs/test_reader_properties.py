@@ -17,21 +17,21 @@ import pytest
 import torch
 from simulated_integration import changed, write_integrated
 
-from integrator.io.dials import (
+from braggflux.integrator.io.dials import (
     ReflectionTable,
     read_experiments,
     read_reflections,
     write_reflections,
 )
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.training import fit, start
-from merge.io.observations import UnmergedData
-from merge.io.store_conversion import convert_to_store
-from merge.io.sweep_columns import SWEEP
-from merge.io.unmerged_data import read_unmerged
-from pipelines.unmerged_dials import read_inputs
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.io.formats.dials import read_inputs
+from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.stores.store_conversion import convert_to_store
+from braggflux.merge.io.sweep_columns import SWEEP
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.problem import build_problem
 
 pytestmark = pytest.mark.realdata
 GROUP = gemmi.SpaceGroup("P 43 21 2")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST
 
-from integrator.errors import UserError
-from merge.io.unmerged_data import read_unmerged
-from pipelines import cli
-from pipelines.merge_inputs import parse_unit_cell
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.pipelines import cli
+from braggflux.pipelines.inputs.inputs import parse_unit_cell
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 CELL = gemmi.UnitCell(79.3, 79.3, 37.8, 90, 90, 90)

@@ -21,9 +21,9 @@ import torch
 from twin_wedges import Twin, joined
 from wedges import cut, run_dials
 
-from fixtures.simulate import simulate
-from integrator.errors import UserError
-from integrator.io.dials import (
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import (
     ReflectionTable,
     place_on_scans,
     read_experiments,
@@ -32,12 +32,12 @@ from integrator.io.dials import (
     write_experiments,
     write_reflections,
 )
-from integrator.io.images import open_frames
-from integrator.io.shoebox_store import ShoeboxStore
-from integrator.shoebox.run import run_extraction
-from merge.io.sweep_columns import FRAME, SWEEP
-from pipelines import cli
-from pipelines.unmerged_dials import read_dials
+from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.shoebox.extraction import run_extraction
+from braggflux.merge.io.formats.dials import read_dials
+from braggflux.merge.io.sweep_columns import FRAME, SWEEP
+from braggflux.pipelines import cli
 
 DEBIAN_BUILD = "/usr/lib/cctbx/python3.11"
 

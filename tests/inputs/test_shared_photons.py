@@ -10,11 +10,16 @@ import numpy as np
 import pytest
 from simulated_unmerged import write_mtz
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.io.mtz import read_merged_mtz
-from merge.io.mtz_observations import read_mtz
-from merge.io.shared_photons import ONE_MEASUREMENT, Spots, residual_of_pairs, shared_photons
-from pipelines import cli
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.shared_photons import (
+    ONE_MEASUREMENT,
+    Spots,
+    residual_of_pairs,
+    shared_photons,
+)
+from braggflux.pipelines import cli
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 FORM = {"cell": CELL.parameters, "space_group": "P 21 21 21"}

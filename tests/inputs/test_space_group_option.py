@@ -7,13 +7,13 @@ import mad_files as mad
 import numpy as np
 import pytest
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.io.chosen_group import StoreInGroup, in_group, new_symmetry_correlation
-from merge.io.mtz import read_merged_mtz
-from merge.io.mtz_observations import read_mtz
-from merge.io.unmerged_store import UnmergedStore
-from pipelines import cli
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.stores.chosen_group import StoreInGroup, in_group, new_symmetry_correlation
+from braggflux.merge.io.stores.unmerged_store import UnmergedStore
+from braggflux.pipelines import cli
 
 FAST = ("--epochs", "5", "--set", "network_width=8")
 ROWS = mad.observe(mad.truth(), 0, n_images=8)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from simulated_unmerged import observed, write_mtz
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.data_limit import end_of_data, largest_inv_d2, n_strays
-from merge.intensities.stream import ObservationStream
-from merge.io.mtz import read_merged_mtz
-from merge.io.store_conversion import convert_to_store
-from merge.io.unmerged_store import UnmergedStore
-from pipelines import cli
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.resolution_limit import end_of_data, largest_inv_d2, n_strays
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.stores.store_conversion import convert_to_store
+from braggflux.merge.io.stores.unmerged_store import UnmergedStore
+from braggflux.merge.stream.batches import ObservationStream
+from braggflux.pipelines import cli
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
 FAST = ("--epochs", "4", "--set", "network_width=0", "--set", "held_out=0")

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from image_cases import copy_of, dxtbx_imageset, edit, frames_of, set_panel, store_frames
 
-from integrator.errors import UserError
-from integrator.io.dials import read_experiments
-from integrator.io.images import open_frames
-from pipelines.cli import main
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import read_experiments
+from braggflux.integrator.io.images import open_frames
+from braggflux.pipelines.cli import main
 
 GAP = 65533  # from here on the simulated frames hold mask codes
 

@@ -16,22 +16,22 @@ from simulated_merge import CELL as FORM
 from simulated_merge import SPACE_GROUP as FORM_GROUP
 from simulated_merge import simulate
 
-from integrator.errors import UserError
-from integrator.io.dials import read_reflections, write_reflections
-from integrator.io.intensity_file import write_intensities
-from merge.io.dataset_split import (
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import read_reflections, write_reflections
+from braggflux.integrator.io.intensity_file import write_intensities
+from braggflux.merge.io.dataset_split import (
     cell_groups,
     image_cell_groups,
     image_wavelength_groups,
     split_by_wavelength,
 )
-from merge.io.mtz_observations import read_mtz_datasets
-from merge.io.observations import make_unmerged
-from merge.io.unmerged_store import write_unmerged_store
-from pipelines import cli
-from pipelines.checks import one_wavelength
-from pipelines.unmerged_dials import read_dials_datasets
-from pipelines.unmerged_photons import read_photon_table
+from braggflux.merge.io.formats.dials import read_dials_datasets
+from braggflux.merge.io.formats.mtz_observations import read_mtz_datasets
+from braggflux.merge.io.formats.photon_table import read_photon_table
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.io.stores.unmerged_store import write_unmerged_store
+from braggflux.pipelines import cli
+from braggflux.pipelines.integration.checks import one_wavelength
 
 FAST = ("--epochs", "20", "--set", "network_width=8")
 

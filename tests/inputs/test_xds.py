@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST
 
-from integrator.crystal.corrections import lp_correction
-from integrator.errors import UserError
-from merge.io.mtz_observations import read_mtz
-from merge.io.observations import UnmergedData
-from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, SWEEP_COLUMNS, ZETA
-from merge.io.unmerged_data import read_unmerged
-from pipelines.cli import main
+from braggflux.integrator.crystal.corrections import lp_correction
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, SWEEP_COLUMNS, ZETA
+from braggflux.pipelines.cli import main
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 pytestmark = pytest.mark.realdata

@@ -6,9 +6,9 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal.ambiguity import indexing_operators
-from integrator.crystal.cell import inv_d2
-from integrator.crystal.symmetry import to_asu
+from braggflux.integrator.crystal.ambiguity import indexing_operators
+from braggflux.integrator.crystal.cell import inv_d2
+from braggflux.integrator.crystal.symmetry import to_asu
 
 FORMS = {
     "P 63": (60, 60, 80, 90, 90, 120),

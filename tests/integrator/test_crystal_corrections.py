@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from integrator.crystal.corrections import lp_correction, quantum_efficiency, zeta_factor
+from braggflux.integrator.crystal.corrections import lp_correction, quantum_efficiency, zeta_factor
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 WAVELENGTH = 1.03752

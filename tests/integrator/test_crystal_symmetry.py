@@ -4,10 +4,10 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal import symmetry
-from integrator.crystal.cell import d_spacing, inv_d2, inv_d2_from_setting
-from integrator.crystal.reciprocal_asu import MANY_INDICES, ReciprocalAsu
-from integrator.errors import UserError
+from braggflux.integrator.crystal import symmetry
+from braggflux.integrator.crystal.cell import d_spacing, inv_d2, inv_d2_from_setting
+from braggflux.integrator.crystal.reciprocal_asu import MANY_INDICES, ReciprocalAsu
+from braggflux.integrator.errors import UserError
 
 SETTINGS = [sg.xhm() for sg in gemmi.spacegroup_table()]  # 230 groups, 564 settings
 REFERENCE_SETTINGS = [sg.xhm() for sg in gemmi.spacegroup_table_itb()]

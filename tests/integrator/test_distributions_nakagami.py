@@ -10,7 +10,7 @@ from helpers import assert_goodness_of_fit, assert_within_se
 from scipy import integrate, stats
 from torch.distributions import kl_divergence
 
-from integrator.distributions.nakagami import Nakagami, gauss_hermite
+from braggflux.integrator.distributions.nakagami import Nakagami, gauss_hermite
 
 K = [0.3, 0.5, 1.0, 3.7, 29.0, 31.0, 1e3, 1e6]
 OMEGA = [1e-3, 2.5, 1e7]

@@ -7,7 +7,10 @@ import torch
 from helpers import Spot, assert_within_se, gaussian_voxels, spot_metadata
 from torch.distributions import Poisson
 
-from integrator.distributions.shifted_poisson import ShiftedPoisson, shifted_poisson_from_pixels
+from braggflux.integrator.distributions.shifted_poisson import (
+    ShiftedPoisson,
+    shifted_poisson_from_pixels,
+)
 
 
 def spot(background: float = 1.5) -> tuple[torch.Tensor, torch.Tensor]:

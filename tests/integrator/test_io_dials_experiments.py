@@ -10,7 +10,7 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal.geometry import (
+from braggflux.integrator.crystal.geometry import (
     Beam,
     Crystal,
     Experiment,
@@ -20,10 +20,10 @@ from integrator.crystal.geometry import (
     Panel,
     Scan,
 )
-from integrator.errors import UserError
-from integrator.io.dials import read_experiments, write_experiments
-from integrator.io.dials_experiments import same
-from integrator.shoebox.diffraction import DiffractionGeometry
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import read_experiments, write_experiments
+from braggflux.integrator.io.dials.experiments import same
+from braggflux.integrator.shoebox.diffraction import DiffractionGeometry
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 

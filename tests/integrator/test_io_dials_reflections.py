@@ -8,9 +8,9 @@ import msgpack
 import numpy as np
 import pytest
 
-from integrator.crystal.geometry import Beam, Experiment
-from integrator.errors import UserError
-from integrator.io.dials import (
+from braggflux.integrator.crystal.geometry import Beam, Experiment
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
     match_experiments,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from image_cases import dxtbx_imageset, edit, set_panel
 
-from integrator.crystal.geometry import Beam, Experiment, ImageFiles, Panel, Scan
-from integrator.errors import UserError
-from integrator.io import images
-from integrator.io.dials import read_experiments
-from integrator.io.images import ExperimentFrames, open_frames
-from integrator.io.photons import INVALID
+from braggflux.integrator.crystal.geometry import Beam, Experiment, ImageFiles, Panel, Scan
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io import images
+from braggflux.integrator.io.dials import read_experiments
+from braggflux.integrator.io.hdf5.photons import INVALID
+from braggflux.integrator.io.images import ExperimentFrames, open_frames
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 

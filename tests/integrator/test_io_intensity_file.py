@@ -7,9 +7,9 @@ import pytest
 import torch
 from simulated_merge import simulate
 
-from integrator.errors import UserError
-from integrator.io.intensity_file import read_intensities, write_intensities
-from integrator.types import IntensityTable
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
+from braggflux.integrator.types import IntensityTable
 
 
 @pytest.fixture(scope="module")

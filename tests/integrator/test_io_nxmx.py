@@ -5,10 +5,10 @@ import hdf5plugin
 import numpy as np
 import pytest
 
-from integrator.errors import UserError
-from integrator.io.hdf5_frames import FrameStack
-from integrator.io.nxmx import NxmxFrames
-from integrator.io.photons import INVALID
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.hdf5.frames import FrameStack
+from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
+from braggflux.integrator.io.hdf5.photons import INVALID
 
 N, SLOW, FAST = 7, 12, 10
 SHAPE = (SLOW, FAST)

@@ -14,7 +14,7 @@ from helpers import (
 )
 from torch.distributions import MultivariateNormal, kl_divergence
 
-from integrator.model.background import BackgroundModel, MeanBackground
+from braggflux.integrator.model.background import BackgroundModel, MeanBackground
 
 SPOT = Spot(sigma_x_px=0.8, sigma_y_px=0.8, sigma_m_deg=0.08, box=(9, 9, 9))
 LEVEL, LEVEL_SD, SLOPE_SD = 1.2, 0.1, 0.15

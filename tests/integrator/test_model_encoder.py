@@ -8,7 +8,7 @@ import torch
 from helpers import Spot, gaussian_voxels, make_integrator, poisson_boxes, spot_metadata
 from torch.distributions import kl_divergence
 
-from integrator.model.encoder import EXPONENTS, N_MOMENTS, ProfileEncoder, score_moments
+from braggflux.integrator.model.encoder import EXPONENTS, N_MOMENTS, ProfileEncoder, score_moments
 
 # voxels well below the spot's width, so that a voxel's centre stands for all of it
 FINE = Spot(sigma_x_px=2.5, sigma_y_px=2.5, sigma_m_deg=0.25, box=(15, 15, 15))

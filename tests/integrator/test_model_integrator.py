@@ -17,11 +17,11 @@ from helpers import (
     tilted_background,
 )
 
-from integrator.distributions.shifted_poisson import shifted_poisson_from_pixels
-from integrator.model.background import BackgroundFit
-from integrator.model.integrator import choose_reference
-from integrator.model.start import start_profile
-from integrator.types import Flag
+from braggflux.integrator.distributions.shifted_poisson import shifted_poisson_from_pixels
+from braggflux.integrator.model.background import BackgroundFit
+from braggflux.integrator.model.integrator import choose_reference
+from braggflux.integrator.model.start import start_profile
+from braggflux.integrator.types import Flag
 
 SPOT = Spot(sigma_x_px=0.8, sigma_y_px=0.75, sigma_m_deg=0.08, box=(9, 9, 9))
 LEVEL = 0.8

@@ -7,10 +7,10 @@ import pytest
 import torch
 from helpers import Spot, gaussian_voxels, make_integrator, poisson_boxes, spot_metadata
 
-from integrator.model.integrator import Integrator
-from integrator.model.local_shape import LocalShape, PlaceFeatures
-from integrator.model.start import start_profile
-from integrator.types import ReflectionMetadata
+from braggflux.integrator.model.integrator import Integrator
+from braggflux.integrator.model.local_shape import LocalShape, PlaceFeatures
+from braggflux.integrator.model.start import start_profile
+from braggflux.integrator.types import ReflectionMetadata
 
 SPOT = Spot(sigma_x_px=0.9, sigma_y_px=0.8, sigma_m_deg=0.1, box=(9, 13, 13))
 LEVEL = 0.3

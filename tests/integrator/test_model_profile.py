@@ -16,8 +16,8 @@ from helpers import (
 )
 from scipy import integrate
 
-from integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, hat_integral
-from integrator.model.start import spot_brightness, start_profile
+from braggflux.integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, hat_integral
+from braggflux.integrator.model.start import spot_brightness, start_profile
 
 SPOT = Spot()
 # Hat functions on nodes half a sigma apart add a variance of step^2 / 6 to what they interpolate.

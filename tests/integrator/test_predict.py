@@ -13,7 +13,7 @@ import torch
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from integrator.crystal.geometry import (
+from braggflux.integrator.crystal.geometry import (
     Beam,
     Crystal,
     Experiment,
@@ -22,11 +22,11 @@ from integrator.crystal.geometry import (
     Panel,
     Scan,
 )
-from integrator.errors import UserError
-from integrator.io.dials import read_experiments, read_reflections, write_experiments
-from integrator.shoebox import diffraction
-from integrator.shoebox.diffraction import DiffractionGeometry
-from integrator.shoebox.predict import (
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import read_experiments, read_reflections, write_experiments
+from braggflux.integrator.shoebox import diffraction
+from braggflux.integrator.shoebox.diffraction import DiffractionGeometry
+from braggflux.integrator.shoebox.predict import (
     detector_limit,
     predict_reflections,
     prediction_from_columns,

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
-from integrator.shoebox.background import mean_image
-from integrator.shoebox.canvas import FrameCanvas
-from integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels, report
-from integrator.shoebox.spikes import HOT_FRAMES, QuietFrames, SpikeFilter, peak_ratios
+from braggflux.integrator.shoebox.background import mean_image
+from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels, report
+from braggflux.integrator.shoebox.spikes import HOT_FRAMES, QuietFrames, SpikeFilter, peak_ratios
 
 SHAPE = (60, 70)
 SIGMA = (0.8, 0.7, 0.5)

@@ -6,14 +6,21 @@ import pytest
 import torch
 from scipy.special import ndtr
 
-from fixtures.simulate import simulate
-from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Panel, Scan
-from integrator.errors import UserError
-from integrator.io.dials import read_experiments
-from integrator.io.images import open_frames
-from integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
-from integrator.shoebox.predict import Prediction, predict_reflections
-from integrator.shoebox.sweep import Sweep
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.crystal.geometry import (
+    Beam,
+    Crystal,
+    Experiment,
+    Goniometer,
+    Panel,
+    Scan,
+)
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import read_experiments
+from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
+from braggflux.integrator.shoebox.predict import Prediction, predict_reflections
+from braggflux.integrator.shoebox.sweep import Sweep
 
 SHAPE = (260, 300)
 SIGMA_X, SIGMA_Y, SIGMA_M = 1.1, 0.7, 0.12

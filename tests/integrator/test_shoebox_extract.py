@@ -8,16 +8,23 @@ import numpy as np
 import pytest
 import torch
 
-from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Panel, Scan
-from integrator.errors import UserError
-from integrator.model.build import mean_background
-from integrator.shoebox.background import mean_image, pixel_inv_d
-from integrator.shoebox.extent import SpotExtent, frame_sigma
-from integrator.shoebox.extract import extract_shoeboxes
-from integrator.shoebox.mask import MaskBit, MaskSettings
-from integrator.shoebox.predict import Prediction
-from integrator.shoebox.sweep import Sweep
-from integrator.types import Flag
+from braggflux.integrator.crystal.geometry import (
+    Beam,
+    Crystal,
+    Experiment,
+    Goniometer,
+    Panel,
+    Scan,
+)
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.model.build import mean_background
+from braggflux.integrator.shoebox.background import mean_image, pixel_inv_d
+from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma
+from braggflux.integrator.shoebox.extract import extract_shoeboxes
+from braggflux.integrator.shoebox.mask import MaskBit, MaskSettings
+from braggflux.integrator.shoebox.predict import Prediction
+from braggflux.integrator.shoebox.sweep import Sweep
+from braggflux.integrator.types import Flag
 
 SHAPES = [(34, 41), (27, 30)]
 N_IMAGES = 14

@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from integrator.crystal.geometry import Scan
-from integrator.errors import UserError
-from integrator.io.dials import DialsFlag, ReflectionTable, read_experiments, read_reflections
-from integrator.io.images import open_frames
-from integrator.shoebox.background import mean_image
-from integrator.shoebox.extent import SpotExtent
-from integrator.shoebox.mask import MaskBit
-from integrator.shoebox.predict import predict_reflections
-from integrator.shoebox.run import is_full_set, run_extraction
-from integrator.types import Flag
+from braggflux.integrator.crystal.geometry import Scan
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import (
+    DialsFlag,
+    ReflectionTable,
+    read_experiments,
+    read_reflections,
+)
+from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.shoebox.background import mean_image
+from braggflux.integrator.shoebox.extent import SpotExtent
+from braggflux.integrator.shoebox.extraction import is_full_set, run_extraction
+from braggflux.integrator.shoebox.mask import MaskBit
+from braggflux.integrator.shoebox.predict import predict_reflections
+from braggflux.integrator.types import Flag
 
 pytestmark = pytest.mark.realdata
 N_FRAMES = 48

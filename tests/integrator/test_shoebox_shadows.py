@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from integrator.shoebox.shadows import (
+from braggflux.integrator.shoebox.shadows import (
     DOUBTFUL,
     TOUCHING,
     chance,

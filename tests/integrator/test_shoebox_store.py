@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from integrator.errors import UserError
-from integrator.io.shoebox_store import VERSION, BackgroundField, ShoeboxStore, writing_store
-from integrator.shoebox.dataset import ShoeboxDataset, split_by_image
-from integrator.shoebox.mask import MaskBit
-from integrator.types import Flag, ReflectionMetadata
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.shoebox_store import (
+    VERSION,
+    BackgroundField,
+    ShoeboxStore,
+    writing_store,
+)
+from braggflux.integrator.shoebox.dataset import ShoeboxDataset, split_by_image
+from braggflux.integrator.shoebox.mask import MaskBit
+from braggflux.integrator.types import Flag, ReflectionMetadata
 
 BOX = (3, 7, 5)
 N = 6000  # several chunks of the file

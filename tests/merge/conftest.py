@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from simulated_merge import Experiment, fit, simulate
 
-from merge.model.merger import Merger
+from braggflux.merge.engine.merger import Merger
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from simulated_intensities import CELL, D_MIN, SPACE_GROUP, simulated
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.falloff import settle_falloff
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.output import merged_rows, scaled_observations
-from merge.intensities.training import fit, start
-from merge.io.observations import make_unmerged
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.gauge import settle_falloff
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
+from braggflux.merge.problem import build_problem
 
 
 @pytest.mark.parametrize("wilson_b", [0.0, 12.0])

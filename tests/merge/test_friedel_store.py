@@ -8,13 +8,13 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.io.friedel_store import FriedelStore
-from merge.io.observations import UnmergedData, combine_friedel, make_unmerged
-from merge.io.reindexed_store import reindex_store
-from merge.io.reindexing import reindex
-from merge.io.unmerged_store import UnmergedStore, write_unmerged_store
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.observations import UnmergedData, combine_friedel, make_unmerged
+from braggflux.merge.io.reindexing import reindex
+from braggflux.merge.io.stores.friedel_store import FriedelStore
+from braggflux.merge.io.stores.reindexed_store import reindex_store
+from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
 
 CELL, GROUP = gemmi.UnitCell(40, 40, 60, 90, 90, 120), gemmi.SpaceGroup("P 63")
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 from simulated_merge import fit, simulate
 
-from integrator.distributions.shifted_poisson import ShiftedPoisson
-from integrator.errors import UserError
-from merge.config import MergeConfig
-from merge.model.amplitudes import merged_amplitudes
-from merge.model.likelihood import (
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
+from braggflux.integrator.errors import UserError
+from braggflux.merge.engine.amplitudes import merged_amplitudes
+from braggflux.merge.engine.config import MergeConfig
+from braggflux.merge.engine.likelihood import (
     GaussianLikelihood,
     PhotonCountLikelihood,
     observation_likelihood,
 )
-from pipelines.config import RunConfig
-from pipelines.schema import updated
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.config.schema import updated
 
 PLAIN = {"flicker": 0.0, "damage": 0.0, "absorption": 0.0}
 KINDS = ("photon-counts", "gaussian")

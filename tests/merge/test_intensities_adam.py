@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from merge.intensities.adam import Adam
+from braggflux.merge.fit.adam import Adam
 
 BETAS = (0.9, 0.95)
 

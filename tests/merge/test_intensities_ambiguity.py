@@ -7,22 +7,21 @@ import pytest
 import torch
 from simulated_unmerged import toy_model
 
-from fixtures.stills import StillsExperiment, StillsSettings
-from integrator.crystal.ambiguity import indexing_operators
-from integrator.errors import UserError
-from merge.intensities.ambiguity import (
+from braggflux.fixtures.stills import StillsExperiment, StillsSettings
+from braggflux.integrator.crystal.ambiguity import indexing_operators
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.held_out import split
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.indexing.refine import (
     image_log_likelihoods,
     reassigned,
     refined,
     seeded,
 )
-from merge.intensities.ambiguity_choice import with_choice
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.held_out import split
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.training import fit, start
-from merge.io.observations import make_unmerged
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.problem import build_problem
 
 HEXAGONAL = (50, 50, 60, 90, 90, 120)
 CONFIG = IntensityMergeConfig(stills=True, network_width=8, epochs=20)
@@ -161,7 +160,7 @@ def test_training_corrects_wrong_choices(small):
     choice = torch.as_tensor(small.truth).clone()
     wrong = torch.rand(len(choice), generator=torch.Generator().manual_seed(0)) < 0.2
     choice[wrong] = 1 - choice[wrong]
-    problem = with_choice(small.problem, choice, torch.ones(len(choice)))
+    problem = small.problem.with_choice(choice, torch.ones(len(choice)))
     merger = trained(small, problem, small.masks)
     problem = reassigned(merger, problem, small.masks)
     assert small.accuracy(problem.ambiguity.choice, whole=False) > 0.95
@@ -179,7 +178,7 @@ def test_an_image_has_little_say_in_its_own_favour(small, monkeypatch):
     """Random choices, trained: taking its own observations out takes most of the bias away."""
     generator = torch.Generator().manual_seed(1)
     choice = torch.randint(0, 2, (len(small.truth),), generator=generator)
-    problem = with_choice(small.problem, choice, torch.ones(len(choice)))
+    problem = small.problem.with_choice(choice, torch.ones(len(choice)))
     merger = trained(small, problem, small.masks, epochs=15)
 
     def preference():
@@ -188,7 +187,7 @@ def test_an_image_has_little_say_in_its_own_favour(small, monkeypatch):
         return float((score * sign).sum(1).mean())
 
     left_out = preference()
-    monkeypatch.setattr("merge.intensities.ambiguity.MAX_LEVERAGE", 0.0)
+    monkeypatch.setattr("braggflux.merge.indexing.refine.MAX_LEVERAGE", 0.0)
     assert abs(left_out) < 0.5 * preference()
 
 

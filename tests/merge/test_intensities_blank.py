@@ -8,14 +8,14 @@ import pytest
 import torch
 from scipy import stats
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.likelihood import IntensityLikelihood, NotTheSpot
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.output import merged_rows, scaled_observations
-from merge.intensities.training import adopt, fit, start
-from merge.io.observations import make_unmerged
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.training import adopt, fit, start
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
+from braggflux.merge.problem import build_problem
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

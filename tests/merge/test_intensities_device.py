@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.held_out import log_likelihoods, predict
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.row_filter import RowFilter
-from merge.intensities.row_newton import RowNewton
-from merge.intensities.row_problem import solve_rows
-from merge.intensities.row_sums import RowSums
-from merge.intensities.training import fit, pool_trees, start
-from merge.io.observations import make_unmerged
-from pipelines.device import choose_device
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.held_out import log_likelihoods, predict
+from braggflux.merge.fit.newton import RowNewton
+from braggflux.merge.fit.training import fit, pool_trees, start
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.problem import build_problem
+from braggflux.merge.stream.newton import RowFilter
+from braggflux.merge.stream.solve import solve_rows
+from braggflux.merge.stream.sums import RowSums
+from braggflux.pipelines.workspace.device import choose_device
 
 CELL = gemmi.UnitCell(30, 35, 40, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

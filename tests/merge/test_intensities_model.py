@@ -11,23 +11,23 @@ import torch
 from scipy import stats
 from simulated_intensities import CELL, SPACE_GROUP, simulated
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.distributions.nakagami import Nakagami
-from integrator.errors import UserError
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.correlation import GRID, best_line, bounded_scores
-from merge.intensities.held_out import split
-from merge.intensities.likelihood import IntensityLikelihood
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.networks import ImageEncoder
-from merge.intensities.output import merged_rows, scaled_observations
-from merge.intensities.pairing import paired_clusters
-from merge.intensities.prior import TreePrior
-from merge.intensities.training import fit, start
-from merge.intensities.tree_width import tree_width
-from merge.intensities.unique import UniqueRows, check_parents
-from merge.io.observations import make_unmerged
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.pairing import paired_clusters
+from braggflux.merge.fit.held_out import split
+from braggflux.merge.fit.held_out_correlation import GRID, best_line, bounded_scores
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.likelihood.student_t import IntensityLikelihood
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.posterior_width import tree_width
+from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
+from braggflux.merge.prior.double_wilson import TreePrior
+from braggflux.merge.problem import build_problem
+from braggflux.merge.rows import UniqueRows, check_parents
+from braggflux.merge.scale.networks import ImageEncoder
 
 
 @pytest.mark.parametrize("kind", ["scan", "stills", "paired"])

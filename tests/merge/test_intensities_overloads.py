@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from merge.intensities.overloads import MAX_SHARE, overload_level
+from braggflux.merge.data.overloads import MAX_SHARE, overload_level
 
 N = 20_000
 

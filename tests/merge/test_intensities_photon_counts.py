@@ -10,23 +10,23 @@ import pytest
 import torch
 from scipy import integrate
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.distributions.nakagami import Nakagami
-from integrator.distributions.shifted_poisson import ShiftedPoisson
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.likelihood import IntensityLikelihood
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.output import merged_rows, scaled_observations
-from merge.intensities.photon_counts import (
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.likelihood.photon_counts import (
     PHOTON_VARIANCE,
     as_deviance,
     counted_sigma,
     expected_sigma,
     skew_factor,
 )
-from merge.intensities.training import fit, start
-from merge.io.observations import make_unmerged
+from braggflux.merge.likelihood.student_t import IntensityLikelihood
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
+from braggflux.merge.problem import build_problem
 
 CELL, SPACE_GROUP = gemmi.UnitCell(40, 50, 60, 90, 90, 90), gemmi.SpaceGroup("P 21 21 21")
 

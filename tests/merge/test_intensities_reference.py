@@ -9,22 +9,22 @@ from helpers import robust_spread
 from scipy import stats
 from simulated_priors import crystal, observe, own_rows
 
-from integrator.distributions.nakagami import Nakagami
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.output import merged_rows, scaled_observations
-from merge.intensities.prior import TreePrior
-from merge.intensities.reference import ReferencePrior
-from merge.intensities.sigma_a import (
+from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.sigma_a import (
     SigmaA2,
     choose_sigma_a,
     estimate_sigma_a2,
     set_reference,
     smooth,
 )
-from merge.intensities.training import fit, start
-from merge.intensities.unique import UniqueRows
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
+from braggflux.merge.prior.double_wilson import TreePrior
+from braggflux.merge.prior.reference import ReferencePrior
+from braggflux.merge.problem import build_problem
+from braggflux.merge.rows import UniqueRows
 
 FAST = IntensityMergeConfig(network_width=0, epochs=40, batch_size=None, likelihood="normal")
 

@@ -9,25 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from fixtures.stills import stills
-from integrator.errors import UserError
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.output import scaled_observations, weighted_mean
-from merge.intensities.row_problem import solve_rows
-from merge.intensities.row_sums import RowSums
-from merge.intensities.stream import ObservationStream, joined
-from merge.intensities.stream_training import (
+from braggflux.fixtures.stills import stills
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
+from braggflux.merge.problem import build_problem
+from braggflux.merge.stream.batches import ObservationStream, joined
+from braggflux.merge.stream.solve import solve_rows
+from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.training import (
     all_batches,
     fit_stream,
     held_out_batches,
     look_at_all,
     predict_held_out,
 )
-from merge.intensities.training import fit, start
-from merge.io.unmerged_store import UnmergedStore, write_unmerged_store
-from pipelines.stills_store import as_unmerged
+from braggflux.pipelines.simulate.stills_store import as_unmerged
 
 D_MIN = 4.0
 CONFIG = IntensityMergeConfig(

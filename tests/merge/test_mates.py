@@ -9,12 +9,12 @@ import pytest
 import torch
 from simulated_intensities import CELL, D_MIN, SPACE_GROUP, simulated
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.mates import confirmed_log_ratio
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.training import fit, start
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.mates import confirmed_log_ratio
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.problem import build_problem
 
 CONFIG = IntensityMergeConfig(anomalous=True, network_width=8, epochs=20, held_out=0.0)
 

@@ -9,11 +9,11 @@ import torch
 from simulated_merge import simulate
 from simulated_priors import crystal, fitted, observe
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.crystal.symmetry import rotations
-from merge.intensities.config import IntensityMergeConfig
-from merge.model.anisotropy import B_SD, anisotropic_design, invariant_tensors
-from merge.model.prior import WilsonPrior
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.crystal.symmetry import rotations
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.prior.anisotropy import B_SD, anisotropic_design, invariant_tensors
+from braggflux.merge.prior.wilson import WilsonPrior
 
 CRYSTALS = [
     ("P 1", (40, 50, 60, 80, 95, 105), 5),

@@ -7,8 +7,8 @@ import pytest
 import torch
 from simulated_merge import fit, simulate
 
-from merge.model.fisher import fisher_parameters, fisher_step
-from merge.model.merger import grouped_median
+from braggflux.merge.engine.fisher import fisher_parameters, fisher_step
+from braggflux.merge.engine.merger import grouped_median
 
 
 def negative_elbo(merger, batch):

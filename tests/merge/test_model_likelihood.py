@@ -9,8 +9,8 @@ import torch
 from helpers import assert_within_se
 from scipy import integrate
 
-from integrator.distributions.shifted_poisson import ShiftedPoisson
-from merge.model.likelihood import PhotonCountLikelihood
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
+from braggflux.merge.engine.likelihood import PhotonCountLikelihood
 
 
 def observed(a, beta=20.0, t=1.0) -> ShiftedPoisson:

@@ -9,7 +9,7 @@ import torch
 from helpers import robust_spread
 from simulated_merge import fit, simulate
 
-from merge.model.amplitudes import merged_amplitudes
+from braggflux.merge.engine.amplitudes import merged_amplitudes
 
 PLAIN = {"flicker": 0.0, "damage": 0.0, "absorption": 0.0}
 

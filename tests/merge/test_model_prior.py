@@ -9,14 +9,14 @@ from helpers import assert_within_se
 from scipy import special
 from torch.distributions import kl_divergence
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.distributions.nakagami import Nakagami
-from merge.model.friedel import (
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.merge.prior.mate_correlation import (
     estimate_one_minus_r2,
     half_set_covariance,
     mean_half_set_covariance,
 )
-from merge.model.prior import DoubleWilsonPrior, WilsonPrior, hat_design
+from braggflux.merge.prior.wilson import DoubleWilsonPrior, WilsonPrior, hat_design
 
 
 def toy_wilson(n: int = 4000, n_knots: int = 12, seed: int = 0):

@@ -9,10 +9,10 @@ import torch
 from scipy import special
 from simulated_merge import DAMAGE, FRAME_WIDTH, simulate
 
-from merge.config import MergeConfig
-from merge.model.amplitudes import merged_amplitudes
-from merge.model.scale import ScaleModel
-from merge.model.scale_features import real_harmonics, scale_features
+from braggflux.merge.data.scale_features import real_harmonics, scale_features
+from braggflux.merge.engine.amplitudes import merged_amplitudes
+from braggflux.merge.engine.config import MergeConfig
+from braggflux.merge.scale.rotation import ScaleModel
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.io import mtz as mtz_io
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io import mtz as mtz_io
 
 CELL = gemmi.UnitCell(42.0, 42.0, 58.0, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")

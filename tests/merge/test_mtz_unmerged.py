@@ -14,9 +14,16 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Panel, Scan
-from integrator.errors import UserError
-from merge.io import mtz as mtz_io
+from braggflux.integrator.crystal.geometry import (
+    Beam,
+    Crystal,
+    Experiment,
+    Goniometer,
+    Panel,
+    Scan,
+)
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io import mtz as mtz_io
 
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 CELL = gemmi.UnitCell(42.0, 42.0, 58.0, 90, 90, 90)

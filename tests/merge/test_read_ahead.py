@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from merge.intensities.read_ahead import read_ahead
+from braggflux.merge.stream.prefetch import read_ahead
 
 
 def test_items_come_in_order_and_in_another_thread():

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.saved_scale import FILE_NAME, load_scale, save_scale
-from merge.intensities.training import fit, start, start_amplitudes
-from merge.io.observations import make_unmerged
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.training import fit, start, start_amplitudes
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.saved_scale import FILE_NAME, load_scale, save_scale
+from braggflux.merge.problem import build_problem
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

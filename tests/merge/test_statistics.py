@@ -13,10 +13,10 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge import statistics
-from merge.half_sets import (
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.output import statistics
+from braggflux.merge.output.half_sets import (
     HalfSet,
     Observations,
     half_sets,

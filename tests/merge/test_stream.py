@@ -8,10 +8,10 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.errors import UserError
-from merge.io import crystfel_stream
-from merge.io.crystfel_stream import iterate_crystals, read_stream, stream_chunks
-from merge.io.unmerged_data import read_unmerged
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats import crystfel_stream
+from braggflux.merge.io.formats.crystfel_stream import iterate_crystals, read_stream, stream_chunks
+from braggflux.merge.io.formats.unmerged_data import read_unmerged
 
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 

@@ -13,27 +13,27 @@ from scipy import special
 from scipy.spatial.transform import Rotation
 from simulated_merge import CELL, FRAME_WIDTH, SPACE_GROUP, simulate
 
-from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
-from merge.intensities.build import build_problem
-from merge.intensities.config import IntensityMergeConfig
-from merge.intensities.held_out import split
-from merge.intensities.merger import IntensityMerger
-from merge.intensities.saved_scale import load_scale, save_scale
-from merge.intensities.sweep_table import plain_sweep_table
-from merge.intensities.training import fit, start
-from merge.io import mtz as mtz_io
-from merge.io.mtz_observations import read_mtz
-from merge.io.observations import make_unmerged
-from merge.io.sweep_columns import (
+from braggflux.integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.sweeps import plain_sweep_table
+from braggflux.merge.fit.held_out import split
+from braggflux.merge.fit.training import fit, start
+from braggflux.merge.io import mtz as mtz_io
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.io.sweep_columns import (
     BEAMS,
     FRAME,
     SWEEP,
     SWEEP_COLUMNS,
     ZETA,
 )
-from merge.io.sweep_columns import (
+from braggflux.merge.io.sweep_columns import (
     FRAME_WIDTH as WIDTH,
 )
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.saved_scale import load_scale, save_scale
+from braggflux.merge.problem import build_problem
 
 ROCKING = 0.4  # frames, of the simulation
 

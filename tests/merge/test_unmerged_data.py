@@ -9,9 +9,9 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from integrator.errors import UserError
-from merge.io.unmerged_data import (
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.unmerged_data import (
     UnmergedData,
     check_one_crystal_form,
     combine_friedel,

@@ -10,10 +10,15 @@ import h5py
 import numpy as np
 import pytest
 
-from integrator.errors import UserError
-from merge.io.store_conversion import convert_to_store
-from merge.io.unmerged_data import UnmergedData, read_mtz, read_stream, read_unmerged
-from merge.io.unmerged_store import UnmergedStore, write_unmerged_store
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.formats.unmerged_data import (
+    UnmergedData,
+    read_mtz,
+    read_stream,
+    read_unmerged,
+)
+from braggflux.merge.io.stores.store_conversion import convert_to_store
+from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
 
 CELL = gemmi.UnitCell(79.0, 79.0, 38.0, 90, 90, 90)
 

@@ -10,9 +10,10 @@ import gemmi
 import numpy as np
 import pytest
 
-from integrator.errors import UserError
-from pipelines import anomalous, atomic_model
-from pipelines.difference_map import NoMapError, weighted_differences
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.maps import anomalous_peaks as anomalous
+from braggflux.pipelines.maps import atomic_model
+from braggflux.pipelines.maps.difference_map import NoMapError, weighted_differences
 
 CELL = gemmi.UnitCell(31.0, 37.0, 43.0, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

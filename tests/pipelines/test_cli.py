@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from integrator.errors import UserError
-from pipelines import cli, log
-from pipelines.commands import peaks, report
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines import cli
+from braggflux.pipelines.commands import peaks, report
+from braggflux.pipelines.workspace import log
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def _logging_as_before():
 
 
 def program(*argv: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipelines.cli", *argv]
+    command = [sys.executable, "-m", "braggflux.pipelines.cli", *argv]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, **options
     )
@@ -58,7 +59,7 @@ def test_help_and_version_in_a_new_process():
 
 def test_help_needs_nothing_heavy():
     code = (
-        "import sys\nfrom pipelines import cli\n"
+        "import sys\nfrom braggflux.pipelines import cli\n"
         "cli.build_parser().format_help()\n"
         "heavy = {'torch', 'gemmi', 'h5py', 'scipy', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)\n"
@@ -143,7 +144,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 def test_the_log_file_says_why_a_run_ended(monkeypatch, tmp_path, capsys):
     def fail(args):
         log.attach_file(tmp_path / "run.log")
-        logging.getLogger("pipelines.test").info("begun")
+        logging.getLogger("braggflux.pipelines.test").info("begun")
         raise UserError("the frames are empty")
 
     monkeypatch.setattr(report, "run", fail)
@@ -163,7 +164,8 @@ def one_line_after_messages(capsys) -> str:
 def test_a_reader_that_leaves_is_no_error(tmp_path):
     """`braggflux ... | head`: quiet, no traceback."""
     code = (
-        "import sys\nfrom pipelines import cli\nfrom pipelines.commands import report\n"
+        "import sys\nfrom braggflux.pipelines import cli\n"
+        "from braggflux.pipelines.commands import report\n"
         "def run(args):\n"
         "    for _ in range(100000): sys.stdout.write('x' * 80)\n"
         "report.run = run\nsys.exit(cli.main(['report', 'x']))\n"
@@ -213,7 +215,7 @@ def test_log_file_is_attached_once(tmp_path):
     log.attach_file(tmp_path / "run.log")
     log.attach_file(tmp_path / "run.log")
     try:
-        logging.getLogger("pipelines.test").warning("once")
+        logging.getLogger("braggflux.pipelines.test").warning("once")
         assert (tmp_path / "run.log").read_text().count("once") == 1
     finally:
         log.detach_files()

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from integrator.errors import UserError
-from integrator.io.dials import DialsFlag, ReflectionTable, write_reflections
-from integrator.types import Flag
-from pipelines import log
-from pipelines.anomalous import SitePeak
-from pipelines.compare import BOTH, OURS, compare, show
-from pipelines.compare_counts import PIXELS_PER_FRAME, neighbour_distance
-from pipelines.config import RunConfig
-from pipelines.matching import match_observations
-from pipelines.rundir import REFERENCE, RunDirectory, read_rows
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, write_reflections
+from braggflux.integrator.types import Flag
+from braggflux.pipelines.compare.counts import PIXELS_PER_FRAME, neighbour_distance
+from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.compare.run import BOTH, OURS, compare, show
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.maps.anomalous_peaks import SitePeak
+from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, read_rows
 
 
 @pytest.fixture
@@ -174,7 +174,9 @@ def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path, monk
     torch.save({"table": columns}, run.checkpoint(1))
     run.mark_latest(1)
     run.shoeboxes.touch()
-    monkeypatch.setattr("pipelines.compare_counts.ShoeboxStore.open", lambda _: Boxes(flags))
+    monkeypatch.setattr(
+        "braggflux.pipelines.compare.counts.ShoeboxStore.open", lambda _: Boxes(flags)
+    )
     truth = tmp_path / "true.npz"
     np.savez(truth, miller_index=table["miller_index"], xyz_px=table["xyzcal.px"], photons=photons)
     rows = compare(run, integrated=tmp_path / "dials.refl", true_counts=truth)

@@ -11,10 +11,15 @@ from typing import get_type_hints
 import pytest
 import yaml
 
-from integrator.errors import UserError
-from pipelines import schema
-from pipelines.config import REFERENCE_CONFIG, DialsConfig, RunConfig, reference_text
-from pipelines.flags import RUN_FLAGS, add_config_arguments, config_from_args
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
+from braggflux.pipelines.config.run import (
+    REFERENCE_CONFIG,
+    DialsConfig,
+    RunConfig,
+    reference_text,
+    schema,
+)
 
 
 def parse(*argv: str) -> RunConfig:

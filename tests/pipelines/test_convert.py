@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST, observed, write_mtz
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.io.mtz import read_merged_mtz
-from merge.io.unmerged_data import read_unmerged
-from pipelines import cli
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.pipelines import cli
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
 

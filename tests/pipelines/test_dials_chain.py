@@ -10,9 +10,9 @@ from pathlib import Path
 import hdf5plugin
 import pytest
 
-from integrator.errors import UserError
-from pipelines.config import DialsConfig
-from pipelines.dials_chain import DialsChain, StepError, last_message
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.config.run import DialsConfig
+from braggflux.pipelines.dials.chain import DialsChain, StepError, last_message
 
 OUTPUTS = {
     "import": "imported.expt",
@@ -187,7 +187,7 @@ def test_real_dials_on_two_sweeps(dials, shared, tmp_path):
         index_args=("detector.fix=all",),
     )
     expt, refl = DialsChain(tmp_path / "dials", config).geometry()
-    from integrator.io.dials import read_experiments, read_reflections
+    from braggflux.integrator.io.dials import read_experiments, read_reflections
 
     experiments = read_experiments(expt)
     assert len(experiments) == 2

@@ -6,10 +6,10 @@ import pytest
 import torch
 from simulated_joint import joint_problem
 
-from integrator.types import ShoeboxBatch
-from merge.model.amplitudes import merged_amplitudes
-from merge.model.merger import merge_batch, usable
-from pipelines.trainer import GRADIENT_CLIP
+from braggflux.integrator.types import ShoeboxBatch
+from braggflux.merge.engine.amplitudes import merged_amplitudes
+from braggflux.merge.engine.merger import merge_batch, usable
+from braggflux.pipelines.integration.trainer import GRADIENT_CLIP
 
 EPOCHS = 50
 

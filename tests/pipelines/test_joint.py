@@ -8,10 +8,10 @@ import tolerances
 import torch
 from simulated_joint import in_float64, joint_problem
 
-from integrator.model.integrator import IntegratorLoss
-from integrator.types import Flag
-from merge.types import MergeLoss
-from pipelines.joint import assemble_elbo
+from braggflux.integrator.model.integrator import IntegratorLoss
+from braggflux.integrator.types import Flag
+from braggflux.merge.engine.types import MergeLoss
+from braggflux.pipelines.integration.joint_model import assemble_elbo
 
 HANDOVERS = ("photon-counts", "gaussian")
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST, toy_model, write_mtz
 
-from fixtures.stills import StillsSettings, stills
-from integrator.crystal.symmetry import to_asu
-from merge.intensities import ambiguity_store
-from merge.io.mtz import read_merged_mtz
-from merge.io.reindexed_store import ReindexedStore
-from merge.io.unmerged_store import UnmergedStore
-from pipelines import cli
-from pipelines.stills_store import write_stills
+from braggflux.fixtures.stills import StillsSettings, stills
+from braggflux.integrator.crystal.symmetry import to_asu
+from braggflux.merge.indexing import stores as ambiguity_store
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.stores.reindexed_store import ReindexedStore
+from braggflux.merge.io.stores.unmerged_store import UnmergedStore
+from braggflux.pipelines import cli
+from braggflux.pipelines.simulate.stills_store import write_stills
 
 HEXAGONAL = (50, 50, 60, 90, 90, 120)
 FLIP = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1]])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import reciprocalspaceship as rs
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.io.mtz import read_merged_mtz
-from pipelines import cli
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.pipelines import cli
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")

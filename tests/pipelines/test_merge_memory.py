@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from simulated_unmerged import observed, write_mtz
 
-from fixtures.stills import stills
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from pipelines import cli
-from pipelines.stills_store import write_stills
+from braggflux.fixtures.stills import stills
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.pipelines import cli
+from braggflux.pipelines.simulate.stills_store import write_stills
 
-ROOT = Path(cli.__file__).parents[1]
+ROOT = Path(cli.__file__).resolve().parents[1]
 CELL, SPACE_GROUP = (40, 50, 60, 90, 90, 90), "P 21 21 21"
 FAST = ("--epochs", "2", "--d-min", "4.0", "--set", "network_width=8")
 #: scipy is for the pairs of datasets, h5py for stores, the rest for other commands.
@@ -28,8 +28,8 @@ UNUSED = {
 #: A new process, so that no other test has loaded them or used the memory.
 PROGRAM = """
 import json, resource, sys
-from pipelines import cli
-from pipelines.runtime import tune_process
+from braggflux.pipelines import cli
+from braggflux.pipelines.workspace.runtime import tune_process
 tune_process()
 import torch
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,19 +10,19 @@ import torch
 from simulated_merge import CELL, SPACE_GROUP, simulate
 from simulated_unmerged import FAST
 
-from integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
-from integrator.io.dials import write_experiments
-from integrator.io.intensity_file import (
+from braggflux.integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
+from braggflux.integrator.io.dials import write_experiments
+from braggflux.integrator.io.intensity_file import (
     is_intensity_file,
     read_experiment_records,
     write_intensities,
 )
-from integrator.types import Flag
-from merge.intensities.photon_counts import PHOTON_VARIANCE
-from merge.io.mtz import read_merged_mtz
-from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ZETA
-from pipelines import cli
-from pipelines.unmerged_photons import read_photon_table
+from braggflux.integrator.types import Flag
+from braggflux.merge.io.formats.photon_table import read_photon_table
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ZETA
+from braggflux.merge.likelihood.photon_counts import PHOTON_VARIANCE
+from braggflux.pipelines import cli
 
 RECORD = {
     "unit_cell": list(CELL.parameters),

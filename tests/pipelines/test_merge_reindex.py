@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST, observed, write_mtz
 
-from integrator.crystal.reciprocal_asu import ReciprocalAsu
-from merge.io.mtz import read_merged_mtz
-from pipelines import cli
-from pipelines.reindexing import parse_reindex
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.pipelines import cli
+from braggflux.pipelines.inputs.reindexing import parse_reindex
 
 P63 = {"cell": (40, 40, 50, 90, 90, 120), "space_group": "P 63"}
 

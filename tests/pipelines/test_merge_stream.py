@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from simulated_unmerged import write_mtz
 
-from fixtures.stills import stills
-from merge.io.mtz import read_merged_mtz
-from pipelines import cli
-from pipelines.stills_store import write_stills
+from braggflux.fixtures.stills import stills
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.pipelines import cli
+from braggflux.pipelines.simulate.stills_store import write_stills
 
 OPTIONS = ("--stills", "--anomalous", "--d-min", "4.0", "--epochs", "20", "--batch-size", "2000")
 SMALL = ("--set", "network_width=8", "--set", "stream_training=60000")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from simulated_unmerged import toy_model
 
-from fixtures.stills import stills
-from integrator.crystal.symmetry import is_centric, to_asu
-from merge.io.mtz import read_merged_mtz
-from merge.io.unmerged_store import write_unmerged_store
-from pipelines import cli
-from pipelines.stills_store import as_unmerged
+from braggflux.fixtures.stills import stills
+from braggflux.integrator.crystal.symmetry import is_centric, to_asu
+from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.stores.unmerged_store import write_unmerged_store
+from braggflux.pipelines import cli
+from braggflux.pipelines.simulate.stills_store import as_unmerged
 
 OPTIONS = ("--stills", "--d-min", "4.0", "--epochs", "20", "--batch-size", "2000")
 SMALL = ("--set", "network_width=8", "--set", "stream_training=60000")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from integrator.errors import UserError
-from pipelines import cli, outputs
-from pipelines.rundir import RunDirectory
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines import cli
+from braggflux.pipelines.workspace import outputs
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import gemmi
 import pytest
 
-from fixtures.simulate import SimulatedFiles, simulate
-from integrator.io.shoebox_store import ShoeboxStore
-from pipelines import cli
-from pipelines.rundir import RunDirectory
+from braggflux.fixtures.simulate import SimulatedFiles, simulate
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.pipelines import cli
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 STEPS = {
     "import": "touch imported.expt",

@@ -9,15 +9,15 @@ import re
 import numpy as np
 import pytest
 
-from merge.statistics import write_statistics_csv
-from pipelines import log
-from pipelines.anomalous import SitePeak
-from pipelines.config import RunConfig
-from pipelines.report import terminal
-from pipelines.report.epochs import published_table, show_peaks
-from pipelines.report.html import write_report
-from pipelines.report.terminal import peaks_table, plain_table
-from pipelines.rundir import RunDirectory, read_rows
+from braggflux.merge.output.statistics import write_statistics_csv
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.maps.anomalous_peaks import SitePeak
+from braggflux.pipelines.report import terminal
+from braggflux.pipelines.report.epochs import published_table, show_peaks
+from braggflux.pipelines.report.html import write_report
+from braggflux.pipelines.report.terminal import peaks_table, plain_table
+from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.rundir import RunDirectory, read_rows
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import json
 import pytest
 import yaml
 
-from integrator.errors import UserError
-from pipelines import log, schema
-from pipelines.anomalous import SitePeak
-from pipelines.config import RunConfig
-from pipelines.rundir import RunDirectory
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.config.run import RunConfig, schema
+from braggflux.pipelines.maps.anomalous_peaks import SitePeak
+from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 
 @pytest.fixture(autouse=True)

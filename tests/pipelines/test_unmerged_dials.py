@@ -14,17 +14,17 @@ import pytest
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
-from integrator.errors import UserError
-from integrator.io.dials import (
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.dials import (
     DialsFlag,
     ReflectionTable,
     read_experiments,
     read_reflections,
     write_reflections,
 )
-from merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP
-from merge.io.unmerged_data import combine_friedel, read_mtz, read_unmerged
-from pipelines.unmerged_dials import read_dials, read_inputs
+from braggflux.merge.io.formats.dials import read_dials, read_inputs
+from braggflux.merge.io.formats.unmerged_data import combine_friedel, read_mtz, read_unmerged
+from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 

@@ -8,11 +8,11 @@ import tolerances
 import torch
 from simulated_merge import SPACE_GROUP, simulate
 
-from integrator.crystal import symmetry
-from integrator.distributions.nakagami import Nakagami
-from integrator.distributions.shifted_poisson import ShiftedPoisson
-from merge.model.amplitudes import merged_amplitudes
-from merge.model.likelihood import PhotonCountLikelihood
+from braggflux.integrator.crystal import symmetry
+from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
+from braggflux.merge.engine.amplitudes import merged_amplitudes
+from braggflux.merge.engine.likelihood import PhotonCountLikelihood
 
 
 @pytest.fixture(scope="module")

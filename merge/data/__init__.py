@@ -1,0 +1,1 @@
+"""Tables of observations and what is known of each before a model sees it."""

@@ -1,0 +1,243 @@
+"""Observations of all datasets in one sorted table, and batches of whole images from it.
+
+An observation is the sum of its *terms*: the harmonics that fall on one spot in a polychromatic
+beam, a single one otherwise. Observations are sorted by *unit* (an image, or the images that
+several datasets recorded together) and within a unit by cluster, so that a batch of images is
+a few contiguous pieces and no loop runs over reflections or images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from braggflux.integrator.types import TensorRecord
+from braggflux.merge.data.feature_scaling import Standard
+from braggflux.merge.data.sweeps import SweepTable
+
+MIN_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Observations(TensorRecord):
+    """Measured intensities, (N,) each.
+
+    Parameters
+    ----------
+    intensity, sigma : Tensor
+        In units of the table's ``unit_intensity``.
+    image : Tensor, int64
+        Counted through all datasets.
+    dataset, unit, cluster : Tensor, int64
+        ``cluster``: observations with an error in common; not decreasing along the table.
+    is_used : Tensor, bool
+        Enters the likelihood; others are held out.
+    is_seen : Tensor, bool
+        The image encoder may look at it.
+    signal : Tensor, (N, 2) float32
+        What the encoder sees of the intensity.
+    photon_variance : Tensor or None
+        Of photon counts: see :mod:`braggflux.merge.likelihood.photon_counts`.
+    """
+
+    intensity: Tensor
+    sigma: Tensor
+    image: Tensor
+    dataset: Tensor
+    unit: Tensor
+    cluster: Tensor
+    is_used: Tensor
+    is_seen: Tensor
+    signal: Tensor
+    photon_variance: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Terms(TensorRecord):
+    """Harmonics of the observations, (T,) each, in the order of the observations.
+
+    Parameters
+    ----------
+    observation : Tensor, int64
+        Row of :class:`Observations`.
+    row : Tensor, int64
+        Unique reflection.
+    base_log_scale : Tensor
+        What is known of the log-scale before anything is learned.
+    inv_d2 : Tensor
+        [1/A^2]
+    wavelength : Tensor
+        [A]; 0 where there is none.
+    ewald_offset : Tensor
+        [1/A], in units of its standard deviation; 0 where there is none.
+    features : Tensor, (T, m) float32
+        Metadata, each about within [-2, 2].
+    """
+
+    observation: Tensor
+    row: Tensor
+    base_log_scale: Tensor
+    inv_d2: Tensor
+    wavelength: Tensor
+    ewald_offset: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some units of a table, with local numbers.
+
+    ``rows`` are those of the observations in the table. ``terms.observation``, ``image`` and
+    ``cluster`` count from 0 within the batch; ``cluster`` and ``observation_of_term`` are None
+    where every observation is alone in its cluster, or has one term.
+    """
+
+    observations: Observations
+    terms: Terms
+    rows: Tensor
+    image: Tensor
+    n_images: int
+    cluster: Tensor | None
+    observation_of_term: Tensor | None
+    share: float
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy to a device."""
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor | TensorRecord)
+        }
+        return replace(self, **moved)
+
+    @property
+    def first_rows(self) -> Tensor:
+        """Unique reflection of the index that the file gives, (N,)."""
+        return self.of_first_terms(self.terms.row)
+
+    def of_first_terms(self, values: Tensor) -> Tensor:
+        """Select each observation's first term, that of the file's index: (T, ...) to (N, ...)."""
+        if self.observation_of_term is None:
+            return values
+        first = torch.ones_like(self.terms.observation, dtype=torch.bool)
+        first[1:] = self.terms.observation.diff() > 0
+        return values[first]
+
+
+@dataclass(frozen=True)
+class ObservationTable:
+    """All observations.
+
+    Parameters
+    ----------
+    observations : Observations
+    terms : Terms
+    first_observation, first_term : Tensor, (U + 1,) int64
+        Where each unit starts.
+    images_of_dataset : tuple of int
+        Of each dataset, of a group (:mod:`braggflux.merge.data.grouping`) of each member.
+    unit_intensity : float
+        Intensities of the files are divided by it.
+    feature_names : tuple of str
+    standard : Standard
+    sweeps : SweepTable or None
+        Of rotation data with a physical scale.
+    """
+
+    observations: Observations
+    terms: Terms
+    first_observation: Tensor
+    first_term: Tensor
+    images_of_dataset: tuple[int, ...]
+    unit_intensity: float
+    feature_names: tuple[str, ...]
+    standard: Standard
+    sweeps: SweepTable | None = None
+
+    @property
+    def n_units(self) -> int:
+        """Number of units."""
+        return len(self.first_observation) - 1
+
+    @property
+    def has_clusters(self) -> bool:
+        """Some observations share a cluster."""
+        cluster = self.observations.cluster
+        return bool(len(cluster)) and int(cluster[-1]) + 1 < len(cluster)
+
+    @property
+    def has_harmonics(self) -> bool:
+        """Some observations have several terms."""
+        return len(self.terms) > len(self.observations)
+
+    def everything(self) -> Batch:
+        """Return the whole table as one batch."""
+        n, device = len(self.observations), self.first_observation.device
+        return self._batch(self.observations, self.terms, torch.arange(n, device=device))
+
+    def batch(self, units: Tensor) -> Batch:
+        """Batch of the given units, (U',), each once."""
+        units = units.to(self.first_observation.device).sort().values
+        rows = _ranges(self.first_observation, units)
+        term_rows = _ranges(self.first_term, units)
+        terms = self.terms[term_rows]
+        position = torch.searchsorted(rows, terms.observation)
+        values = {f.name: getattr(terms, f.name) for f in fields(Terms)}
+        terms = Terms(**values | {"observation": position})
+        return self._batch(self.observations[rows], terms, rows)
+
+    def unit_batches(self, batch_size: int | None, generator: torch.Generator) -> list[Tensor]:
+        """Random units of at most about ``batch_size`` observations each; every unit once.
+
+        At least ``MIN_BATCHES`` of them: a pass over few data must not be a single step.
+        """
+        order = torch.randperm(self.n_units, generator=generator)
+        n_obs = len(self.observations)
+        n_batches = 1 if batch_size is None else max(MIN_BATCHES, round(n_obs / batch_size))
+        return list(torch.tensor_split(order, min(n_batches, self.n_units)))
+
+    def to(self, device: torch.device | str) -> ObservationTable:
+        """Copy to a device."""
+        names = ("observations", "terms", "first_observation", "first_term")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def with_masks(self, is_used: Tensor, is_seen: Tensor) -> ObservationTable:
+        """Copy with other held-out observations."""
+        values = {f.name: getattr(self.observations, f.name) for f in fields(Observations)}
+        values |= {"is_used": is_used, "is_seen": is_seen}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ObservationTable(**own | {"observations": Observations(**values)})
+
+    def with_rows(self, row: Tensor, log_ratio: Tensor) -> ObservationTable:
+        """Copy whose terms are of other unique reflections, times a known factor, (T,) each."""
+        values = {f.name: getattr(self.terms, f.name) for f in fields(Terms)}
+        values |= {"row": row, "base_log_scale": self.terms.base_log_scale + log_ratio}
+        return replace(self, terms=Terms(**values))
+
+    def _batch(self, observations: Observations, terms: Terms, rows: Tensor) -> Batch:
+        images, image = torch.unique(observations.image, return_inverse=True)
+        cluster = None
+        if self.has_clusters:
+            cluster = torch.zeros_like(observations.cluster)
+            cluster[1:] = (observations.cluster.diff() != 0).cumsum(0)
+        n_used = int(observations.is_used.sum())
+        return Batch(
+            observations,
+            terms,
+            rows,
+            image,
+            len(images),
+            cluster,
+            terms.observation if self.has_harmonics else None,
+            n_used / max(int(self.observations.is_used.sum()), 1),
+        )
+
+
+def _ranges(first: Tensor, chosen: Tensor) -> Tensor:
+    """Rows ``first[c] .. first[c + 1] - 1`` of every chosen c, one after the other."""
+    start, count = first[chosen], first[chosen + 1] - first[chosen]
+    before = count.cumsum(0) - count
+    position = torch.arange(int(count.sum()), device=first.device)
+    return position + torch.repeat_interleave(start - before, count)

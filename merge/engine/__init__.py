@@ -1,0 +1,1 @@
+"""The merging model of joint runs, until both share one."""

@@ -1,0 +1,1 @@
+"""Starts, steps and choices of a fit in memory."""

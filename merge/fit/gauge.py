@@ -1,0 +1,70 @@
+r"""Which falloff with resolution belongs to the amplitudes, and which to the scale.
+
+K F^2 stays the same when F^2 is multiplied and K divided by any function of resolution, so no data
+tell the two apart: it takes knowledge of K. What is known depends on the experiment.
+
+* Rotation: K is Lorentz and polarization, which were divided out, and relative B; the falloff is
+  that of the amplitudes.
+* Stills: a reflection whose lattice point lies on the Ewald sphere is fully in reflection at any
+  resolution. K there does not depend on resolution; away from the sphere it does, because the
+  points grow with their distance from the origin (mosaic spread, divergence).
+* Laue: spectrum, Lorentz factor and detector fall off with the crystal. Nothing is known, K keeps
+  it all and F is in units of sqrt(Sigma(d)).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.prior.wilson import hat_design
+
+
+@torch.no_grad()
+def settle_falloff(
+    merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
+) -> None:
+    """Move falloff between scale and amplitudes; nothing else changes.
+
+    Parameters
+    ----------
+    merger : IntensityMerger
+        After its fit.
+    table : ObservationTable
+    config : IntensityMergeConfig
+    """
+    kind = config.falloff
+    if kind == "auto":
+        kind = "scale" if config.laue else "sphere"
+    if kind == "scale":
+        wilson = merger.prior.wilson
+        _move(merger, wilson.log_sigma + 0.5 * config.wilson_b * wilson.knots)
+    elif kind == "sphere" and merger.scale.log_width is not None:
+        _move(merger, -_scale_on_the_sphere(merger, table))
+
+
+def _move(merger: IntensityMerger, excess: Tensor) -> None:
+    """Give ``exp(excess)``, (n_knots,) and up to its mean, from Sigma and F^2 to K."""
+    wilson, scale = merger.prior.wilson, merger.scale
+    excess = excess - excess.mean()
+    scale.falloff_knots.copy_(wilson.knots)
+    scale.falloff += excess
+    merger.set_log_spread(merger.log_spread - wilson.design @ excess)
+    wilson.log_sigma -= excess
+
+
+def _scale_on_the_sphere(merger: IntensityMerger, table: ObservationTable) -> Tensor:
+    """Mean of log K at no distance from the sphere, at each knot of Sigma, (n_knots,).
+
+    Over the observations as they are otherwise, beside what is known of each image.
+    """
+    batch = table.everything()
+    log_scale = merger.scale.on_the_sphere(batch) - batch.terms.base_log_scale
+    design = hat_design(batch.terms.inv_d2, merger.prior.wilson.knots)
+    ridge = 1e-6 * len(design) * torch.eye(design.shape[1], dtype=design.dtype)
+    mean = log_scale.mean()
+    normal = design.T @ design + ridge.to(design.device)
+    return mean + torch.linalg.solve(normal, design.T @ (log_scale - mean))

@@ -1,0 +1,173 @@
+"""sigma_A of a model by resolution shell, from moments of the merged intensities.
+
+As for the correlation of Bijvoet mates (:mod:`braggflux.merge.prior.mate_correlation`), nothing is
+maximised over amplitudes that are free themselves: such a likelihood runs to perfect agreement.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
+from braggflux.merge.prior.reference import ReferencePrior
+
+logger = logging.getLogger(__name__)
+
+#: Least reflections for an estimate.
+MIN_REFLECTIONS = 30
+#: Change of sigma_A^2 from shell to shell, standard deviation: models get worse gradually.
+STEP = 0.1
+#: Standard errors that sigma_A^2 must stand above zero to be believed at all.
+N_ERRORS = 2.0
+MAX_SIGMA_A2 = 0.998
+N_ROUNDS = 20
+
+
+@torch.no_grad()
+def set_reference(
+    merger: IntensityMerger, table: ObservationTable, f_calc: Tensor
+) -> list[dict[str, float | None]]:
+    """Give the prior a model's amplitudes, (R,) or NaN, and choose sigma_A.
+
+    The used observations decide, with the scales as they are; see :func:`choose_sigma_a`.
+    """
+    scaled = scaled_observations(merger, table)
+    mean, sigma = weighted_mean(scaled, len(f_calc), table.observations.is_used)
+    unit = table.unit_intensity
+    return use_reference(merger, f_calc, mean / unit, sigma / unit)
+
+
+@torch.no_grad()
+def use_reference(
+    merger: IntensityMerger, f_calc: Tensor, intensity: Tensor, sigma: Tensor
+) -> list[dict[str, float | None]]:
+    """As :func:`set_reference`, from merged intensities in units of the table, (R,)."""
+    prior = merger.prior
+    prior.reference.set_model(f_calc, prior.wilson)
+    rows = choose_sigma_a(prior.reference, intensity, sigma, prior.spread())
+    shells = " ".join(f"{r['sigma_a']:.3f}" for r in rows)
+    logger.info("sigma_A by shell, low to high resolution: %s", shells)
+    return rows
+
+
+@dataclass(frozen=True)
+class SigmaA2:
+    """Estimate of sigma_A^2 and its standard error, before it is judged."""
+
+    value: float
+    error: float
+    n_reflections: int
+
+    @property
+    def believed(self) -> float:
+        """The value, 0 where it does not stand out of its error.
+
+        The prior's variance 1 - sigma_A^2 is never taken for smaller than what is known of it.
+        """
+        if self.value < N_ERRORS * self.error or not math.isfinite(self.error):
+            return 0.0
+        return max(0.0, 1 - math.hypot(max(1 - self.value, 1 - MAX_SIGMA_A2), self.error))
+
+
+@torch.no_grad()
+def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tensor) -> SigmaA2:
+    """sigma_A^2 from the regression of measured on calculated normalised intensities.
+
+    The mean of E^2 given E_calc^2 is (1 - sigma_A^2) + sigma_A^2 E_calc^2: intercept a and slope b
+    give sigma_A^2 = b / (a + b) whatever the scale. Noise of the measurement is independent of the
+    model: it enters the weights only, so that wrong sigmas cost precision and no bias, and nothing
+    is maximised that could run to 1. Weights are the inverse variances
+
+        noise^2 + c ((1 - s)^2 + 2 s (1 - s) E_calc^2),    c = 1 acentric, 2 centric, s = sigma_A^2
+
+    of the present estimate: weak E_calc tell most of 1 - s.
+
+    Parameters
+    ----------
+    z, noise, z_calc : Tensor, (M,)
+        Prior-free I / (epsilon Sigma), its standard deviation, and E_calc^2.
+    is_centric : Tensor, (M,) bool
+    """
+    n, s = len(z), 0.5
+    if n < MIN_REFLECTIONS:
+        return SigmaA2(0.0, math.inf, n)
+    c = torch.where(is_centric, 2.0, 1.0)
+    x = torch.stack([torch.ones_like(z_calc), z_calc], -1)
+    for _ in range(N_ROUNDS):
+        variance = c * ((1 - s) ** 2 + 2 * s * (1 - s) * z_calc) + noise**2
+        covariance = torch.linalg.inv((x / variance[:, None]).T @ x)
+        a, b = (covariance @ (x.T @ (z / variance))).tolist()
+        s = min(max(b / (a + b), 0.0), 0.99) if a + b > 0 else 0.0
+    if a + b <= 0:
+        return SigmaA2(0.0, math.inf, n)
+    chi2 = float((((z - x @ x.new_tensor([a, b])) ** 2) / variance).sum()) / (n - 2)
+    slope = x.new_tensor([-b, a]) / (a + b) ** 2
+    # Bijvoet mates share E_calc and nearly E: together they tell little more than one of them
+    n_copies = n / len(torch.unique(z_calc.float()))
+    error = float((slope @ covariance @ slope).sqrt()) * math.sqrt(max(chi2, 1.0) * n_copies)
+    return SigmaA2(b / (a + b), error, n)
+
+
+@torch.no_grad()
+def choose_sigma_a(
+    reference: ReferencePrior, intensity: Tensor, sigma: Tensor, spread: Tensor
+) -> list[dict[str, float | None]]:
+    """Set sigma_A^2 of each shell from merged intensities; returns what was found.
+
+    Parameters
+    ----------
+    reference : ReferencePrior
+        With a model.
+    intensity, sigma : Tensor, (R,)
+        Inverse-variance means free of any prior; NaN where not observed.
+    spread : Tensor, (R,)
+        epsilon Sigma on the same scale.
+    """
+    usable = torch.isfinite(intensity) & torch.isfinite(sigma) & ~reference.e_calc.isnan()
+
+    def estimate(chosen: Tensor) -> SigmaA2:
+        return estimate_sigma_a2(
+            intensity[chosen] / spread[chosen],
+            sigma[chosen] / spread[chosen],
+            reference.e_calc[chosen] ** 2,
+            reference.is_centric[chosen],
+        )
+
+    n_shells = len(reference.sigma_a2)
+    found = [estimate(usable & (reference.shell == k)) for k in range(n_shells)]
+    for k, smoothed in enumerate(smooth(found)):
+        reference.sigma_a2[k] = smoothed.believed
+    return [
+        {
+            "shell": k,
+            "n_reflections": own.n_reflections,
+            "sigma_a2": own.value if math.isfinite(own.error) else None,
+            "error": own.error if math.isfinite(own.error) else None,
+            "sigma_a": math.sqrt(float(reference.sigma_a2[k])),
+        }
+        for k, own in enumerate(found)
+    ]
+
+
+def smooth(shells: Sequence[SigmaA2]) -> list[SigmaA2]:
+    """Best values of a random walk of step :data:`STEP` through the shells' estimates.
+
+    A poor estimate leans on its neighbours, a good one stays.
+    """
+    weight = torch.tensor([s.error**-2 for s in shells], dtype=torch.float64)
+    if not (weight > 0).any():
+        return list(shells)
+    value = torch.tensor([s.value for s in shells], dtype=torch.float64)
+    step = torch.eye(len(shells), dtype=torch.float64).diff(dim=0)
+    covariance = torch.linalg.inv(weight.diag() + step.T @ step / STEP**2)
+    value, error = covariance @ (weight * value), covariance.diag().sqrt()
+    pairs = zip(shells, value.tolist(), error.tolist(), strict=True)
+    return [SigmaA2(v, e, s.n_reflections) for s, v, e in pairs]

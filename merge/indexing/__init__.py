@@ -1,0 +1,1 @@
+"""Indexing ambiguity: operators, choice image by image, doubts about the symmetry."""

@@ -1,1 +1,0 @@
-"""Merging of measured intensities (I, sigma) from any program: rotation, Laue, stills."""

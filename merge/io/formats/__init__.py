@@ -1,0 +1,1 @@
+"""Unmerged reflections of other programs, one module for each format."""

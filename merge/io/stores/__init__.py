@@ -1,0 +1,1 @@
+"""Unmerged observations in HDF5 stores, read image by image."""

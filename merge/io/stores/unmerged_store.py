@@ -1,0 +1,225 @@
+"""Unmerged observations on disk, sorted by image, for data larger than memory.
+
+One HDF5 file: columns of float32 (indices int16), uncompressed, in chunks of whole rows, and the
+first row of every image. Writing and reading hold one block of images at a time; only the row
+numbers (8 bytes per image) are in memory as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gemmi
+import numpy as np
+from numpy.typing import NDArray
+
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.dataset_labels import DatasetLabels, DatasetNames
+from braggflux.merge.io.dataset_split import check_images, check_one_beam
+from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.stores.observation_store import ObservationStore
+
+if TYPE_CHECKING:
+    import h5py
+
+FORMAT, VERSION = "braggflux unmerged", 1
+SUFFIX = ".h5"
+_ROWS_PER_CHUNK = 1 << 16
+#: Chunks of fewer images do not show what their crystals have in common.
+MIN_IMAGES_OF_A_CELL = 20
+_LARGEST_INDEX = np.iinfo(np.int16).max
+
+
+def write_unmerged_store(
+    path: str | Path,
+    chunks: Iterable[UnmergedData],
+    *,
+    name: str | None = None,
+    space_group: gemmi.SpaceGroup | None = None,
+) -> None:
+    """Write the images of one chunk after the other.
+
+    Parameters
+    ----------
+    path : str or Path
+    chunks : iterable of UnmergedData
+        Each with images of its own, counted from 0, and all with the same columns. The cell of
+        the file is the mean of theirs, weighted by the number of images.
+    name : str, optional
+        Of the dataset, instead of that of the first chunk.
+    space_group : gemmi.SpaceGroup, optional
+        Instead of that of the first chunk.
+
+    Raises
+    ------
+    UserError
+        There are no observations, or the file cannot be written.
+    """
+    import h5py  # only here and below: 10 MiB that a merge of other files does without
+
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        starts, cells, weights = [0], [], []
+        pulses: list[NDArray[np.float64]] = []
+        first: UnmergedData | None = None
+        for chunk in chunks:
+            if not len(chunk):
+                continue
+            if first is None:
+                first = chunk.select(np.arange(0))
+                _create(file, chunk)
+            _append(file, chunk)
+            starts.extend((starts[-1] + chunk.image_starts[1:]).tolist())
+            cells.append(chunk.cell.parameters)
+            weights.append(chunk.n_images)
+            if chunk.wavelength is not None and not chunk.is_polychromatic:
+                pulses.append(chunk.wavelength[np.unique(chunk.image, return_index=True)[1]])
+        if first is None:
+            raise UserError(f"there are no observations to write to {path}; check the input")
+        file["image_starts"] = np.array(starts, dtype=np.int64)
+        if pulses:
+            check_one_beam(np.concatenate(pulses), first.name)
+        large = np.array(weights) >= MIN_IMAGES_OF_A_CELL
+        if large.any():  # the last few crystals may be odd
+            own = np.array(cells)[large]
+            check_images(own, first.name, "pieces")
+        file.attrs["cell"] = np.average(cells, axis=0, weights=weights)
+        file.attrs["space_group"] = (space_group or first.space_group).xhm()
+        file.attrs["name"] = name or first.name
+        file.attrs["has_lp_applied"] = first.has_lp_applied
+        _write_labels(file, first.labels)
+        file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+
+
+def _write_labels(file: h5py.File, labels: DatasetLabels) -> None:
+    file.attrs.update(labels.names._asdict() | {"title": labels.title})
+    if labels.wavelength is not None:
+        file.attrs["wavelength"] = labels.wavelength
+
+
+def _read_labels(file: h5py.File) -> DatasetLabels:
+    """Labels of a store; earlier stores have none."""
+    attributes = file.attrs
+    names = {key: str(attributes[key]) for key in DatasetNames._fields if key in attributes}
+    wavelength = attributes.get("wavelength")
+    return DatasetLabels(
+        DatasetNames(**names),
+        str(attributes.get("title", "")),
+        None if wavelength is None else float(wavelength),
+    )
+
+
+def _columns(data: UnmergedData) -> dict[str, NDArray]:
+    columns = {"miller_index": data.miller_index, "intensity": data.intensity}
+    columns["sigma"] = data.sigma
+    if data.wavelength is not None:
+        columns["wavelength"] = data.wavelength
+    return columns | {f"metadata/{name}": column for name, column in data.metadata.items()}
+
+
+def _create(file: h5py.File, data: UnmergedData) -> None:
+    for name, column in _columns(data).items():
+        file.create_dataset(
+            name,
+            shape=(0, *column.shape[1:]),
+            maxshape=(None, *column.shape[1:]),
+            chunks=(_ROWS_PER_CHUNK, *column.shape[1:]),
+            dtype=np.int16 if name == "miller_index" else np.float32,
+        )
+    file.require_group("metadata")
+
+
+def _append(file: h5py.File, data: UnmergedData) -> None:
+    if np.abs(data.miller_index).max() > _LARGEST_INDEX:
+        raise UserError(
+            f"{data.name} has a Miller index beyond {_LARGEST_INDEX}; such indices are damaged: "
+            "integrate again"
+        )
+    columns = _columns(data)
+    known = {"intensity", "miller_index", "sigma"} | ({"wavelength"} & file.keys())
+    known |= {f"metadata/{name}" for name in file["metadata"]}
+    if known != columns.keys():
+        raise ValueError(f"chunks differ in columns: {sorted(known ^ columns.keys())}")
+    for name, column in columns.items():
+        dataset = file[name]
+        n = len(dataset)
+        dataset.resize(n + len(column), axis=0)
+        dataset[n:] = column
+
+
+class UnmergedStore(ObservationStore):
+    """Read observations of an image range from disk.
+
+    Parameters
+    ----------
+    path : str or Path
+        As :func:`write_unmerged_store` writes it.
+
+    Raises
+    ------
+    UserError
+        The file is missing or not such a store.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import h5py
+
+        self.path = Path(path)
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise UserError(
+                f"cannot open {path} as HDF5 ({str(error).splitlines()[0]}); convert the "
+                "reflections again"
+            ) from error
+        attributes = self._file.attrs
+        kind = attributes.get("format"), attributes.get("version")
+        if kind != (FORMAT, VERSION):
+            self._file.close()
+            raise UserError(
+                f"{path} is not a store of unmerged reflections of version {VERSION}; give one "
+                "that was converted from unmerged reflections by this version"
+            )
+        self.cell = gemmi.UnitCell(*attributes["cell"])
+        self.space_group = gemmi.SpaceGroup(attributes["space_group"])
+        self.name = str(attributes["name"])
+        self.has_lp_applied = bool(attributes["has_lp_applied"])
+        self.labels = _read_labels(self._file)
+        self.image_starts: NDArray[np.int64] = self._file["image_starts"][()]
+        self.metadata_names = tuple(self._file["metadata"])
+        self.has_wavelength = "wavelength" in self._file
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def read(self, first: int = 0, last: int | None = None) -> UnmergedData:
+        """Read images as :meth:`ObservationStore.read`."""
+        last = self.n_images if last is None else last
+        if not 0 <= first <= last <= self.n_images:
+            raise IndexError(f"images {first} to {last} of {self.n_images}")
+        starts = self.image_starts[first : last + 1]
+        rows = slice(starts[0], starts[-1])
+
+        def column(name: str) -> NDArray[np.float64]:
+            return self._file[name][rows].astype(np.float64)
+
+        return UnmergedData(
+            miller_index=self._file["miller_index"][rows].astype(np.int32),
+            intensity=column("intensity"),
+            sigma=column("sigma"),
+            image=np.repeat(np.arange(last - first), np.diff(starts)),
+            wavelength=column("wavelength") if self.has_wavelength else None,
+            metadata={name: column(f"metadata/{name}") for name in self.metadata_names},
+            cell=self.cell,
+            space_group=self.space_group,
+            name=self.name,
+            has_lp_applied=self.has_lp_applied,
+            labels=self.labels,
+        )
+
+    def column(self, name: str, rows: slice) -> NDArray:
+        """Read some rows of a column as they are stored."""
+        return self._file[name][rows]

@@ -1,0 +1,1 @@
+"""Likelihood of a measurement given its expected intensity."""

@@ -1,0 +1,219 @@
+"""A fitted scale and error model in a file, and its use on other data.
+
+    light on the scale of dark:  braggflux merge light.mtz --freeze-scales dark/ ...
+    new images, known encoder:   braggflux merge new.stream --freeze-scales first_run/ --stills ...
+
+With the parameters go the settings that shape the model and the units of the metadata and of
+intensity (:class:`~braggflux.merge.data.feature_scaling.Standard`): without them reuse would be
+wrong and not look it. Scales of a scan belong to its images, so that the same number of datasets
+and images is asked for; stills have no parameters of single images and may be any number.
+"""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.feature_scaling import Standard
+from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.model.merger import IntensityMerger
+
+logger = logging.getLogger(__name__)
+
+FORMAT, VERSION = "braggflux scale model", 1
+FILE_NAME = "scale_model.pt"
+#: Modules that are saved.
+PARTS = ("scale", "likelihood")
+#: Of single images of stills: any other images have none.
+OF_STILLS = "scale.deviation"
+#: Settings that do not shape scales and error model: free to differ.
+FREE = {
+    *("anomalous", "d_min", "metadata", "overloads", "pairing", "photon_counts"),
+    *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities"),
+    *("prior", "correlation", "sigma", "n_correlation_shells", "n_reference_shells"),
+    *("anisotropic", "held_out", "epochs", "batch_size"),
+    *("stream_above", "stream_training", "learning_rate", "network_learning_rate"),
+    *("half_set_repeats", "seed", "device"),
+}
+
+
+@dataclass(frozen=True)
+class SavedScale:
+    """What the file holds.
+
+    Parameters
+    ----------
+    path : Path
+    settings : dict
+        Of :class:`IntensityMergeConfig`, without :data:`FREE`.
+    standard : Standard
+    images_of_dataset : tuple of int
+    error_units : dict
+        Attributes of the likelihood that are no parameters.
+    state : dict of str to Tensor
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    standard: Standard
+    images_of_dataset: tuple[int, ...]
+    error_units: dict[str, Any]
+    state: dict[str, Tensor]
+
+    def configured(self, config: IntensityMergeConfig) -> IntensityMergeConfig:
+        """Return ``config`` with the settings that shape the saved model.
+
+        Raises
+        ------
+        UserError
+            The saved model is for another kind of data.
+        """
+        for name in ("stills", "laue"):
+            saved, given = self.settings[name], getattr(config, name)
+            if saved != given:
+                raise UserError(
+                    f"{self.path} was fitted {'with' if saved else 'without'} --{name}; merge "
+                    f"{'with' if saved else 'without'} it, or leave --freeze-scales out"
+                )
+        known = {f.name: f.default for f in fields(config)}
+        saved = {k: v for k, v in self.settings.items() if k in known}
+        for name, value in saved.items():
+            given = getattr(config, name)
+            if given not in (value, known[name]):
+                logger.warning(
+                    "without effect: %s=%s (%s was fitted with %s)", name, given, self.path, value
+                )
+        return replace(config, **saved)
+
+    def check(self, table: ObservationTable) -> None:
+        """Make sure that scales of scans meet the images they were fitted to.
+
+        Raises
+        ------
+        UserError
+        """
+        images = table.images_of_dataset
+        if self.settings["stills"] or images == self.images_of_dataset:
+            return
+        raise UserError(
+            f"{self.path} was fitted to {_counts(self.images_of_dataset)} and these data have "
+            f"{_counts(images)}; scales of a scan belong to its images: give as many datasets "
+            "and images, or leave --freeze-scales out"
+        )
+
+    def load_into(self, merger: IntensityMerger) -> None:
+        """Set scales and error model.
+
+        Raises
+        ------
+        UserError
+            The parameters do not fit the data.
+        """
+        try:
+            for part in PARTS:
+                start = f"{part}."
+                state = {
+                    k.removeprefix(start): v for k, v in self.state.items() if k.startswith(start)
+                }
+                module = getattr(merger, part)
+                if "sweep.is_odd" in (own := module.state_dict()):  # earlier files lack it
+                    state = {"sweep.is_odd": own["sweep.is_odd"]} | state
+                if self.settings["stills"]:
+                    state = module.state_dict() | state
+                module.load_state_dict(state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self.path} does not fit these data or this version ({reason}); fit the scales "
+                "again, without --freeze-scales"
+            ) from error
+        if merger.scale.sweep is not None:
+            merger.scale.sweep.restore_centres()
+        for name, value in self.error_units.items():
+            setattr(merger.likelihood, name, value)
+
+
+def save_scale(
+    path: Path, merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
+) -> None:
+    """Write the scales and the error model of a merger.
+
+    Parameters
+    ----------
+    path : Path
+    merger : IntensityMerger
+    table : ObservationTable
+        That the merger was made for.
+    config : IntensityMergeConfig
+    """
+    state = {
+        f"{part}.{k}": v.detach().cpu()
+        for part in PARTS
+        for k, v in getattr(merger, part).state_dict().items()
+        if not (config.stills and f"{part}.{k}" == OF_STILLS)
+    }
+    likelihood = merger.likelihood
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": {k: v for k, v in asdict(config).items() if k not in FREE},
+        "standard": table.standard.mapping,
+        "images_of_dataset": list(table.images_of_dataset),
+        "error_units": {
+            "sigma_unit": likelihood.sigma_unit,
+            "has_common_error": likelihood.has_common_error,
+        },
+        "state": state,
+    }
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def scale_file(path: Path) -> Path:
+    """Find the file in the folder of a merge, or take it as given."""
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def load_scale(path: Path) -> SavedScale:
+    """Read a scale model: a file, or the folder of a merge.
+
+    Raises
+    ------
+    UserError
+    """
+    file = scale_file(path)
+    remedy = f"give the folder of an earlier merge or its {FILE_NAME}"
+    if not file.is_file():
+        raise UserError(f"--freeze-scales: {file} does not exist; {remedy}")
+    content: Any = None
+    if zipfile.is_zipfile(file):
+        try:
+            content = torch.load(file, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, EOFError) as error:
+            raise UserError(
+                f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}"
+            ) from error
+    kind = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
+    if kind != (FORMAT, VERSION):
+        raise UserError(f"{file} is not a scale model of version {VERSION}; {remedy}")
+    return SavedScale(
+        file,
+        content["settings"],
+        Standard.of(content["standard"]),
+        tuple(content["images_of_dataset"]),
+        content["error_units"],
+        content["state"],
+    )
+
+
+def _counts(images: tuple[int, ...]) -> str:
+    return f"{len(images)} dataset(s) of {', '.join(str(n) for n in images)} image(s)"

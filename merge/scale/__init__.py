@@ -1,0 +1,1 @@
+"""Scale of an observation: terms and networks."""

@@ -1,0 +1,1 @@
+"""Stills read batch by batch: data larger than memory."""

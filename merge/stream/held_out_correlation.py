@@ -1,0 +1,44 @@
+"""r of the double-Wilson prior for streamed data: chosen by held-out data, from sums of rows.
+
+As :mod:`braggflux.merge.fit.held_out_correlation` for data in memory; here each r costs a fit over
+the rows and a prediction of the carriers, not another pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from braggflux.merge.fit.held_out import observed_and_expected
+from braggflux.merge.fit.held_out_correlation import GRID, set_best
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.stream.batches import ObservationStream
+from braggflux.merge.stream.solve import solve_rows
+from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.training import held_out_batches
+
+
+def choose_from_sums(
+    merger: IntensityMerger, stream: ObservationStream, sums: RowSums
+) -> list[dict[str, float]]:
+    """Set r of every shell; returns the score of every r in every shell [nats].
+
+    Parameters
+    ----------
+    merger : IntensityMerger
+        With a coupled prior.
+    stream : ObservationStream
+    sums : RowSums
+        Without the held-out observations.
+    """
+    density = []
+    for r in GRID:
+        merger.prior.one_minus_r2.fill_(1 - r**2)
+        solve_rows(merger, sums)
+        parts, shell = [], []
+        for _, batch in held_out_batches(stream, merger):
+            chosen = batch.observations.is_used
+            values = torch.as_tensor(observed_and_expected(merger, batch)[2])
+            parts.append(values.to(merger.device)[chosen])
+            shell.append(merger.prior.shell[batch.terms.row[chosen]])
+        density.append(torch.cat(parts))
+    return set_best(merger, torch.stack(density), torch.cat(shell))

@@ -1,0 +1,1 @@
+"""Settings of the commands, their YAML and their flags."""

@@ -1,0 +1,186 @@
+"""Every option of a run, with its default and meaning.
+
+The dataclasses below, of ``braggflux.integrator.config`` and of ``braggflux.merge.engine.config``
+are the only place where an option is declared: YAML files, command-line flags, their help and
+``reference_full.yaml`` follow from them (``make reference-config`` rewrites that file after a
+change).
+
+Relative paths in a file or flag are relative to the current directory; a run directory's
+``config.yaml`` holds absolute ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal, Self
+
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.config import IntegratorConfig
+from braggflux.integrator.errors import UserError
+from braggflux.merge.engine.config import MergeConfig
+from braggflux.pipelines.config import schema
+
+REFERENCE_CONFIG = Path(__file__).parent / "reference_full.yaml"
+
+
+@dataclass(frozen=True)
+class DialsConfig:
+    """Geometry and reference by an installed DIALS (`braggflux process` only)."""
+
+    # Raw images: an HDF5 master, or all frames of one or more sweeps.
+    images: tuple[Path, ...] = ()
+    # Space group of the crystal, e.g. P43212; found by indexing when null.
+    space_group: str | None = None
+    # a, b, c [A], alpha, beta, gamma [deg]; found by indexing when null.
+    unit_cell: tuple[float, float, float, float, float, float] | None = None
+    # Processes; null takes every core.
+    nproc: int | None = None
+    # Integrate, scale and merge with DIALS too, to set its results beside ours.
+    has_reference: bool = True
+    # More PHIL parameters for dials.import.
+    import_args: tuple[schema.CommandLine, ...] = ()
+    # More PHIL parameters for dials.find_spots.
+    find_spots_args: tuple[schema.CommandLine, ...] = ()
+    # More PHIL parameters for dials.index.
+    index_args: tuple[schema.CommandLine, ...] = ()
+    # More PHIL parameters for dials.refine.
+    refine_args: tuple[schema.CommandLine, ...] = ()
+    # More PHIL parameters for dials.integrate.
+    integrate_args: tuple[schema.CommandLine, ...] = ()
+    # More PHIL parameters for dials.scale.
+    scale_args: tuple[schema.CommandLine, ...] = ()
+    # More PHIL parameters for dials.merge.
+    merge_args: tuple[schema.CommandLine, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.unit_cell and min(self.unit_cell) <= 0:
+            raise ValueError(f"`unit_cell` must be six positive numbers, got {self.unit_cell}")
+        _at_least(self, 1, "nproc")
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """Which reflections are cut out of the frames, and how large their boxes are."""
+
+    # High-resolution limit [A]; the detector's edge when null.
+    d_min: float | None = None
+    # Box in frames, slow and fast pixels, odd numbers; measured from strong spots when null.
+    box: tuple[int, int, int] | None = None
+    # Half-width of a measured box in standard deviations of the spot.
+    n_sigma: float = 4.0
+    # Leave out zingers, hot pixels and shadows that the frames' own mask does not know.
+    find_defects: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _positive(self, "d_min", "n_sigma")
+        if self.box and any(side < 1 or side % 2 == 0 for side in self.box):
+            raise ValueError(f"`box` must be three odd positive numbers, got {self.box}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimisation of the one objective."""
+
+    # joint: the merge's gradients reach the shoebox encoder; staged: integrate, then merge.
+    coupling: Literal["joint", "staged"] = "joint"
+    # Passes over all observations.
+    epochs: int = 6
+    # Observations in a step.
+    batch_size: int = 512
+    # Same seed, same result on the CPU.
+    seed: int = 0
+    # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
+    device: str = "auto"
+    # Epochs between checkpoints; the last epoch always has one.
+    checkpoint_every: int = 1
+
+    def __post_init__(self) -> None:
+        """Check ranges; whether a device is present is known at run time only."""
+        _at_least(self, 1, "epochs", "batch_size", "checkpoint_every")
+        _at_least(self, 0, "seed")
+        kind, _, index = self.device.partition(":")
+        if kind not in {"auto", "cpu", "cuda"} or (index and not index.isdigit()):
+            raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: what goes in, where it goes, and how."""
+
+    # DIALS experiments (.expt) with a refined crystal.
+    expt: Path | None = None
+    # DIALS reflections (.refl): refined, predicted or integrated.
+    refl: Path | None = None
+    # Model (PDB or mmCIF) for phases and sites of the anomalous map; no peaks without.
+    model: Path | None = None
+    # Merged MTZ of a conventional program, shown beside every epoch.
+    reference: Path | None = None
+    # Run directory; made by the run.
+    out: Path | None = None
+    dials: DialsConfig = field(default_factory=DialsConfig)
+    extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
+    integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a YAML or JSON file; keys left out keep their defaults."""
+        return schema.from_mapping(cls, schema.load_mapping(path))
+
+    def resolved(self) -> Self:
+        """Copy with absolute paths, so that it means the same from any directory."""
+        paths = {
+            f.name: value.absolute()
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Path)
+        }
+        images = tuple(path.absolute() for path in self.dials.images)
+        return replace(self, dials=replace(self.dials, images=images), **paths)
+
+    def input_files(self) -> dict[str, Path]:
+        """Files that the run reads, by what they are, those given only."""
+        named = {k: getattr(self, k) for k in ("expt", "refl", "model", "reference")}
+        images = {f"image {i + 1}": path for i, path in enumerate(self.dials.images)}
+        return {k: v for k, v in (named | images).items() if v is not None}
+
+    def require(self, *names: str) -> None:
+        """Raise :class:`UserError` unless the named paths are given and every file exists."""
+        for name in names:
+            if getattr(self, name) is None:
+                raise UserError(
+                    f"{name} is not given; put it on the command line or as `{name}:` in --config"
+                )
+        for what, path in self.input_files().items():
+            if not path.is_file():
+                problem = "is a folder, not a file" if path.is_dir() else "does not exist"
+                raise UserError(f"{what}: {path} {problem}")
+
+
+def reference_text() -> str:
+    """Every option with its default and meaning, as YAML."""
+    head = "# Every option of braggflux, with its default. Written by `make reference-config`.\n\n"
+    return head + schema.annotated_yaml(RunConfig())
+
+
+def write_reference_config() -> None:
+    """Rewrite ``reference_full.yaml`` from the defaults."""
+    with replacing(REFERENCE_CONFIG) as temporary:
+        temporary.write_text(reference_text(), encoding="utf-8")
+
+
+def _at_least(options: object, bound: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise ValueError(f"`{name}` must be at least {bound}, got {value}")
+
+
+def _positive(options: object, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"`{name}` must be positive, got {value}")

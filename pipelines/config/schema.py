@@ -1,0 +1,300 @@
+"""Frozen dataclasses as options: from YAML, JSON and flags, with checked types, and back.
+
+Works on any dataclass of plain fields and nested dataclasses; the comment above a field is its
+help. Types are checked here, ranges by the dataclass's own ``__post_init__`` (a ``ValueError``
+there becomes a one-line :class:`UserError` that names the section). Files are plain YAML, of which
+JSON is a subset; no object tags.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from braggflux.integrator.errors import UserError
+
+_TRUE, _FALSE, _NONE = {"true", "yes", "on"}, {"false", "no", "off"}, {"none", "null", ""}
+
+Options = TypeVar("Options")
+
+
+class CommandLine(str):
+    """Type of an option that is part of a command line: its commas and blanks are not ours."""
+
+
+def from_mapping(cls: type[Options], mapping: Any, section: str = "") -> Options:
+    """Build ``cls`` from nested plain values.
+
+    Raises
+    ------
+    UserError
+        A key does not exist, a value has the wrong type, or the class refuses a value.
+    """
+    if not isinstance(mapping, dict):
+        raise UserError(f"section {section} must be a mapping of key: value, got {mapping!r}")
+    hints = get_type_hints(cls)
+    names = [f.name for f in fields(cls)]
+    if unknown := sorted(str(key) for key in mapping if key not in names):
+        where = f" in section {section}" if section else ""
+        valid = ", ".join(names) if names else "none"
+        raise UserError(
+            f"unknown configuration key{where}: {', '.join(unknown)}; valid keys are {valid}"
+            f"{did_you_mean(unknown[0], names)}"
+        )
+    values = {}
+    for name, value in mapping.items():
+        key = f"{section}.{name}" if section else name
+        if is_dataclass(hints[name]):
+            values[name] = from_mapping(hints[name], {} if value is None else value, key)
+        else:
+            values[name] = coerce(value, hints[name], key)
+    try:
+        return cls(**values)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{section}: {error}" if section else str(error)) from error
+
+
+def to_mapping(options: Any) -> dict[str, Any]:
+    """Nested plain values, ready for YAML or JSON."""
+    return {f.name: _plain(getattr(options, f.name)) for f in fields(options)}
+
+
+def difference(options: Any, other: Any) -> dict[str, Any]:
+    """Entries of ``options`` that ``other`` has not: {dotted key: plain value}."""
+    mine, theirs = flatten(to_mapping(options)), flatten(to_mapping(other))
+    return {k: v for k, v in mine.items() if v != theirs[k]}
+
+
+def updated(options: Options, overrides: dict[str, Any]) -> Options:
+    """Copy with ``{"training.epochs": 3, ...}`` replaced, everything checked again."""
+    mapping = to_mapping(options)
+    valid = flatten(mapping)
+    for key, value in overrides.items():
+        if key not in valid:
+            raise UserError(
+                f"unknown configuration key: {key}"
+                + (did_you_mean(key, valid) or f"; valid keys are {', '.join(valid)}")
+            )
+        *parents, name = key.split(".")
+        node = mapping
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return from_mapping(type(options), mapping)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggest names like ``word``, by the last part of dotted ones too: "; did you mean ...?"."""
+    names = list(known)
+    last = {name: name.rpartition(".")[2] for name in names}
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.85)
+    if not near:
+        ends = difflib.get_close_matches(word.rpartition(".")[2], set(last.values()), cutoff=0.75)
+        near = [name for end in ends for name in names if last[name] == end][:3]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def annotated_yaml(options: Any) -> str:
+    """YAML text with each option's help and type as a comment."""
+    return "\n".join(_annotated_lines(options, 0)) + "\n"
+
+
+def find_option(cls: type, key: str) -> tuple[Any, str]:
+    """Type and help of a dotted key, e.g. ``training.epochs``."""
+    *parents, name = key.split(".")
+    for parent in parents:
+        cls = get_type_hints(cls)[parent]
+    return get_type_hints(cls)[name], field_help(cls)[name]
+
+
+@cache
+def field_help(cls: type) -> dict[str, str]:
+    """Comment above each field of a dataclass on one line; a group of fields shares one."""
+    lines = inspect.getsource(cls).splitlines()
+    body = ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body
+    first = {n.target.id: n.lineno for n in body if isinstance(n, ast.AnnAssign)}
+    texts, text = {}, ""
+    for name, line_number in first.items():
+        comment: list[str] = []
+        for line in reversed(lines[: line_number - 1]):
+            if not line.strip().startswith("#"):
+                break
+            comment.insert(0, line.strip().lstrip("# "))
+        texts[name] = text = " ".join(comment) or text
+    return texts
+
+
+def load_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of options into nested plain values."""
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"configuration {path} is not plain YAML or JSON: {reason}") from error
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise UserError(f"configuration {path} must be a mapping of key: value")
+    return mapping
+
+
+def flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> {dotted key: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """{dotted key: value} -> nested mapping."""
+    mapping: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, name = key.split(".")
+        node = mapping
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return mapping
+
+
+def coerce(value: Any, hint: Any, key: str) -> Any:
+    """Turn ``value`` (plain or text) into the declared type or raise :class:`UserError`."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _coerce_optional(value, hint, key)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise _wrong(key, value, hint)
+    if origin is tuple:
+        return _coerce_tuple(value, hint, key)
+    scalar = {bool: _to_bool, int: _to_int, float: _to_float, Path: _to_path}
+    try:
+        return scalar.get(hint, _to_str)(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _wrong(key, value, hint) from None
+
+
+def type_name(hint: Any) -> str:
+    """Words for a declared type: 'a number', 'one of joint, staged'."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        inner = " or ".join(type_name(a) for a in args if a is not types.NoneType)
+        return f"{inner}, or null"
+    if origin is Literal:
+        return f"one of {', '.join(str(a) for a in args)}"
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return f"a list, each entry {type_name(args[0])}"
+        return f"{len(args)} values, each {type_name(args[0])}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path"}
+    return names.get(hint, "text")
+
+
+def _coerce_optional(value: Any, hint: Any, key: str) -> Any:
+    if value is None or (isinstance(value, str) and value.lower() in _NONE):
+        return None
+    inner = [a for a in get_args(hint) if a is not types.NoneType]
+    try:
+        return coerce(value, inner[0], key)
+    except UserError:
+        raise _wrong(key, value, hint) from None
+
+
+def _coerce_tuple(value: Any, hint: Any, key: str) -> tuple:
+    args = get_args(hint)
+    if isinstance(value, str) and args[0] is CommandLine:
+        value = [value] if value.strip() else []
+    elif isinstance(value, str):
+        value = [part for part in value.replace(",", " ").split() if part]
+    if not isinstance(value, list | tuple):
+        raise _wrong(key, value, hint)
+    if args[-1] is Ellipsis:
+        args = (args[0],) * len(value)
+    if len(args) != len(value):
+        raise _wrong(key, value, hint)
+    try:
+        return tuple(coerce(v, a, key) for v, a in zip(value, args, strict=True))
+    except UserError:
+        raise _wrong(key, value, hint) from None
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).lower()
+    if text not in _TRUE | _FALSE:
+        raise ValueError
+    return text in _TRUE
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    # YAML 1.1 reads 1e-3 (no dot) as text, so text that is a number counts as one.
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, list | tuple | dict | bool) or value is None:
+        raise TypeError
+    return str(value)
+
+
+def _to_path(value: Any) -> Path:
+    if not isinstance(value, str | Path) or not str(value):
+        raise TypeError
+    return Path(value).expanduser()
+
+
+def _wrong(key: str, value: Any, hint: Any) -> UserError:
+    return UserError(f"{key} must be {type_name(hint)}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_mapping(value)
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _annotated_lines(options: Any, indent: int) -> list[str]:
+    pad, lines = "  " * indent, []
+    hints, texts = get_type_hints(type(options)), field_help(type(options))
+    for f in fields(options):
+        value = getattr(options, f.name)
+        if is_dataclass(value):
+            title = inspect.getdoc(type(value)).splitlines()[0]
+            lines += ["", f"{pad}# {title}", f"{pad}{f.name}:" + ("" if fields(value) else " {}")]
+            lines += _annotated_lines(value, indent + 1)
+            continue
+        text = yaml.safe_dump(_plain(value), default_flow_style=True, width=1000)
+        text = text.removesuffix("...\n").strip()
+        lines.append(f"{pad}# {texts[f.name]} [{type_name(hints[f.name])}]")
+        lines.append(f"{pad}{f.name}: {text}")
+    return lines

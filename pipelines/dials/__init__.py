@@ -1,0 +1,1 @@
+"""DIALS as subprocesses."""

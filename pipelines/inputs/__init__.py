@@ -1,0 +1,1 @@
+"""What a merge is given: files, groups, reindexing, repeated photons."""

@@ -1,0 +1,1 @@
+"""From frames to a trained integrator and merged amplitudes."""

@@ -1,0 +1,39 @@
+"""Shoeboxes of a run, from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from braggflux.integrator.io.dials import read_experiments, read_reflections
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.shoebox.extraction import run_extraction
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.workspace import log
+
+
+def extract(config: RunConfig, out: Path) -> ShoeboxStore:
+    """Cut the boxes that ``config`` asks for and write the store.
+
+    Parameters
+    ----------
+    config : RunConfig
+        ``expt``, ``refl`` and ``extraction`` are used.
+    out : Path
+        HDF5 file to write.
+
+    Returns
+    -------
+    ShoeboxStore
+        Opened for reading.
+    """
+    with log.progress("shoeboxes") as advance:
+        return run_extraction(
+            read_experiments(config.expt),
+            config.extraction.d_min,
+            out,
+            reflections=read_reflections(config.refl),
+            box=config.extraction.box,
+            n_sigma=config.extraction.n_sigma,
+            find_defects=config.extraction.find_defects,
+            progress=advance,
+        )

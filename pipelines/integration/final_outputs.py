@@ -1,0 +1,236 @@
+"""What is written at the end: integrated.refl, unmerged.mtz and shoeboxes for the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from braggflux.integrator.crystal.corrections import quantum_efficiency
+from braggflux.integrator.crystal.geometry import Experiment
+from braggflux.integrator.io.dials import (
+    DialsFlag,
+    ReflectionTable,
+    read_experiments,
+    to_array_index,
+    write_experiments,
+    write_reflections,
+)
+from braggflux.integrator.io.dials.sweeps import sweeps_of
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.types import Flag, IntensityTable
+from braggflux.merge.engine.amplitudes import relative_responsibility
+from braggflux.merge.io.mtz import UnmergedTable, write_unmerged_mtz
+from braggflux.pipelines.integration.spot_measures import SpotMeasures, measure_spots
+from braggflux.pipelines.integration.trainer import Trainer
+
+N_EXAMPLES = 12
+
+
+def integrated_reflections(
+    trainer: Trainer, table: IntensityTable, measured: SpotMeasures
+) -> ReflectionTable:
+    """Our observations as a DIALS table of integrated reflections.
+
+    ``intensity.prf`` is the maximum of the photon-count likelihood, of the whole spot, and
+    ``intensity.sum`` the plain sum of what the scan recorded of it: both raw photons, before L/P,
+    and free of any prior. ``xyzobs`` is where the photons fell. Rows that were not integrated
+    hold their prediction and zeros.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    table : IntensityTable
+    measured : SpotMeasures
+        Rows as in ``table``.
+
+    Returns
+    -------
+    ReflectionTable
+        Frames counted from the start of each scan.
+    """
+    store = trainer.problem.store
+    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
+    # variance expected at the estimate: an observed count of 0 is not known without error
+    variance = (table.intensity.clamp_min(0) + table.effective_background) / table.exposure
+    xyz, xyz_mm = table.xyz_px.double().numpy(), table.xyz_mm.double().numpy()
+    value = np.where(usable, table.intensity.double().numpy(), 0.0)
+    variance = np.where(usable, variance.double().numpy(), 0.0)
+    columns = {
+        "miller_index": table.miller_index.numpy().astype(np.int32),
+        "id": table.experiment.numpy().astype(np.int32),
+        "imageset_id": table.experiment.numpy().astype(np.int32),
+        "panel": table.panel.numpy().astype(np.uint64),
+        "entering": np.asarray(store.column("entering"), dtype=bool),
+        "s1": table.s1.double().numpy(),
+        "xyzcal.px": xyz,
+        "xyzcal.mm": xyz_mm,
+        "d": table.d.double().numpy(),
+        "bbox": _bounding_boxes(store),
+        "zeta": store.metadata().zeta.double().numpy(),
+        "lp": table.lp.double().numpy(),
+        "partiality": measured.partiality,
+        "partial_id": np.arange(len(table), dtype=np.uint64),
+        "intensity.prf.value": value,
+        "intensity.prf.variance": variance,
+        "profile.correlation": measured.correlation,
+        "flags": _dials_flags(table, value, variance),
+        **_centroid_columns(store, xyz, xyz_mm, measured),
+        **_sum_columns(store, table, measured),
+    }
+    # an empty one stops dials.scale, which gives identifiers where there are none
+    names = {i: e["identifier"] for i, e in enumerate(store.experiments) if e["identifier"]}
+    return ReflectionTable(columns, names)
+
+
+def _bounding_boxes(store: ShoeboxStore) -> np.ndarray:
+    """(N, 6) int32: fast, slow and frame ranges, half-open; frames that there are, as in DIALS."""
+    depth, height, width = store.box
+    metadata = store.metadata()
+    frame, slow, fast = metadata.corner.numpy().T
+    end = frame + depth * metadata.frames_per_layer.numpy()
+    n_images = np.array([e["n_images"] for e in store.experiments])[metadata.experiment.numpy()]
+    frames = [np.maximum(frame, 0), np.minimum(end, n_images)]
+    return np.stack([fast, fast + width, slow, slow + height, *frames], 1).astype(np.int32)
+
+
+def _centroid_columns(
+    store: ShoeboxStore, xyz: np.ndarray, xyz_mm: np.ndarray, measured: SpotMeasures
+) -> dict[str, np.ndarray]:
+    """Observed positions; the parallax is that of the predicted one."""
+    metadata = store.metadata()
+    to_mm = np.empty_like(xyz)
+    for number, experiment in enumerate(store.experiments):
+        rows = (metadata.experiment == number).numpy()
+        pixel = np.array(experiment["pixel_size_mm"])[metadata.panel.numpy()[rows]]
+        to_mm[rows, :2] = pixel
+        to_mm[rows, 2] = np.radians(experiment["oscillation_deg"][1])
+    is_measured = (measured.centroid_variance > 0).any(axis=1, keepdims=True)
+    in_mm = xyz_mm + (measured.centroid - xyz) * to_mm
+    return {
+        "xyzobs.px.value": measured.centroid,
+        "xyzobs.px.variance": measured.centroid_variance,
+        "xyzobs.mm.value": np.where(is_measured, in_mm, 0.0),
+        "xyzobs.mm.variance": measured.centroid_variance * to_mm**2,
+    }
+
+
+def _dials_flags(table: IntensityTable, value: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
+    flags = np.full(len(table), DialsFlag.PREDICTED, dtype=np.int64)
+    flags[usable] |= DialsFlag.INTEGRATED_SUM | DialsFlag.INTEGRATED_PRF
+    flags[~usable] |= DialsFlag.DONT_INTEGRATE
+    masked = (table.flags & (Flag.MASKED_CORE | Flag.PARTIAL_EDGE)).numpy() > 0
+    flags[masked] |= DialsFlag.FOREGROUND_INCLUDES_BAD_PIXELS
+    flags[usable & (value > 5 * np.sqrt(variance))] |= DialsFlag.STRONG | DialsFlag.INDEXED
+    return flags
+
+
+def _sum_columns(
+    store: ShoeboxStore, table: IntensityTable, measured: SpotMeasures
+) -> dict[str, np.ndarray]:
+    # the boxes' background is that of a layer
+    background = table.background / store.metadata().frames_per_layer
+    return {
+        "intensity.sum.value": measured.total,
+        "intensity.sum.variance": measured.variance,
+        "background.mean": background.double().numpy(),
+        "background.sum.value": measured.background,
+        "background.sum.variance": measured.background,
+        "num_pixels.valid": measured.n_valid.astype(np.int32),
+        "num_pixels.foreground": measured.n_core.astype(np.int32),
+        "num_pixels.background": measured.n_background.astype(np.int32),
+        "num_pixels.background_used": measured.n_background.astype(np.int32),
+    }
+
+
+def write_integrated(trainer: Trainer, path: Path, expt: Path) -> None:
+    """Write integrated.refl, and the integrated.expt that ``dials.scale`` takes with it.
+
+    Parameters
+    ----------
+    trainer : Trainer
+    path : Path
+        Of the table; the experiment list gets the suffix ``.expt``.
+    expt : Path
+        The run's; of it the sweeps that were integrated are written.
+    """
+    sweeps = sweeps_of(read_experiments(expt))
+    reflections = integrated_reflections(trainer, trainer.table, measure_spots(trainer))
+    reflections.columns["qe"] = sensor_efficiency(trainer.table, sweeps)
+    write_experiments(path.with_suffix(".expt"), sweeps, source=expt)
+    write_reflections(path, to_array_index(reflections, sweeps))
+
+
+def sensor_efficiency(table: IntensityTable, experiments: list[Experiment]) -> np.ndarray:
+    """DIALS column ``qe``: photons that the sensor absorbs, 1 where its thickness is unknown."""
+    efficiency = np.ones(len(table))
+    for number, experiment in enumerate(experiments):
+        for k, panel in enumerate(experiment.panels):
+            if panel.mu > 0 and panel.thickness > 0:
+                rows = ((table.experiment == number) & (table.panel == k)).numpy()
+                normal = np.cross(panel.fast_axis, panel.slow_axis)
+                s1 = table.s1[torch.as_tensor(rows)].double().numpy()
+                efficiency[rows] = quantum_efficiency(s1, normal, panel.mu, panel.thickness)
+    return efficiency
+
+
+@torch.no_grad()
+def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
+    """Write scaled, unmerged observations: prior-free intensity over our scale."""
+    merger = trainer.model.merger
+    batch = trainer.merge_input()
+    value, variance, good = merger.scaled_observations(batch)
+    good, _ = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
+    fresh = merger.scale.fresh_crystal_factor(merger.inv_d2)[batch.refl_id]
+    keep = (good > 0.5).cpu().numpy()
+    value, sigma = (value * fresh).cpu().numpy(), (variance.sqrt() * fresh).cpu().numpy()
+    scale = (merger.scale(batch.scale_index).exp() / fresh).cpu().numpy()
+    rows = batch.scale_index.cpu()
+    metadata = trainer.problem.metadata[rows]
+    lp = metadata.lp.double().numpy()
+    table = UnmergedTable(
+        miller_index=metadata.miller_index.numpy()[keep],
+        experiment=metadata.experiment.numpy()[keep],
+        intensity=value[keep],
+        sigma=sigma[keep],
+        xyz_px=metadata.xyz_px.double().numpy()[keep],
+        lp=lp[keep],
+        scale=(scale * lp)[keep],
+    )
+    write_unmerged_mtz(
+        path,
+        table,
+        sweeps_of(read_experiments(expt)),
+        cell=trainer.problem.cell,
+        space_group=trainer.problem.space_group,
+        history=["scaled by braggflux; outliers (half as good as their best mate) left out"],
+    )
+
+
+@torch.no_grad()
+def write_examples(trainer: Trainer, path: Path) -> None:
+    """Write some shoeboxes with their posteriors, from weak to strong, for the report."""
+    table = trainer.table
+    usable = torch.nonzero((table.flags & Flag.REJECTED) == 0)[:, 0]
+    order = usable[table.intensity[usable].argsort()]
+    n = min(N_EXAMPLES, len(order))
+    rows = order[torch.linspace(0, len(order) - 1, n).long()]
+    batch = trainer.problem.store.read(rows).to(trainer.device)
+    posterior = trainer.model.integrator.inference(batch)
+    rate = trainer.model.integrator.generative(posterior).reshape(batch.counts.shape)
+    q = posterior.q_intensity
+    arrays = {
+        "counts": batch.counts,
+        "rate": rate,
+        "is_valid": batch.is_valid,
+        "miller_index": batch.metadata.miller_index,
+        "resolution": batch.metadata.d,
+        "intensity": posterior.likelihood.mode,
+        "flat_prior_posterior_mean": q.base_dist.mean - posterior.likelihood.effective_background,
+        "flat_prior_posterior_sd": q.base_dist.variance.sqrt(),
+        "expected_by_the_merge": trainer.model.expected(batch.metadata.refl_row),
+        "background": table.background[rows],
+    }
+    np.savez_compressed(path, **{k: v.cpu().numpy() for k, v in arrays.items()})

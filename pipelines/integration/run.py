@@ -1,0 +1,181 @@
+"""One run: shoeboxes, joint training, and everything that the run directory holds at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from braggflux.integrator.atomic import replacing
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.types import IntensityTable
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.integration.checks import check_input, why_no_peaks
+from braggflux.pipelines.integration.epoch_outputs import EpochWriter
+from braggflux.pipelines.integration.extraction import extract
+from braggflux.pipelines.integration.final_outputs import (
+    write_examples,
+    write_integrated,
+    write_unmerged,
+)
+from braggflux.pipelines.integration.problem import Problem, build_problem
+from braggflux.pipelines.integration.trainer import Trainer
+from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel, peak_heights_from_mtz
+from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.device import choose_device
+from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
+    """Train on the frames of ``config`` and fill its run directory.
+
+    Parameters
+    ----------
+    config : RunConfig
+        ``expt``, ``refl`` and ``out`` are needed; without ``model`` there are no peaks.
+    resume : bool
+        Go on from the latest checkpoint; the result is that of an uninterrupted run.
+    """
+    config = config.resolved()
+    device = choose_device(config.training.device)
+    check_input(config)
+    directory = RunDirectory.create(config, resume=resume)
+    log.attach_file(directory.log_file)
+    try:
+        trainer, writer = _prepare(directory, config, device)
+        _train(trainer, writer, directory, config)
+    except UserError:
+        # a mistake found late must not stand in the way of the corrected command
+        directory.abandon()
+        raise
+    _finish(trainer, writer, directory, config)
+    return directory
+
+
+def _prepare(
+    directory: RunDirectory, config: RunConfig, device: torch.device
+) -> tuple[Trainer, EpochWriter]:
+    """Cut the boxes, build the model, score the reference."""
+    store = _shoeboxes(directory, config)
+    problem = build_problem(store, config)
+    anomalous = None
+    if reason := why_no_peaks(config):
+        directory.note("peaks", reason)
+    else:
+        anomalous = AnomalousModel(
+            config.model, problem.cell, problem.space_group, problem.asu.d_min
+        )
+        if anomalous.why_no_sites:
+            directory.note("peaks", anomalous.why_no_sites)
+    _write_reference(directory, config)
+    trainer = Trainer(problem, config, device, _exchange(directory, config, store))
+    _log_problem(problem, device)
+    return trainer, EpochWriter(directory, trainer, anomalous)
+
+
+def _shoeboxes(directory: RunDirectory, config: RunConfig) -> ShoeboxStore:
+    """Cut the boxes, or open those that an interrupted run has cut."""
+    if directory.shoeboxes.is_file():
+        return ShoeboxStore.open(directory.shoeboxes)
+    return extract(config, directory.shoeboxes)
+
+
+def _write_reference(directory: RunDirectory, config: RunConfig) -> None:
+    if config.reference is None or config.model is None:
+        return
+    d_min = config.extraction.d_min
+    try:
+        peaks = peak_heights_from_mtz(config.reference, config.model, d_min=d_min)
+    except UserError as error:
+        # a reference that cannot be scored is a missing row with its reason, not a failed run
+        directory.note("reference", str(error))
+        logger.warning("no reference row: %s", error)
+        return
+    directory.write_peaks(REFERENCE, peaks)
+
+
+def _exchange(directory: RunDirectory, config: RunConfig, store: ShoeboxStore):
+    """Staged coupling: the table goes through a file, as between separate programs."""
+    if config.training.coupling == "joint":
+        return None
+    path = directory.path / "intensities.h5"
+
+    def through_file(table: IntensityTable) -> IntensityTable:
+        write_intensities(path, table, store.experiments)
+        return read_intensities(path)
+
+    return through_file
+
+
+def _log_problem(problem: Problem, device: torch.device) -> None:
+    merger = problem.model.merger
+    logger.info(
+        "%d observations of %d unique reflections in %s, to %.2f A, on %s",
+        int(merger.n_obs.sum()),
+        int((merger.n_obs > 0).sum()),
+        problem.space_group.xhm(),
+        problem.asu.d_min,
+        device,
+    )
+
+
+def _train(
+    trainer: Trainer, writer: EpochWriter, directory: RunDirectory, config: RunConfig
+) -> None:
+    checkpoint = directory.latest_checkpoint()
+    if checkpoint is not None:
+        trainer.load_state_dict(_load(checkpoint))
+        directory.rewind(trainer.epoch)
+        logger.info("going on after epoch %d", trainer.epoch)
+    else:
+        directory.rewind(-1)
+        with log.progress("epoch 0") as advance:
+            result = trainer.start(advance)
+        writer.write(result)
+        _save(trainer, directory)
+    while trainer.epoch < config.training.epochs:
+        with log.progress(f"epoch {trainer.epoch + 1}") as advance:
+            result = trainer.run_epoch(advance)
+        writer.write(result)
+        is_last = trainer.epoch == config.training.epochs
+        if is_last or trainer.epoch % config.training.checkpoint_every == 0:
+            _save(trainer, directory)
+
+
+def _finish(
+    trainer: Trainer, writer: EpochWriter, directory: RunDirectory, config: RunConfig
+) -> None:
+    source = directory.epoch_mtz(trainer.epoch)
+    with replacing(directory.merged) as temporary:
+        temporary.write_bytes(source.read_bytes())
+    write_integrated(trainer, directory.integrated_refl, config.expt)
+    write_unmerged(trainer, directory.unmerged, config.expt)
+    with replacing(directory.shoebox_examples) as temporary:
+        # numpy appends .npz to a name that lacks it
+        named = temporary.with_suffix(".npz")
+        write_examples(trainer, named)
+        os.replace(named, temporary)
+
+
+def _save(trainer: Trainer, directory: RunDirectory) -> None:
+    path: Path = directory.checkpoint(trainer.epoch)
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as temporary:
+        torch.save(trainer.state_dict(), temporary)
+    directory.mark_latest(trainer.epoch)
+
+
+def _load(path: Path) -> dict:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); name an earlier checkpoint in "
+            "`latest`, or start anew in another --out"
+        ) from error

@@ -1,0 +1,282 @@
+"""Training: block-coordinate ascent on the one ELBO, an epoch at a time.
+
+An epoch is
+
+1. a pass over the shoeboxes in shuffled minibatches; each step moves the integrator (networks,
+   profile, background priors) along the gradient of the joint ELBO, in which the merge's
+   likelihood of every observation takes part (``staged``: along its own evidence alone);
+2. a pass without gradients: the photon-count distribution of every observation at the posterior
+   means;
+3. full-batch steps for the merge (scales, error model, Wilson prior, q(F)) on these distributions,
+   and the Bijvoet correlation from half sets.
+
+The merge's parameters are fitted to all observations at once because most structure factors are
+seen by a handful of observations only: stochastic steps for them would be noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from braggflux.integrator.shoebox.dataset import ShoeboxDataset
+from braggflux.integrator.types import Flag, IntensityTable, ShoeboxBatch
+from braggflux.merge.engine.fisher import fisher_parameters, fisher_step
+from braggflux.merge.engine.merger import merge_batch, usable
+from braggflux.merge.engine.types import MergeBatch
+from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.integration.joint_model import ElboTerms, assemble_elbo
+from braggflux.pipelines.integration.problem import Problem
+
+#: Columns of the table that the integrator estimates; the others are known beforehand.
+ESTIMATED = ("effective_counts", "effective_background", "exposure", "background", "flags")
+GRADIENT_CLIP = 10.0
+#: Boxes that a CPU works on at once: their arrays stay in its cache, which is twice as fast.
+CPU_ROWS = 512
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch leaves for the observers."""
+
+    epoch: int
+    metrics: dict[str, float | int | None]
+
+
+class Trainer:
+    """Optimisers, random state and the latest table of a run.
+
+    Parameters
+    ----------
+    problem : Problem
+        Its model is moved to ``device``.
+    config : RunConfig
+    device : torch.device
+    exchange : callable, optional
+        Staged coupling: sends the table from integrator to merge through a file and back.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: RunConfig,
+        device: torch.device,
+        exchange: Callable[[IntensityTable], IntensityTable] | None = None,
+    ) -> None:
+        self.problem = problem
+        self.config = config
+        self.device = device
+        self.exchange = exchange
+        self.model = problem.model.to(device)
+        self.epoch = 0
+        self.dataset = ShoeboxDataset(problem.store)
+        self.generator = torch.Generator().manual_seed(config.training.seed)
+        self.table: IntensityTable | None = None
+        self._integration: dict[str, float] | None = None  # of the latest training pass
+        profile = self.model.integrator.profile
+        shape = {id(profile.log_mean), id(profile.basis)}
+        networks = [p for p in self.model.integrator.parameters() if id(p) not in shape]
+        self.integrator_optimizer = torch.optim.Adam(
+            [
+                {"params": networks, "start": config.integrator.learning_rate},
+                {
+                    "params": [profile.log_mean, profile.basis],
+                    "start": config.integrator.profile_learning_rate,
+                },
+            ]
+        )
+        fisher = {id(p) for p in fisher_parameters(self.model.merger)}
+        self.merge_optimizer = torch.optim.Adam(
+            [p for p in self.model.merger.parameters() if id(p) not in fisher]
+        )
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the merge's gradients reach the integrator."""
+        return self.config.training.coupling == "joint"
+
+    def start(self, progress: Progress | None = None) -> EpochResult:
+        """Integrate with the starting profile and start the merge: epoch 0."""
+        began = time.monotonic()
+        self.table = self.integrate_all(progress)
+        batch = self.merge_input()
+        self.model.merger.count_observations(batch.refl_id)
+        self.model.merger.start(batch)
+        return self._result(0, began, self._full_batch_terms(), None)
+
+    def run_epoch(self, progress: Progress | None = None) -> EpochResult:
+        """One epoch of training."""
+        began = time.monotonic()
+        self.epoch += 1
+        gradient_norm = self._integrator_pass(progress)
+        self.table = self.integrate_all()
+        self._merge_steps()
+        terms = self._full_batch_terms()
+        return self._result(self.epoch, began, terms, gradient_norm)
+
+    def _integrator_pass(self, progress: Progress | None) -> float:
+        self._set_rates(self.integrator_optimizer)
+        self.model.merger.requires_grad_(False)
+        batch_size = self.config.training.batch_size
+        n_batches = self.dataset.n_batches(batch_size)
+        norms = []
+        totals = dict.fromkeys(("nll", "kl_profile", "kl_background"), 0.0)
+        for k, batch in enumerate(self.dataset.batches(batch_size, self.generator)):
+            self.model.zero_grad(set_to_none=True)
+            # the ELBO is a sum: parts of a batch add up to its gradient
+            for part in self._parts(batch):
+                terms, _ = self.model.joint_terms(part, coupled=self.coupled)
+                (-terms.elbo / len(batch)).backward()
+                for name in totals:
+                    totals[name] += float(getattr(terms, name).detach())
+            parameters = [p for g in self.integrator_optimizer.param_groups for p in g["params"]]
+            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)))
+            self.integrator_optimizer.step()
+            if progress is not None:
+                progress(k + 1, n_batches)
+        self.model.merger.requires_grad_(True)
+        self._integration = totals
+        return sum(norms) / max(len(norms), 1)
+
+    def _merge_steps(self) -> None:
+        config = self.config.merge
+        epochs = self.config.training.epochs
+        batch = self.merge_input()
+        self.model.merger.count_observations(batch.refl_id)
+        self.model.merger.restart_doubted(batch)
+        weights = self.model.merger.group_weights(batch.refl_id)
+        ratio = config.final_learning_rate / config.learning_rate
+        for step in range(config.steps_per_epoch):
+            share = (self.epoch - 1 + step / config.steps_per_epoch) / epochs
+            for group in self.merge_optimizer.param_groups:
+                group["lr"] = config.learning_rate * ratio ** min(share, 1.0)
+            self.model.merger.zero_grad(set_to_none=True)
+            (-self._merge_terms(batch, weights).elbo).backward()
+            fisher_step(self.model.merger, batch)
+            self.merge_optimizer.step()
+        self.model.merger.update_friedel_correlation(batch, self.config.training.seed)
+
+    def _merge_terms(self, batch: MergeBatch, weights: Tensor) -> ElboTerms:
+        merger = self.model.merger
+        return assemble_elbo(None, merger.loss(batch, merger.inference()), weights)
+
+    @torch.no_grad()
+    def _full_batch_terms(self) -> ElboTerms:
+        batch = self.merge_input()
+        return self._merge_terms(batch, self.model.merger.group_weights(batch.refl_id))
+
+    def merge_input(self) -> MergeBatch:
+        """Usable rows of the latest table, bound to unique reflections, on the device."""
+        table = self.exchange(self.table) if self.exchange is not None else self.table
+        table = table.to(self.device)
+        refl_id = self.model.refl_id[table.refl_row]
+        keep = usable(table, refl_id)
+        return merge_batch(table[keep], refl_id[keep])
+
+    @torch.no_grad()
+    def integrate_all(self, progress: Progress | None = None) -> IntensityTable:
+        """Table of every observation at the posterior means, in the order of the store."""
+        columns = self._empty_columns()
+        batch_size = self.config.training.batch_size
+        n_batches = self.dataset.n_batches(batch_size)
+        for k, batch in enumerate(self.dataset.batches(batch_size)):
+            for part in self._parts(batch):
+                _, table = self.model.integrate(
+                    part, sample=False, use_expected=self.coupled and self.epoch > 0
+                )
+                self._collect(columns, table)
+            if progress is not None:
+                progress(k + 1, n_batches)
+        return self._assemble(columns)
+
+    def _parts(self, batch: ShoeboxBatch) -> Iterator[ShoeboxBatch]:
+        """Parts of a batch that the device works on at once, on the device."""
+        n = CPU_ROWS if self.device.type == "cpu" else len(batch)
+        for first in range(0, len(batch), n):
+            yield batch[slice(first, first + n)].to(self.device)
+
+    def _empty_columns(self) -> dict[str, Tensor]:
+        n = len(self.problem.store)
+        columns = {name: torch.zeros(n) for name in ESTIMATED if name != "flags"}
+        columns["exposure"] += 1.0
+        columns["effective_background"] += 1.0
+        # rows that no batch holds stay rejected
+        columns["flags"] = self.problem.flags.clone()
+        return columns
+
+    def _collect(self, columns: dict[str, Tensor], table: IntensityTable) -> None:
+        rows = table.refl_row.cpu()
+        for name in ESTIMATED:
+            columns[name][rows] = getattr(table, name).detach().cpu().to(columns[name].dtype)
+
+    def _assemble(self, columns: dict[str, Tensor]) -> IntensityTable:
+        known = {
+            f.name: getattr(self.problem.metadata, f.name)
+            for f in fields(IntensityTable)
+            if f.name not in ESTIMATED
+        }
+        return IntensityTable(**known, **columns)
+
+    def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cosine decay to a tenth over the epochs of the run."""
+        share = (self.epoch - 1) / max(self.config.training.epochs - 1, 1)
+        decay = 0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * min(share, 1.0))))
+        for group in optimizer.param_groups:
+            group["lr"] = group["start"] * decay
+
+    def _result(
+        self, epoch: int, began: float, terms: ElboTerms, gradient_norm: float | None
+    ) -> EpochResult:
+        merger = self.model.merger
+        n = max(int(((self.table.flags & Flag.REJECTED) == 0).sum()), 1)
+        pixels = self._integration
+        metrics: dict[str, float | int | None] = {
+            "epoch": epoch,
+            "wall_s": round(time.monotonic() - began, 2),
+            "gpu_mem_mb": _gpu_memory(self.device),
+            "lr": self.integrator_optimizer.param_groups[0].get("lr") if epoch else None,
+            "merge_elbo": float(terms.elbo.detach()) / n,
+            "merge_nll": float(terms.nll.detach()) / n,
+            "kl_structure_factor": float(terms.kl_structure_factor.detach()) / n,
+            "scale_penalty": float(terms.scale_penalty.detach()) / n,
+            "pixel_nll": pixels and pixels["nll"] / n,
+            "kl_profile": pixels and pixels["kl_profile"] / n,
+            "kl_background": pixels and pixels["kl_background"] / n,
+            "grad_norm": gradient_norm,
+            "relative_error": float(merger.likelihood.relative_error.detach()),
+            "outlier_fraction": float(torch.sigmoid(merger.likelihood.logit_outlier.detach())),
+        }
+        return EpochResult(epoch, metrics)
+
+    def state_dict(self) -> dict[str, object]:
+        """Everything that the next epoch depends on."""
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "integrator_optimizer": self.integrator_optimizer.state_dict(),
+            "merge_optimizer": self.merge_optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "table": {name: getattr(self.table, name) for name in ESTIMATED},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go back to a checkpoint."""
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        self.integrator_optimizer.load_state_dict(state["integrator_optimizer"])
+        self.merge_optimizer.load_state_dict(state["merge_optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        self.table = self._assemble(dict(state["table"]))
+
+
+def _gpu_memory(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_allocated(device) / 2**20

@@ -1,0 +1,1 @@
+"""Model phases, anomalous difference maps and peak heights."""

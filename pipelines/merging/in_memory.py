@@ -1,0 +1,200 @@
+"""The steps of a merge in memory.
+
+    start -> fit to the training part -> choose what the data decide -> predict what was held out
+          -> fit again to all
+
+What the data decide: the indexing of stills, scales of single frames, sigma_A of a reference, r of
+relatives. Each step leaves scales and amplitudes where the next one goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braggflux.integrator.errors import UserError
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.fit.flicker import choose_flicker, is_in_doubt
+from braggflux.merge.fit.gauge import settle_falloff
+from braggflux.merge.fit.held_out import predict, split
+from braggflux.merge.fit.held_out_correlation import choose_correlation
+from braggflux.merge.fit.sigma_a import set_reference
+from braggflux.merge.fit.training import Observer, adopt, fit, pool_trees, start, start_amplitudes
+from braggflux.merge.indexing.refine import reassigned, refined, seeded
+from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.saved_scale import SavedScale
+from braggflux.merge.problem import MergeProblem
+from braggflux.merge.rows import UniqueRows
+from braggflux.pipelines.workspace import log
+
+#: Share of the epochs that a fit gets which goes on from another.
+SHORT = 0.25
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What is known beside the observations.
+
+    Parameters
+    ----------
+    saved : SavedScale, optional
+        Scales and error model of an earlier merge; then amplitudes alone are fitted.
+    f_calc : Tensor, (R,), optional
+        Amplitudes of a reference, NaN where there is none.
+    indexing : Tensor, (R0,), optional
+        F^2 of the rows of the first dataset under the indexing that is wanted, NaN for none.
+    """
+
+    saved: SavedScale | None = None
+    f_calc: Tensor | None = None
+    indexing: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FittedMerge:
+    """Merger on the CPU, the problem with indices as chosen, and what was found on the way.
+
+    ``predictions`` is of the held-out observations by kind, ``tables`` rows by name.
+    """
+
+    merger: IntensityMerger
+    problem: MergeProblem
+    predictions: Mapping[str, Any]
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+
+
+def is_coupled(unique: UniqueRows, config: IntensityMergeConfig) -> bool:
+    """Say whether amplitudes are expected to be like those of their relatives.
+
+    Raises
+    ------
+    UserError
+        They should, and there is no relative, or nothing to choose r by.
+    """
+    if config.prior != "double-wilson":
+        return False
+    if not (unique.parent >= 0).any():
+        raise UserError(
+            "--prior double-wilson finds no amplitude with a relative; give --parents for "
+            "datasets or --anomalous for Bijvoet mates"
+        )
+    if config.correlation is None and not config.held_out:
+        raise UserError(
+            "r is chosen by held-out data and held_out is 0; raise it or give --correlation"
+        )
+    return True
+
+
+class MergeFit:
+    """One fit.
+
+    Parameters
+    ----------
+    problem : MergeProblem
+    config : IntensityMergeConfig
+    known : Knowledge
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        problem: MergeProblem,
+        config: IntensityMergeConfig,
+        known: Knowledge,
+        device: torch.device,
+    ) -> None:
+        self.config, self.known, self.device = config, known, device
+        self.masks = split(problem.table, config.held_out, config.stills, config.seed)
+        if problem.ambiguity is not None:
+            problem = seeded(problem, self.masks, config, known.indexing)
+        self.problem = problem
+        self.merger = IntensityMerger(problem.unique, self.training, config).to(device)
+        self.tables: dict[str, Sequence[Mapping[str, Any]]] = {}
+
+    @property
+    def with_scales(self) -> bool:
+        """Whether scales and error model are fitted too."""
+        return self.known.saved is None
+
+    @property
+    def training(self) -> ObservationTable:
+        """Observations as they are indexed now, some held out."""
+        masked = self.problem.table.with_masks(self.masks.is_used, self.masks.is_seen)
+        return masked.to(self.device)
+
+    def run(self) -> FittedMerge:
+        """Take all steps."""
+        self._start()
+        merger, config, masks = self.merger, self.config, self.masks
+        if self.problem.ambiguity is not None:
+            self.problem = refined(merger, self.problem, masks, config, self.with_scales)
+        with log.progress("merging") as advance:
+            self._fit(self.training, 1.0, lambda e, _: advance(e, config.epochs))
+        if self.with_scales:
+            o = self.training.observations
+            merger.scale.describe_unseen(o.unit, o.is_used)
+            self._choose_flicker()
+        if self.known.f_calc is not None:
+            self._choose_sigma_a()
+        if merger.prior.is_coupled:
+            self._choose_correlation()
+        held = (("image", masks.by_image), ("observation", masks.by_observation))
+        predictions = {k: asdict(predict(merger, self.training, chosen)) for k, chosen in held}
+        if self.problem.ambiguity is not None:
+            self.problem = reassigned(merger, self.problem)
+        table = self.problem.table.to(self.device)
+        adopt(merger, table, self.training, self.with_scales)
+        self._fit(table, SHORT)
+        if self.with_scales:
+            settle_falloff(merger, table, config)
+        return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
+
+    def _start(self) -> None:
+        if self.with_scales:
+            start(self.merger, self.training)
+        else:
+            self.known.saved.load_into(self.merger)
+            start_amplitudes(self.merger, self.training)
+        self.merger.prior.is_coupled = is_coupled(self.problem.unique, self.config)
+        if len(self.merger.prior.child):  # relatives start alike: each outvotes outliers
+            pool_trees(self.merger)
+
+    def _fit(
+        self, table: ObservationTable, share: float, observer: Observer | None = None
+    ) -> None:
+        fit(
+            self.merger,
+            table,
+            self.config,
+            epochs=max(1, round(share * self.config.epochs)),
+            with_scales=self.with_scales,
+            observer=observer,
+        )
+
+    def _choose_flicker(self) -> None:
+        if not self.config.held_out or not is_in_doubt(self.merger, self.training, self.config):
+            return
+        held_out = self.masks.by_observation.to(self.device)
+        epochs = max(1, round(SHORT * self.config.epochs))
+        rows = choose_flicker(self.merger, self.training, held_out, self.config, epochs)
+        self.tables["scale"] = rows
+
+    def _choose_sigma_a(self) -> None:
+        rows = set_reference(self.merger, self.training, self.known.f_calc.to(self.device))
+        self.tables["sigma_a"] = rows
+        self._fit(self.training, SHORT)
+
+    def _choose_correlation(self) -> None:
+        if self.config.correlation is not None:
+            self.merger.prior.one_minus_r2.fill_(1 - self.config.correlation**2)
+        else:
+            held_out = (~self.masks.is_used).to(self.device)
+            rows = choose_correlation(self.merger, self.training, held_out, self.config)
+            self.tables["correlation"] = rows
+        pool_trees(self.merger)
+        self._fit(self.training, SHORT)

@@ -1,0 +1,118 @@
+"""Merging alone: unmerged reflections of any program to structure factors, with statistics."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.fit.steps import find_steps, without_rows
+from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
+from braggflux.merge.problem import MergeProblem, build_problem
+from braggflux.pipelines.inputs.inputs import MergeInputs
+from braggflux.pipelines.merging.findings import say_images, say_steps
+from braggflux.pipelines.merging.in_memory import Knowledge, MergeFit, is_coupled
+from braggflux.pipelines.merging.indexing import (
+    ambiguous_operators,
+    image_numbers,
+    wanted_indexing,
+    write_choices,
+)
+from braggflux.pipelines.merging.metrics import write_metrics
+from braggflux.pipelines.merging.outputs import write_dataset
+from braggflux.pipelines.merging.reference import reference_amplitudes
+from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settled
+from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
+from braggflux.pipelines.workspace.device import choose_device
+from braggflux.pipelines.workspace.outputs import MERGE_RESULTS, require_free_folder
+from braggflux.pipelines.workspace.rundir import write_rows
+
+logger = logging.getLogger(__name__)
+
+
+def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
+    """Read, fit, and write.
+
+    Returns
+    -------
+    list of Path
+        Merged MTZ files in the order of the datasets.
+
+    Raises
+    ------
+    UserError
+    """
+    require_free_folder(inputs.out, MERGE_RESULTS)
+    inputs.require_files(config)
+    config = settled(
+        config,
+        inputs.parents,
+        has_model=inputs.prior_model is not None,
+        has_scales=inputs.freeze_scales is not None,
+    )
+    device = choose_device(config.device)
+    saved = None
+    if inputs.freeze_scales is not None:
+        saved = load_scale(inputs.freeze_scales)
+        config = saved.configured(config)
+    torch.manual_seed(config.seed)
+    if is_streamed(inputs.paths, config):
+        written = merge_stores(inputs, config, device, saved)
+    else:
+        written = _merge_in_memory(inputs, config, device, saved)
+    inputs.close_folder()
+    return written
+
+
+def _merge_in_memory(
+    inputs: MergeInputs,
+    config: IntensityMergeConfig,
+    device: torch.device,
+    saved: SavedScale | None,
+) -> list[Path]:
+    data, out = inputs.read(is_laue=config.laue), inputs.out
+    operators = ambiguous_operators(data, config)
+    standard = None if saved is None else saved.standard
+    problem = build_problem(data, config, inputs.parents, operators, standard)
+    steps = find_steps(problem, config)
+    if steps.levels:
+        say_steps(steps, problem.table, image_numbers(problem, data), problem.names)
+        if len(steps.rows):
+            data = without_rows(data, steps.rows)
+            problem = build_problem(data, config, inputs.parents, operators, standard)
+    number = image_numbers(problem, data)
+    labels = [d.labels._replace(wavelength=d.typical_wavelength) for d in data]
+    say_what_data_leave_idle(config, problem, data)
+    del data  # nearly as large as the table
+    is_coupled(problem.unique, config)
+    if saved is not None:
+        saved.check(problem.table)
+    f_calc = None
+    if inputs.prior_model is not None:
+        f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, problem.unique.asus))
+    known = Knowledge(saved, f_calc, wanted_indexing(config, problem, f_calc))
+    inputs.open_folder(config)
+    _log_size(problem)
+    fitted = MergeFit(problem, config, known, device).run()
+    merger, problem = fitted.merger, fitted.problem
+    for name, rows in fitted.tables.items():
+        write_rows(out / f"{name}.csv", rows, rows[0])
+    write_metrics(out / "metrics.json", merger, fitted.predictions, problem.ambiguity)
+    if problem.ambiguity is not None:
+        write_choices(problem, number, out / "indexing.csv")
+    save_scale(out / FILE_NAME, merger, problem.table, config)
+    say_images(merger, problem.table, number, problem.names, config.stills)
+    return [write_dataset(problem, merger, config, k, out, own) for k, own in enumerate(labels)]
+
+
+def _log_size(problem: MergeProblem) -> None:
+    table = problem.table
+    logger.info(
+        "%d observations on %d images, %d unique reflections; metadata %s",
+        len(table.observations),
+        sum(table.images_of_dataset),
+        len(problem.unique),
+        " ".join(table.feature_names),
+    )

@@ -1,0 +1,1 @@
+"""Run directory, log, provenance and device."""

@@ -1,0 +1,128 @@
+"""Logging and progress: rich on a terminal, plain lines in a queue, everything in ``run.log``.
+
+Libraries call ``logging.getLogger(__name__)``; only the command line calls :func:`configure`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PACKAGE = "braggflux"
+_FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+_PLAIN_FORMAT = "%(asctime)s %(message)s"
+#: A queue's log gets a progress line at most this often, and at most every tenth of the way.
+PLAIN_INTERVAL_S = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+def configure(*, verbose: bool = False) -> None:
+    """Send the messages of our packages to stderr; other packages only from WARNING up."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "is_terminal_of_braggflux", False)]:
+        root.removeHandler(handler)
+    for handler in (_terminal_handler(), _Early()):
+        handler.is_terminal_of_braggflux = True
+        root.addHandler(handler)
+    logging.captureWarnings(True)
+    logging.getLogger(PACKAGE).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def attach_file(path: Path) -> None:
+    """Append messages to ``path`` too; attaching the same file again changes nothing.
+
+    The first file gets what was said before it, while inputs were read and checked.
+    """
+    root = logging.getLogger()
+    target = str(path.absolute())
+    for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
+        if handler.baseFilename == target:
+            return
+    handler = logging.FileHandler(target, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FILE_FORMAT))
+    for early in [h for h in root.handlers if isinstance(h, _Early)]:
+        for record in early.records:
+            handler.handle(record)
+        root.removeHandler(early)
+    root.addHandler(handler)
+
+
+def detach_files() -> None:
+    """Close every log file attached by :func:`attach_file`."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if type(h) is logging.FileHandler]:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function to call with (done, total) as work goes on.
+
+    Shows a bar on stderr when that is a terminal, otherwise a log line every tenth of the way but
+    at most every :data:`PLAIN_INTERVAL_S`.
+    """
+    if sys.stderr.isatty():
+        with _rich_bar(description) as advance:
+            yield advance
+    else:
+        yield _PlainProgress(description)
+
+
+@contextmanager
+def _rich_bar(description: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class _Early(logging.Handler):
+    """What is said before there is a file to write it to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.records.append(record)
+
+
+class _PlainProgress:
+    """Sparse log lines."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._time, self._tenth = time.monotonic(), 0
+
+    def __call__(self, done: int, total: int) -> None:
+        now, tenth = time.monotonic(), 10 * done // max(total, 1)
+        if tenth > self._tenth and now - self._time >= PLAIN_INTERVAL_S:
+            logger.info("%s: %d of %d", self._description, done, total)
+            self._time, self._tenth = now, tenth
+
+
+def _terminal_handler() -> logging.Handler:
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(
+            console=Console(stderr=True),
+            show_path=False,
+            markup=False,
+            highlighter=None,
+            log_time_format="%H:%M:%S",
+            omit_repeated_times=False,
+        )
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(_PLAIN_FORMAT, datefmt="%H:%M:%S"))
+    return handler

@@ -1,0 +1,73 @@
+"""Where results may be written: never over an earlier one, the same rule for every command.
+
+A file or folder that holds a result is refused at the start. Only ``--resume`` (run, process) goes
+on with what is there; what was interrupted before it had a result counts for nothing. `compare`
+and `report` rewrite their own tables of the run that they are given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from braggflux.integrator.errors import UserError
+
+#: What `merge` writes, whatever the data sets are called.
+MERGE_RESULTS = (
+    *("config.yaml", "provenance.json", "merged.mtz", "*_merged.mtz", "statistics.csv"),
+    *("metrics.json", "scale_model.pt", "indexing.csv"),
+)
+#: What `simulate` writes, whatever the preset.
+SIMULATE_RESULTS = ("*_master.h5", "stills.h5", "truth.*", "truth_images.npz", "model.pdb")
+
+
+def require_free_file(path: Path) -> None:
+    """Refuse a file that is there, and a folder that is not.
+
+    Raises
+    ------
+    UserError
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} is there already; choose another --out, or remove it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--out {path}: there is no folder {path.absolute().parent}; make it")
+
+
+def require_free_folder(path: Path, results: Iterable[str]) -> None:
+    """Refuse a folder with one of the files ``results`` (patterns), but for an unfinished merge.
+
+    Raises
+    ------
+    UserError
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; --out must name a folder")
+    if holds_unfinished_merge(path):
+        return
+    for pattern in results:
+        for found in sorted(path.glob(pattern)):
+            raise UserError(
+                f"{path} holds an earlier result ({found.name}); choose another --out, or remove "
+                "it"
+            )
+
+
+def holds_unfinished_merge(folder: Path) -> bool:
+    """Whether `merge` has begun to write here and never ended."""
+    record = _provenance(folder)
+    return "ended" in record and record["ended"] is None
+
+
+def holds_merge(folder: Path) -> bool:
+    """Whether the folder is one of `merge`; the record of a run lists its sessions."""
+    return "ended" in _provenance(folder)
+
+
+def _provenance(folder: Path) -> dict:
+    try:
+        record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
