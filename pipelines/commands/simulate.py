@@ -33,15 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text = "what spoils the frames: some of ice,hot-pixel,shadow,zinger [none]"
     parser.add_argument("--effects", default="", metavar="NAMES", help=text)
-    parser.add_argument(
-        "--images", metavar="N", help="of the preset stills [164639, as many as CXIDB 81]"
-    )
+    text = "of the preset stills [164639, as many as CXIDB 81]"
+    parser.add_argument("--images", metavar="N", help=text)
     parser.add_argument(
         "--model", type=Path, metavar="PDB", help="of the preset stills [lysozyme with iodides]"
     )
-    parser.add_argument(
-        "--reindexed", metavar="SHARE", help="of the stills: images under other indices [0]"
-    )
+    text = "of the stills: images under other indices [0]"
+    parser.add_argument("--reindexed", metavar="SHARE", help=text)
     parser.add_argument("--seed", default="0", help="same seed, same frames [0]")
 
 
