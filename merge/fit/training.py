@@ -56,7 +56,7 @@ def _start(merger: IntensityMerger, table: ObservationTable) -> None:
     by_shell = _mean(o.intensity, used, shell, int(shell.max()) + 1)
     expected = by_shell.clamp_min(1e-6 * by_shell.max())[shell]
     for _ in range(N_START_ROUNDS):
-        log_k = scale(everything)[0][first]
+        log_k = scale(everything).log_k[first]
         residual = used * o.intensity / log_k.exp()
         log_image_scale, image = scale.image_scales(everything)
         if len(log_image_scale):
@@ -65,7 +65,7 @@ def _start(merger: IntensityMerger, table: ObservationTable) -> None:
             log_image_scale -= log_image_scale.mean()
             if scale.sweep is not None:
                 scale.sweep.start_drift(torch.bincount(image, used, minlength=n))
-            residual = used * o.intensity / scale(everything)[0][first].exp()
+            residual = used * o.intensity / scale(everything).log_k[first].exp()
         if scale.spectrum is not None:
             knots = scale.spectrum_knots
             nearest = torch.cat(
@@ -81,7 +81,7 @@ def start_amplitudes(merger: IntensityMerger, table: ObservationTable) -> None:
     everything = table.everything()
     o, first = everything.observations, _first(everything)
     shell = _shells(everything.terms.inv_d2[first])
-    value = o.intensity / merger.scale(everything)[0][first].exp()
+    value = o.intensity / merger.scale(everything).log_k[first].exp()
     by_shell = _mean(value, o.is_used.double(), shell, int(shell.max()) + 1)
     expected = by_shell.clamp_min(1e-6 * by_shell.max())[shell]
     row = everything.first_rows
@@ -106,7 +106,7 @@ def _merge_once(
     is missing would be the most precise of all.
     """
     o = table.observations
-    k = merger.scale(table.everything())[0][first].exp()
+    k = merger.scale(table.everything()).log_k[first].exp()
     value = o.intensity / k
     variance = (o.sigma / k) ** 2 + (START_ERROR * expected) ** 2
     variance = variance + (0.1 * START_ERROR * value.abs().median()) ** 2

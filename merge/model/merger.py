@@ -25,7 +25,8 @@ from braggflux.merge.likelihood.photon_counts import as_deviance, expected_sigma
 from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
 from braggflux.merge.prior.double_wilson import TreePrior
 from braggflux.merge.rows import UniqueRows
-from braggflux.merge.scale.model import ErrorsByPlace, ObservationScale
+from braggflux.merge.scale.base import Scale
+from braggflux.merge.scale.model import ObservationScale
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class IntensityMerger(nn.Module):
         information = torch.zeros(len(unique), dtype=torch.float64)
         self.register_buffer("information", information, persistent=False)
         # of all observations, where q(F) alone is fitted
-        self.fixed_scale: tuple[Tensor, ErrorsByPlace] | None = None
+        self.fixed_scale: Scale | None = None
         self.count(table)
         self.eval()
 
@@ -230,9 +231,9 @@ class IntensityMerger(nn.Module):
 
     def generative(self, batch: Batch, q: Nakagami) -> Expectation:
         """Mean and variance of every observation."""
-        log_scale, errors = self.fixed_scale or self.scale(batch)
+        known = self.fixed_scale or self.scale(batch)
         row = batch.terms.row
-        mean = log_scale.exp() * q.spread[row]
+        mean = known.log_k.exp() * q.spread[row]
         spread = mean**2 / q.concentration[row]
         if batch.observation_of_term is not None:
             into = batch.observation_of_term
@@ -244,11 +245,11 @@ class IntensityMerger(nn.Module):
         sigma = o.sigma
         if o.photon_variance is not None:
             sigma = expected_sigma(mean, o.sigma, o.photon_variance)
-        variance = self.likelihood.variance(sigma, mean, errors.relative)
-        common = self.likelihood.common(mean, errors.log_common)
+        variance = self.likelihood.variance(sigma, mean, known.relative_error)
+        common = self.likelihood.common(mean, known.log_common)
         scale = mean / q.spread[row]
         usual = scale.detach() * self.prior.spread().detach()[row]
-        other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
+        other = NotTheSpot.of(o.intensity, o.sigma, known.blank_log_odds, usual)
         return Expectation(mean, spread, variance, scale, common, other)
 
     def loss(self, batch: Batch, q: Nakagami, with_prior: bool = True) -> MergeTerms:

@@ -24,7 +24,7 @@ All have Gaussian priors; K is positive by construction.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,7 @@ from braggflux.merge.data.metadata import EWALD_OFFSETS
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.prior.wilson import hat_design
+from braggflux.merge.scale.base import Scale
 from braggflux.merge.scale.networks import ImageEncoder, ResidualNetwork, blocks
 
 if TYPE_CHECKING:
@@ -53,24 +54,6 @@ BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
 def interpolated(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
     """Interpolate between knots, (N,); where nothing is learned, no matrix of all rows is made."""
     return torch.cat([hat_design(part, knots) @ values for part in blocks(x)])
-
-
-@dataclass(frozen=True)
-class ErrorsByPlace:
-    """Errors that depend on where an observation lies, (N,) each or None.
-
-    Parameters
-    ----------
-    relative : Tensor or None
-        In units of the expected intensity.
-    blank_log_odds : Tensor or None
-    log_common : Tensor or None
-        Of the error of a cluster, relative to its mean.
-    """
-
-    relative: Tensor | None = None
-    blank_log_odds: Tensor | None = None
-    log_common: Tensor | None = None
 
 
 class ObservationScale(nn.Module):
@@ -142,10 +125,8 @@ class ObservationScale(nn.Module):
         self.has_relative = has_errors
         self.network = ResidualNetwork(n_features + size, width, depth, n_out)
 
-    def forward(
-        self, batch: Batch, described: Tensor | None = None
-    ) -> tuple[Tensor, ErrorsByPlace]:
-        """Log K of each term, (T,), and what the network says of the errors.
+    def forward(self, batch: Batch, described: Tensor | None = None) -> Scale:
+        """Log K of each term, and what the network says of the errors.
 
         ``described``, (N, size), describes the images in place of what the batch says of them.
         """
@@ -165,7 +146,7 @@ class ObservationScale(nn.Module):
         if self.log_width is not None:
             log_scale = log_scale - 0.5 * terms.ewald_offset**2 * (-2 * self.log_width).exp()
         if self.network is None:
-            return log_scale, ErrorsByPlace()
+            return Scale(log_scale)
         out = self.network(self._seen_by_network(batch, described)).double()
         log_scale = log_scale + out[:, 0].clamp(-10.0, 10.0)
         relative = blank_log_odds = log_common = None
@@ -176,7 +157,7 @@ class ObservationScale(nn.Module):
             blank_log_odds = (rest.pop(0) + BLANK_LOG_ODDS).clamp(-12.0, 12.0)
         if self.has_common:
             log_common = rest.pop(0).clamp(-5.0, 5.0)
-        return log_scale, ErrorsByPlace(relative, blank_log_odds, log_common)
+        return Scale(log_scale, relative, blank_log_odds, log_common)
 
     def on_the_sphere(self, batch: Batch) -> Tensor:
         """Log K of each term if its lattice point lay on the Ewald sphere, (T,)."""
@@ -187,7 +168,7 @@ class ObservationScale(nn.Module):
             terms, features=features, ewald_offset=torch.zeros_like(terms.ewald_offset)
         )
         described = self.describe(batch) if self.encoder is not None else None
-        return self(replace(batch, terms=moved), described)[0]
+        return self(replace(batch, terms=moved), described).log_k
 
     def _seen_by_network(self, batch: Batch, described: Tensor | None) -> Tensor:
         """Features of each term and the description of its image, (T, n_in)."""

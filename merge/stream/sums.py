@@ -76,15 +76,15 @@ class RowSums:
         """Compute what each observation adds, (N,) each."""
         likelihood, o, row = self.merger.likelihood, batch.observations, batch.terms.row
         with torch.no_grad():
-            log_scale, errors = self.merger.scale(batch)
-            scale = log_scale.exp()
+            known = self.merger.scale(batch)
+            scale = known.log_k.exp()
             mean = scale * self.spread[row]
             spread, alone = mean**2 / self.concentration[row], torch.zeros_like(mean)
             usual = scale * self.usual[row]
-            other = NotTheSpot.of(o.intensity, o.sigma, errors.blank_log_odds, usual)
+            other = NotTheSpot.of(o.intensity, o.sigma, known.blank_log_odds, usual)
         mean.requires_grad_()
         with torch.enable_grad():
-            variance = likelihood.variance(o.sigma, mean, errors.relative)
+            variance = likelihood.variance(o.sigma, mean, known.relative_error)
             density = likelihood(o.intensity - mean, alone, spread, variance, None, other)
             (slope,) = torch.autograd.grad(density.sum(), mean)
         with torch.no_grad():

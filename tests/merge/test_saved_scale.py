@@ -119,8 +119,8 @@ def test_an_observation_has_the_same_scale_among_others(amplitude, tmp_path, sti
     again, other = fitted(part, config, saved)
     merger.scale.forget_images()  # parameters of single images are not saved
     with torch.no_grad():
-        whole = merger.scale(problem.table.everything())[0].numpy()
-        alone = again.scale(other.table.everything())[0].numpy()
+        whole = merger.scale(problem.table.everything()).log_k.numpy()
+        alone = again.scale(other.table.everything()).log_k.numpy()
     whole = whole[np.argsort(problem.source)][rows]  # in the order of the file
     alone = alone[np.argsort(other.source)]
     np.testing.assert_allclose(alone, whole, rtol=0, atol=1e-5)
