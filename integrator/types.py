@@ -9,38 +9,12 @@ D/H/W = frame, slow, fast inside a shoebox.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Self
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """A frozen record of tensors that share their first axis."""
-
-    def __len__(self) -> int:
-        """Length of the first axis."""
-        return len(getattr(self, fields(self)[0].name))
-
-    def __getitem__(self, index: Tensor | slice) -> Self:
-        """Select along the first axis."""
-        return self._map(lambda t: t[index])
-
-    def to(self, device: torch.device | str) -> Self:
-        """Copy to a device."""
-        return self._map(lambda t: t.to(device))
-
-    def detach(self) -> Self:
-        """Cut the graph."""
-        return self._map(lambda t: t.detach())
-
-    def _map(self, function) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
-        )
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
+from braggflux.integrator.records import TensorRecord
 
 
 @dataclass(frozen=True)
@@ -115,48 +89,36 @@ class ShoeboxBatch(TensorRecord):
     is_valid: Tensor
     metadata: ReflectionMetadata
 
-    def __getitem__(self, index: Tensor | slice) -> ShoeboxBatch:
-        """Select along the first axis."""
-        return ShoeboxBatch(self.counts[index], self.is_valid[index], self.metadata[index])
-
-    def to(self, device: torch.device | str) -> ShoeboxBatch:
-        """Copy to a device."""
-        return ShoeboxBatch(
-            self.counts.to(device), self.is_valid.to(device), self.metadata.to(device)
-        )
-
 
 @dataclass(frozen=True)
 class IntensityTable(TensorRecord):
-    """One row per observation: the photon-count likelihood and where it was seen.
+    """One row per observation: where it was seen, and what its photons say of its intensity.
 
-    ``log L(J) = a log(J + beta) - t J`` up to a constant, J in photons: *a* effective counts,
-    *beta* effective background in units of J, *t* exposure. The maximum is ``a / t - beta``
-    (may be negative) with variance ``a / t^2``. Free of any prior on J.
+    Parameters
+    ----------
+    metadata : ReflectionMetadata, (N,)
+    likelihood : ShiftedPoisson, (N,)
+        Photon-count likelihood of the intensity J [photons], free of any prior on J.
+    background : Tensor, (N,)
+        Mean under the spot [photons/pixel].
+    flags : Tensor, (N,) int64
+        Bits of :class:`Flag`.
     """
 
-    miller_index: Tensor  # (N, 3) int64, as observed
-    experiment: Tensor  # (N,) int64
-    panel: Tensor  # (N,) int64
-    xyz_px: Tensor  # (N, 3)
-    xyz_mm: Tensor  # (N, 3)
-    s1: Tensor  # (N, 3)
-    s0_crystal: Tensor  # (N, 3)
-    s1_crystal: Tensor  # (N, 3)
-    d: Tensor  # (N,)
-    lp: Tensor  # (N,)
-    frame_sigma: Tensor  # (N,)
-    effective_counts: Tensor  # (N,) a >= 0
-    effective_background: Tensor  # (N,) beta > 0
-    exposure: Tensor  # (N,) t in (0, 1]
-    background: Tensor  # (N,) mean photons/pixel under the spot
-    flags: Tensor  # (N,) int64, bits of braggflux.integrator.types.Flag
-    refl_row: Tensor  # (N,) int64, row in the shoebox store
+    metadata: ReflectionMetadata
+    likelihood: ShiftedPoisson
+    background: Tensor
+    flags: Tensor
 
     @property
     def intensity(self) -> Tensor:
-        """Maximum-likelihood photons, (N,)."""
-        return self.effective_counts / self.exposure - self.effective_background
+        """Maximum-likelihood intensity, (N,) [photons]; may be negative."""
+        return self.likelihood.mode
+
+    @property
+    def is_integrated(self) -> Tensor:
+        """Whether enough of the profile was recorded to be used, (N,) bool."""
+        return (self.flags & Flag.REJECTED) == 0
 
 
 class Flag:

@@ -14,7 +14,8 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.integrator.types import IntensityTable
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
+from braggflux.integrator.types import IntensityTable, ReflectionMetadata
 from braggflux.merge.data.scale_features import scale_features
 from braggflux.merge.engine.config import MergeConfig
 from braggflux.merge.engine.fisher import fisher_parameters, fisher_step
@@ -52,15 +53,22 @@ class Experiment:
     def merger(self, **changes) -> Merger:
         """Untrained merger of this experiment."""
         config = MergeConfig(**changes)
-        features = scale_features(self.table, [self.n_frames], [FRAME_WIDTH], config)
+        features = scale_features(self.table.metadata, [self.n_frames], [FRAME_WIDTH], config)
         n_obs = torch.bincount(self.refl_id, minlength=len(self.asu))
         torch.manual_seed(0)
         return Merger(self.asu, features, n_obs, config)
 
+    def with_sweeps(self, number: torch.Tensor) -> IntensityTable:
+        """Table whose observations are of the sweeps ``number``, (N,)."""
+        metadata = replace(self.table.metadata, experiment=number)
+        return replace(self.table, metadata=metadata)
+
     def subset(self, rows: np.ndarray) -> Experiment:
         """Some of the observations, renumbered as an experiment of their own."""
         rows = torch.as_tensor(rows)
-        table = replace(self.table[rows], refl_row=torch.arange(len(rows)))
+        table = self.table[rows]
+        metadata = replace(table.metadata, refl_row=torch.arange(len(rows)))
+        table = replace(table, metadata=metadata)
         truth = replace(
             self.truth, log_scale=self.truth.log_scale[rows], intensity=self.truth.intensity[rows]
         )
@@ -166,7 +174,8 @@ def _table(hkl, s1, s0_crystal, s1_crystal, frame, d, lp, counts, beta) -> Inten
     xy = s1[:, :2] / s1[:, 2:].clip(0.2) * 100
     position = np.column_stack([xy / 0.1, frame])
     zeros = torch.zeros(n, dtype=torch.int64)
-    return IntensityTable(
+    metadata = ReflectionMetadata(
+        refl_row=torch.arange(n),
         miller_index=torch.as_tensor(hkl),
         experiment=zeros,
         panel=zeros,
@@ -178,13 +187,12 @@ def _table(hkl, s1, s0_crystal, s1_crystal, frame, d, lp, counts, beta) -> Inten
         d=f32(d),
         lp=f32(lp),
         frame_sigma=torch.full((n,), (0.4**2 + 1 / 12) ** 0.5),
-        effective_counts=f32(counts),
-        effective_background=f32(beta),
-        exposure=torch.ones(n),
-        background=torch.ones(n),
-        flags=zeros,
-        refl_row=torch.arange(n),
+        zeta=torch.ones(n),
+        corner=torch.zeros(n, 3, dtype=torch.int64),
+        frames_per_layer=zeros + 1,
     )
+    likelihood = ShiftedPoisson(f32(counts), f32(beta), torch.ones(n))
+    return IntensityTable(metadata, likelihood, torch.ones(n), zeros)
 
 
 def fit(merger: Merger, batch: MergeBatch, n_steps: int = 200, rate: float = 0.03) -> None:

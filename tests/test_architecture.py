@@ -13,14 +13,24 @@ PACKAGES = ("integrator", "merge", "pipelines", "fixtures")
 MODULES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 COMMANDS = sorted((ROOT / "pipelines" / "commands").glob("*.py"))
 
-FOUNDATIONS = ("integrator.crystal", "integrator.distributions", "integrator.types")
+FOUNDATIONS = (
+    "integrator.crystal",
+    "integrator.distributions",
+    "integrator.records",
+    "integrator.types",
+)
 #: Module prefix -> what of ours it may import (all in ``braggflux``); the most specific counts.
 MAY_IMPORT = {
     "integrator.errors": (),
     "integrator.atomic": ("integrator.errors",),
     "integrator.crystal": ("integrator.crystal", "integrator.errors"),
-    "integrator.distributions": ("integrator.distributions", "integrator.errors"),
-    "integrator.types": ("integrator.errors",),
+    "integrator.records": (),
+    "integrator.distributions": (
+        "integrator.distributions",
+        "integrator.errors",
+        "integrator.records",
+    ),
+    "integrator.types": ("integrator.distributions", "integrator.records"),
     "integrator": ("integrator",),
     "merge": ("merge", *FOUNDATIONS, "integrator.errors", "integrator.atomic"),
     "merge.io": ("merge", *FOUNDATIONS, "integrator.errors", "integrator.atomic", "integrator.io"),

@@ -26,9 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from braggflux.integrator.records import TensorRecord
+
 
 @dataclass(frozen=True)
-class ShiftedPoisson:
+class ShiftedPoisson(TensorRecord):
     """Likelihood ``a log(J + beta) - t J`` of each observation.
 
     Parameters

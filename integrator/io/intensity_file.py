@@ -6,18 +6,26 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from braggflux.integrator.atomic import replacing
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.types import IntensityTable
+from braggflux.integrator.records import TensorRecord
+from braggflux.integrator.types import IntensityTable, ReflectionMetadata
+
+Record = TypeVar("Record", bound=TensorRecord)
 
 # h5py is imported by the functions that open a file: 10 MiB that a merge of MTZ files, which
 # imports this module, does without.
 
 FORMAT = "braggflux-intensities"
-VERSION = 2
+VERSION = 3
+#: Version 2 lacks zeta and the corner of the box.
+WITHOUT_ZETA = 2
 #: Version 1 came from boxes that could lie on wrong frames of scans not starting at image 1.
 RIGHT_FROM_IMAGE_1 = 1
 
@@ -41,9 +49,10 @@ def write_intensities(
         handle.attrs.update({"format": FORMAT, "version": VERSION})
         if experiments:
             handle.attrs["experiments"] = json.dumps(list(experiments))
-        for field in fields(table):
-            values = getattr(table, field.name).detach().cpu().numpy()
-            handle.create_dataset(field.name, data=values, compression="gzip", compression_opts=1)
+        for name, values in table.detach().to("cpu").columns().items():
+            handle.create_dataset(
+                name, data=values.numpy(), compression="gzip", compression_opts=1
+            )
 
 
 def read_intensities(path: str | Path) -> IntensityTable:
@@ -61,18 +70,48 @@ def read_intensities(path: str | Path) -> IntensityTable:
             found = (handle.attrs.get("format"), handle.attrs.get("version"))
             records = json.loads(handle.attrs.get("experiments", "[]"))
             starts = {record.get("image_range", (1,))[0] for record in records}
-            is_old = found == (FORMAT, RIGHT_FROM_IMAGE_1) and starts <= {1}
-            if found != (FORMAT, VERSION) and not is_old:
+            known = {VERSION, WITHOUT_ZETA} | ({RIGHT_FROM_IMAGE_1} if starts <= {1} else set())
+            if found[0] != FORMAT or found[1] not in known:
                 raise UserError(
-                    f"{path} is no intensity file of version {VERSION}, or {RIGHT_FROM_IMAGE_1} "
-                    f"of scans from image 1 (found {found}, scans from {sorted(starts)}); write "
-                    "it again with `braggflux run --coupling staged`"
+                    f"{path} is no intensity file of version {VERSION} or {WITHOUT_ZETA}, or "
+                    f"{RIGHT_FROM_IMAGE_1} of scans from image 1 (found {found}, scans from "
+                    f"{sorted(starts)}); write it again with `braggflux run --coupling staged`"
                 )
+            columns = {name: torch.as_tensor(data[()]) for name, data in handle.items()}
+            if found[1] != VERSION:
+                columns |= _unknown_columns(columns, records)
             return IntensityTable(
-                **{f.name: torch.as_tensor(handle[f.name][()]) for f in fields(IntensityTable)}
+                _record(ReflectionMetadata, columns),
+                _record(ShiftedPoisson, columns),
+                columns["background"],
+                columns["flags"],
             )
     except (OSError, KeyError) as error:
         raise UserError(f"{path} cannot be read as an intensity file: {error}") from error
+
+
+def _record(kind: type[Record], columns: Mapping[str, Tensor]) -> Record:
+    return kind(**{f.name: columns[f.name] for f in fields(kind)})
+
+
+def _unknown_columns(
+    columns: Mapping[str, Tensor], records: Sequence[Mapping[str, object]]
+) -> dict[str, Tensor]:
+    """Guess the zeta that files before version 3 lack, and put zeros for the place of the box.
+
+    The width of a rocking curve is proportional to 1 / zeta: the narrowest one is near zeta = 1.
+    """
+    frame_sigma, experiment = columns["frame_sigma"].double(), columns["experiment"]
+    widths = torch.tensor([abs(r["oscillation_deg"][1]) for r in records] or [1.0]).double()
+    degrees = rocking_sigma(frame_sigma) * widths[experiment.clamp_max(len(widths) - 1)]
+    zeta = degrees.min() / degrees if len(degrees) else degrees
+    nowhere = torch.zeros(len(zeta), 3, dtype=torch.int64)
+    return {"zeta": zeta, "corner": nowhere, "frames_per_layer": nowhere[:, 0]}
+
+
+def rocking_sigma(frame_sigma: Tensor) -> Tensor:
+    """Compute the standard deviation of rocking curves without the frame's own width [frames]."""
+    return (frame_sigma.double() ** 2 - 1 / 12).clamp_min(1e-6).sqrt()
 
 
 def is_intensity_file(path: str | Path) -> bool:

@@ -246,29 +246,11 @@ class Integrator(nn.Module):
         self, metadata: ReflectionMetadata, posterior: IntegrationPosterior, flags: Tensor
     ) -> IntensityTable:
         """Write the stage contract for a batch, with its graph."""
-        likelihood = posterior.marginal_likelihood
         rejected = posterior.likelihood.exposure.detach() < self.config.min_exposure
         weight = posterior.profile.detach()
         background = (posterior.background_fit.background * weight).sum(-1) / weight.sum(-1)
-        return IntensityTable(
-            miller_index=metadata.miller_index,
-            experiment=metadata.experiment,
-            panel=metadata.panel,
-            xyz_px=metadata.xyz_px,
-            xyz_mm=metadata.xyz_mm,
-            s1=metadata.s1,
-            s0_crystal=metadata.s0_crystal,
-            s1_crystal=metadata.s1_crystal,
-            d=metadata.d,
-            lp=metadata.lp,
-            frame_sigma=metadata.frame_sigma,
-            effective_counts=likelihood.effective_counts,
-            effective_background=likelihood.effective_background,
-            exposure=likelihood.exposure,
-            background=background,
-            flags=flags | torch.where(rejected, Flag.REJECTED, 0),
-            refl_row=metadata.refl_row,
-        )
+        flags = flags | torch.where(rejected, Flag.REJECTED, 0)
+        return IntensityTable(metadata, posterior.marginal_likelihood, background, flags)
 
 
 def first_intensity(counts: Tensor, valid: Tensor, profile: Tensor, background: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ from braggflux.integrator.crystal import corrections
 from braggflux.integrator.crystal.geometry import Crystal, Experiment
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials.sweeps import require_rotation
+from braggflux.integrator.records import TensorRecord
 from braggflux.integrator.shoebox import diffraction
 from braggflux.integrator.shoebox.diffraction import DiffractionGeometry
-from braggflux.integrator.types import TensorRecord
 
 CHUNK = 250_000
 """Miller indices solved at a time: bounds the memory of large cells."""

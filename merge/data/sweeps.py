@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from braggflux.integrator.types import TensorRecord
+from braggflux.integrator.records import TensorRecord
 from braggflux.merge.data.columns import Columns
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
 

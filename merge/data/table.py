@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from braggflux.integrator.types import TensorRecord
+from braggflux.integrator.records import TensorRecord
 from braggflux.merge.data.feature_scaling import Standard
 from braggflux.merge.data.sweeps import SweepTable
 

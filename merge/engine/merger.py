@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.distributions.nakagami import Nakagami
-from braggflux.integrator.types import Flag, IntensityTable
+from braggflux.integrator.types import IntensityTable
 from braggflux.merge.data.scale_features import ScaleFeatures
 from braggflux.merge.engine.config import MergeConfig
 from braggflux.merge.engine.likelihood import observation_likelihood
@@ -31,16 +31,16 @@ def merge_batch(table: IntensityTable, refl_id: Tensor) -> MergeBatch:
     """Bind a table to unique reflections, all rows; ``refl_id`` (N,) >= 0."""
     return MergeBatch(
         refl_id=refl_id,
-        effective_counts=table.effective_counts.double(),
-        effective_background=table.effective_background.double(),
-        exposure=table.exposure.double(),
-        scale_index=table.refl_row,
+        effective_counts=table.likelihood.effective_counts.double(),
+        effective_background=table.likelihood.effective_background.double(),
+        exposure=table.likelihood.exposure.double(),
+        scale_index=table.metadata.refl_row,
     )
 
 
 def usable(table: IntensityTable, refl_id: Tensor) -> Tensor:
     """Tell which observations enter the merge: of a known reflection and not rejected, (N,)."""
-    return (refl_id >= 0) & ((table.flags & Flag.REJECTED) == 0)
+    return (refl_id >= 0) & table.is_integrated
 
 
 class Merger(nn.Module):

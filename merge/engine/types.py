@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
-from braggflux.integrator.types import TensorRecord
+from braggflux.integrator.records import TensorRecord
 
 
 @dataclass(frozen=True)

@@ -51,25 +51,25 @@ def integrated_reflections(
         Frames counted from the start of each scan.
     """
     store = trainer.problem.store
-    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
+    usable, metadata = table.is_integrated.numpy(), table.metadata
     # variance expected at the estimate: an observed count of 0 is not known without error
-    variance = (table.intensity.clamp_min(0) + table.effective_background) / table.exposure
-    xyz, xyz_mm = table.xyz_px.double().numpy(), table.xyz_mm.double().numpy()
+    variance = table.likelihood.variance(table.intensity)
+    xyz, xyz_mm = metadata.xyz_px.double().numpy(), metadata.xyz_mm.double().numpy()
     value = np.where(usable, table.intensity.double().numpy(), 0.0)
     variance = np.where(usable, variance.double().numpy(), 0.0)
     columns = {
-        "miller_index": table.miller_index.numpy().astype(np.int32),
-        "id": table.experiment.numpy().astype(np.int32),
-        "imageset_id": table.experiment.numpy().astype(np.int32),
-        "panel": table.panel.numpy().astype(np.uint64),
+        "miller_index": metadata.miller_index.numpy().astype(np.int32),
+        "id": metadata.experiment.numpy().astype(np.int32),
+        "imageset_id": metadata.experiment.numpy().astype(np.int32),
+        "panel": metadata.panel.numpy().astype(np.uint64),
         "entering": np.asarray(store.column("entering"), dtype=bool),
-        "s1": table.s1.double().numpy(),
+        "s1": metadata.s1.double().numpy(),
         "xyzcal.px": xyz,
         "xyzcal.mm": xyz_mm,
-        "d": table.d.double().numpy(),
+        "d": metadata.d.double().numpy(),
         "bbox": _bounding_boxes(store),
-        "zeta": store.metadata().zeta.double().numpy(),
-        "lp": table.lp.double().numpy(),
+        "zeta": metadata.zeta.double().numpy(),
+        "lp": metadata.lp.double().numpy(),
         "partiality": measured.partiality,
         "partial_id": np.arange(len(table), dtype=np.uint64),
         "intensity.prf.value": value,
@@ -117,7 +117,7 @@ def _centroid_columns(
 
 
 def _dials_flags(table: IntensityTable, value: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    usable = ((table.flags & Flag.REJECTED) == 0).numpy()
+    usable = table.is_integrated.numpy()
     flags = np.full(len(table), DialsFlag.PREDICTED, dtype=np.int64)
     flags[usable] |= DialsFlag.INTEGRATED_SUM | DialsFlag.INTEGRATED_PRF
     flags[~usable] |= DialsFlag.DONT_INTEGRATE
@@ -131,7 +131,7 @@ def _sum_columns(
     store: ShoeboxStore, table: IntensityTable, measured: SpotMeasures
 ) -> dict[str, np.ndarray]:
     # the boxes' background is that of a layer
-    background = table.background / store.metadata().frames_per_layer
+    background = table.background / table.metadata.frames_per_layer
     return {
         "intensity.sum.value": measured.total,
         "intensity.sum.variance": measured.variance,
@@ -165,13 +165,13 @@ def write_integrated(trainer: Trainer, path: Path, expt: Path) -> None:
 
 def sensor_efficiency(table: IntensityTable, experiments: list[Experiment]) -> np.ndarray:
     """DIALS column ``qe``: photons that the sensor absorbs, 1 where its thickness is unknown."""
-    efficiency = np.ones(len(table))
+    metadata, efficiency = table.metadata, np.ones(len(table))
     for number, experiment in enumerate(experiments):
         for k, panel in enumerate(experiment.panels):
             if panel.mu > 0 and panel.thickness > 0:
-                rows = ((table.experiment == number) & (table.panel == k)).numpy()
+                rows = ((metadata.experiment == number) & (metadata.panel == k)).numpy()
                 normal = np.cross(panel.fast_axis, panel.slow_axis)
-                s1 = table.s1[torch.as_tensor(rows)].double().numpy()
+                s1 = metadata.s1[torch.as_tensor(rows)].double().numpy()
                 efficiency[rows] = quantum_efficiency(s1, normal, panel.mu, panel.thickness)
     return efficiency
 
@@ -213,7 +213,7 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
 def write_examples(trainer: Trainer, path: Path) -> None:
     """Write some shoeboxes with their posteriors, from weak to strong, for the report."""
     table = trainer.table
-    usable = torch.nonzero((table.flags & Flag.REJECTED) == 0)[:, 0]
+    usable = torch.nonzero(table.is_integrated)[:, 0]
     order = usable[table.intensity[usable].argsort()]
     n = min(N_EXAMPLES, len(order))
     rows = order[torch.linspace(0, len(order) - 1, n).long()]

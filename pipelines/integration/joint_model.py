@@ -108,7 +108,7 @@ class JointModel(nn.Module):
 
     def merge_terms(self, table: IntensityTable) -> tuple[MergeLoss, MergeBatch]:
         """Give the merge's terms for the usable rows of a table."""
-        refl_id = self.refl_id[table.refl_row]
+        refl_id = self.refl_id[table.metadata.refl_row]
         keep = usable(table, refl_id)
         batch = merge_batch(table[keep], refl_id[keep])
         return self.merger.loss(batch, self.merger.inference()), batch

@@ -23,8 +23,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.shoebox.dataset import ShoeboxDataset
-from braggflux.integrator.types import Flag, IntensityTable, ShoeboxBatch
+from braggflux.integrator.types import IntensityTable, ShoeboxBatch
 from braggflux.merge.engine.fisher import fisher_parameters, fisher_step
 from braggflux.merge.engine.merger import merge_batch, usable
 from braggflux.merge.engine.types import MergeBatch
@@ -32,8 +33,6 @@ from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.integration.joint_model import ElboTerms, assemble_elbo
 from braggflux.pipelines.integration.problem import Problem
 
-#: Columns of the table that the integrator estimates; the others are known beforehand.
-ESTIMATED = ("effective_counts", "effective_background", "exposure", "background", "flags")
 GRADIENT_CLIP = 10.0
 #: Boxes that a CPU works on at once: their arrays stay in its cache, which is twice as fast.
 CPU_ROWS = 512
@@ -174,7 +173,7 @@ class Trainer:
         """Usable rows of the latest table, bound to unique reflections, on the device."""
         table = self.exchange(self.table) if self.exchange is not None else self.table
         table = table.to(self.device)
-        refl_id = self.model.refl_id[table.refl_row]
+        refl_id = self.model.refl_id[table.metadata.refl_row]
         keep = usable(table, refl_id)
         return merge_batch(table[keep], refl_id[keep])
 
@@ -189,7 +188,7 @@ class Trainer:
                 _, table = self.model.integrate(
                     part, sample=False, use_expected=self.coupled and self.epoch > 0
                 )
-                self._collect(columns, table)
+                collect(columns, table)
             if progress is not None:
                 progress(k + 1, n_batches)
         return self._assemble(columns)
@@ -202,25 +201,16 @@ class Trainer:
 
     def _empty_columns(self) -> dict[str, Tensor]:
         n = len(self.problem.store)
-        columns = {name: torch.zeros(n) for name in ESTIMATED if name != "flags"}
-        columns["exposure"] += 1.0
-        columns["effective_background"] += 1.0
+        likelihood = ShiftedPoisson(torch.zeros(n), torch.ones(n), torch.ones(n))
         # rows that no batch holds stay rejected
-        columns["flags"] = self.problem.flags.clone()
-        return columns
-
-    def _collect(self, columns: dict[str, Tensor], table: IntensityTable) -> None:
-        rows = table.refl_row.cpu()
-        for name in ESTIMATED:
-            columns[name][rows] = getattr(table, name).detach().cpu().to(columns[name].dtype)
+        flags = self.problem.flags.clone()
+        return likelihood.columns() | {"background": torch.zeros(n), "flags": flags}
 
     def _assemble(self, columns: dict[str, Tensor]) -> IntensityTable:
-        known = {
-            f.name: getattr(self.problem.metadata, f.name)
-            for f in fields(IntensityTable)
-            if f.name not in ESTIMATED
-        }
-        return IntensityTable(**known, **columns)
+        likelihood = ShiftedPoisson(*(columns[f.name] for f in fields(ShiftedPoisson)))
+        return IntensityTable(
+            self.problem.metadata, likelihood, columns["background"], columns["flags"]
+        )
 
     def _set_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """Cosine decay to a tenth over the epochs of the run."""
@@ -233,7 +223,7 @@ class Trainer:
         self, epoch: int, began: float, terms: ElboTerms, gradient_norm: float | None
     ) -> EpochResult:
         merger = self.model.merger
-        n = max(int(((self.table.flags & Flag.REJECTED) == 0).sum()), 1)
+        n = max(int(self.table.is_integrated.sum()), 1)
         pixels = self._integration
         metrics: dict[str, float | int | None] = {
             "epoch": epoch,
@@ -262,7 +252,7 @@ class Trainer:
             "merge_optimizer": self.merge_optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
-            "table": {name: getattr(self.table, name) for name in ESTIMATED},
+            "table": estimates(self.table),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -274,6 +264,18 @@ class Trainer:
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         self.table = self._assemble(dict(state["table"]))
+
+
+def estimates(table: IntensityTable) -> dict[str, Tensor]:
+    """Columns of a table that the integrator estimates; the metadata are known beforehand."""
+    return table.likelihood.columns() | {"background": table.background, "flags": table.flags}
+
+
+def collect(columns: dict[str, Tensor], part: IntensityTable) -> None:
+    """Write the estimates of some rows into the columns of all, in place."""
+    rows = part.metadata.refl_row.cpu()
+    for name, values in estimates(part).items():
+        columns[name][rows] = values.detach().cpu().to(columns[name].dtype)
 
 
 def _gpu_memory(device: torch.device) -> float | None:

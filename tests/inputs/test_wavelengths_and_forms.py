@@ -284,21 +284,22 @@ class TestStreams:
 
 
 def test_photon_counts_of_two_wavelengths(tmp_path):
-    table = simulate(d_min=6.0, photons=200.0, seed=3).table
+    experiment = simulate(d_min=6.0, photons=200.0, seed=3)
     record = {
         "unit_cell": list(FORM.parameters),
         "space_group": FORM_GROUP.xhm(),
         "image_range": [1, 360],
         "oscillation_deg": [10.0, 1.0],
     }
-    sweep = torch.arange(len(table)) % 2
+    sweep = torch.arange(len(experiment.table)) % 2
+    table = experiment.with_sweeps(sweep)
     records = [record | {"wavelength": w} for w in (mad.PEAK, mad.REMOTE)]
-    write_intensities(tmp_path / "a.h5", replace(table, experiment=sweep), records)
+    write_intensities(tmp_path / "a.h5", table, records)
     parts = read_photon_table(tmp_path / "a.h5")
     assert [p.labels.wavelength for p in parts] == [mad.PEAK, mad.REMOTE]
     assert [len(p) for p in parts] == [int((sweep == k).sum()) for k in (0, 1)]
     form = {"unit_cell": [c * 1.06 for c in FORM.parameters[:3]] + [90, 90, 90]}
     records = [records[0], records[0] | form]
-    write_intensities(tmp_path / "b.h5", replace(table, experiment=sweep), records)
+    write_intensities(tmp_path / "b.h5", table, records)
     with pytest.raises(UserError, match="mixes crystal forms"):
         read_photon_table(tmp_path / "b.h5")

@@ -1,6 +1,6 @@
 """The stage contract on disk: what comes back is what went in, or a reason."""
 
-from dataclasses import fields
+from dataclasses import replace
 
 import h5py
 import pytest
@@ -9,7 +9,6 @@ from simulated_merge import simulate
 
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
-from braggflux.integrator.types import IntensityTable
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +20,49 @@ def test_round_trip_is_exact(table, tmp_path):
     path = tmp_path / "intensities.h5"
     write_intensities(path, table)
     found = read_intensities(path)
-    for field in fields(IntensityTable):
-        ours, theirs = getattr(table, field.name), getattr(found, field.name)
+    for name, ours in table.columns().items():
+        theirs = found.columns()[name]
         assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs), field.name
+        assert torch.equal(ours, theirs), name
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_table_with_its_graph_can_be_written(table, tmp_path):
-    values = {f.name: getattr(table, f.name) for f in fields(IntensityTable)}
-    values["effective_counts"] = values["effective_counts"].clone().requires_grad_() * 1
-    write_intensities(tmp_path / "x.h5", IntensityTable(**values))
+    counts = table.likelihood.effective_counts.clone().requires_grad_() * 1
+    likelihood = replace(table.likelihood, effective_counts=counts)
+    write_intensities(tmp_path / "x.h5", replace(table, likelihood=likelihood))
     found = read_intensities(tmp_path / "x.h5")
-    assert not found.effective_counts.requires_grad
+    assert not found.likelihood.effective_counts.requires_grad
 
 
 def test_empty_table(table, tmp_path):
     write_intensities(tmp_path / "x.h5", table[:0])
     assert len(read_intensities(tmp_path / "x.h5")) == 0
+
+
+def test_zeta_of_a_file_before_version_3_is_guessed(table, tmp_path):
+    """The widths of rocking curves are as 1 / zeta, in degrees; the narrowest one has zeta 1."""
+    path = tmp_path / "x.h5"
+    rocking = torch.tensor([0.4, 0.8, 0.4])  # frames, of 1, 1 and 0.5 degrees
+    metadata = replace(
+        table.metadata[:3],
+        frame_sigma=(rocking**2 + 1 / 12).sqrt(),
+        experiment=torch.tensor([0, 0, 1]),
+    )
+    records = [{"oscillation_deg": [0.0, 1.0]}, {"oscillation_deg": [0.0, -0.5]}]
+    write_intensities(path, replace(table[:3], metadata=metadata), records)
+    with h5py.File(path, "a") as handle:
+        handle.attrs["version"] = 2
+        for name in ("zeta", "corner", "frames_per_layer"):
+            del handle[name]
+    found = read_intensities(path)
+    expected = torch.tensor([0.5, 0.25, 1.0]).double()
+    torch.testing.assert_close(found.metadata.zeta, expected, rtol=1e-5, atol=0)
+    assert torch.equal(found.metadata.xyz_px, metadata.xyz_px)
+    with h5py.File(path, "a") as handle:
+        handle.attrs["version"] = 3
+    with pytest.raises(UserError, match="zeta"):
+        read_intensities(path)
 
 
 def spoil_version(handle):

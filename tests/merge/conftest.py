@@ -34,7 +34,7 @@ def fitted() -> Fitted:
     experiment = simulate(photons=4000.0, d_min=3.5, relative_error=0.02, seed=1)
     merger = experiment.merger()
     fit(merger, experiment.batch, n_steps=300)
-    log_scale = merger.scale(experiment.table.refl_row).detach().numpy()
+    log_scale = merger.scale(experiment.table.metadata.refl_row).detach().numpy()
     difference = log_scale - experiment.truth.log_scale
     inv_d2 = experiment.asu.d**-2.0
     powers = np.vander(inv_d2 / inv_d2.max(), 4)

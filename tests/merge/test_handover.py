@@ -138,8 +138,10 @@ def test_merged_weak_intensities_lie_low_after_a_gaussian_hand_over(weak):
     assert (gaussian - true)[seen].mean() < -3 * standard_error
     assert (gaussian - counted)[seen].mean() < -0.3
     # and they are the means that weights from the observed counts give, computed by hand
-    row, scale = weak.refl_id.numpy(), 1 / weak.table.lp.numpy()
-    counts, beta = weak.table.effective_counts.numpy(), weak.table.effective_background.numpy()
+    row, scale = weak.refl_id.numpy(), 1 / weak.table.metadata.lp.numpy()
+    likelihood = weak.table.likelihood
+    counts = likelihood.effective_counts.numpy()
+    beta = likelihood.effective_background.numpy()
     weight = scale**2 / np.maximum(counts, 1.0)
     total = np.bincount(row, weight * (counts - beta) / scale, len(true))
     by_hand = total[seen] / np.bincount(row, weight, len(true))[seen]
@@ -169,10 +171,10 @@ def test_uncoupled_mates_have_a_wilson_prior_each(weak):
 def test_without_physics_the_network_is_all_that_scales(weak):
     """No frame scale, B or absorption: neither in K nor in the penalty; L/P stays."""
     merger = weak.merger(physical_scale=False)
-    rows = weak.table.refl_row
+    rows = weak.table.metadata.refl_row
     physical = [merger.scale.log_frame_scale, merger.scale.b_factor, merger.scale.absorption]
     before, penalty = merger.scale(rows), merger.scale.penalty()
-    torch.testing.assert_close(before, -weak.table.lp.double().log())
+    torch.testing.assert_close(before, -weak.table.metadata.lp.double().log())
     with torch.no_grad():
         for parameter in (*physical, merger.scale.log_flicker, merger.scale.log_b_bend):
             parameter.add_(0.5)

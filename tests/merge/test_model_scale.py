@@ -21,9 +21,8 @@ def experiment():
 
 
 def features(experiment, table=None, **changes):
-    return scale_features(
-        table or experiment.table, [experiment.n_frames], [FRAME_WIDTH], MergeConfig(**changes)
-    )
+    table = table or experiment.table.metadata
+    return scale_features(table, [experiment.n_frames], [FRAME_WIDTH], MergeConfig(**changes))
 
 
 def test_frame_weights_sum_to_one(experiment):
@@ -35,7 +34,7 @@ def test_frame_weights_sum_to_one(experiment):
 @pytest.mark.parametrize("z", [-7.0, -0.3, 0.0, 3.2, 5.999, 359.7, 360.4])
 def test_frame_weights_follow_the_rocking_curve(experiment, z):
     """Each frame has the Gaussian's integral over it, renormalised to the scan."""
-    row = experiment.table[:1]
+    row = experiment.table.metadata[:1]
     xyz = row.xyz_px.clone()
     xyz[0, 2] = z
     sigma = 0.7
@@ -54,7 +53,7 @@ def test_frame_weights_follow_the_rocking_curve(experiment, z):
 
 
 def test_frames_of_sweeps_do_not_mix(experiment):
-    table = experiment.table[:50]
+    table = experiment.table.metadata[:50]
     table = replace(table, experiment=torch.arange(50) % 2)
     n = experiment.n_frames
     found = scale_features(table, [n, n], [FRAME_WIDTH] * 2, MergeConfig())
@@ -70,15 +69,15 @@ def test_frames_of_sweeps_do_not_mix(experiment):
 def test_b_factor_is_piecewise_linear_with_mean_zero(experiment):
     design = features(experiment).b_design
     b = torch.linspace(1, 5, design.shape[1], dtype=torch.float64).sin()
-    along = np.interp(experiment.table.xyz_px[:, 2], np.linspace(0, 360, 37), b)
-    inv_d2 = experiment.table.d.double().numpy() ** -2
+    along = np.interp(experiment.table.metadata.xyz_px[:, 2], np.linspace(0, 360, 37), b)
+    inv_d2 = experiment.table.metadata.d.double().numpy() ** -2
     expected = -0.5 * (along - along.mean()) * (inv_d2 - inv_d2.mean())
     np.testing.assert_allclose(design @ b, expected, atol=1e-8)
 
 
 def test_reversed_path_has_the_same_absorption(experiment):
     """The Friedel mate measured along (s0, s1) -> (-s1, -s0) crosses the same matter."""
-    table = experiment.table
+    table = experiment.table.metadata
     mate = replace(table, s0_crystal=-table.s1_crystal, s1_crystal=-table.s0_crystal)
     for order in (1, 3, 4, 6):
         ours = features(experiment, absorption_order=order).harmonics
@@ -120,7 +119,7 @@ def test_real_harmonics_equal_scipy():
 def test_untrained_scale_is_the_lorentz_polarization_factor(experiment):
     model = ScaleModel(features(experiment), MergeConfig())
     rows = torch.tensor([3, 0, 77])
-    expected = -experiment.table.lp[rows].double().log()
+    expected = -experiment.table.metadata.lp[rows].double().log()
     torch.testing.assert_close(model(rows), expected)
 
 
@@ -129,7 +128,7 @@ def test_network_alone(experiment):
     with torch.no_grad():
         model.log_frame_scale.fill_(5.0)
     rows = torch.arange(10)
-    torch.testing.assert_close(model(rows), -experiment.table.lp[:10].double().log())
+    torch.testing.assert_close(model(rows), -experiment.table.metadata.lp[:10].double().log())
 
 
 def test_gradients(experiment):
@@ -178,7 +177,7 @@ def test_penalty_is_the_log_prior(experiment):
 def test_frame_scales_are_recovered(fitted):
     """Frame scales stand for the mean 1/d^2: the rest of the simulated damage is B's."""
     n = fitted.experiment.n_frames
-    inv_d2 = fitted.experiment.table.d.numpy() ** -2.0
+    inv_d2 = fitted.experiment.table.metadata.d.numpy() ** -2.0
     damage = DAMAGE * (np.arange(n) + 0.5) / n * inv_d2.mean() / 2
     true = fitted.experiment.truth.log_frame_scale - damage
     found = fitted.merger.scale.log_frame_scale.detach().numpy()

@@ -40,18 +40,18 @@ ROCKING = 0.4  # frames, of the simulation
 
 def observed(experiment, *, zeta=1.0, name="a"):
     """Counts of a simulated sweep as a file of intensities has them."""
-    t = experiment.table
+    t, likelihood = experiment.table.metadata, experiment.table.likelihood
     frame = t.xyz_px[:, 2].double().numpy()
     beams = torch.cat([t.s0_crystal, t.s1_crystal], 1).double().numpy()
     lp = t.lp.double().numpy()
     metadata = {"XDET": t.xyz_px[:, 0].numpy(), "YDET": t.xyz_px[:, 1].numpy()}
     metadata |= {SWEEP: 0 * frame, FRAME: frame, WIDTH: 0 * frame + FRAME_WIDTH}
     metadata |= {ZETA: 0 * frame + zeta, "ROT": frame * FRAME_WIDTH}
-    counts = t.effective_counts.double().numpy()
+    counts = likelihood.effective_counts.double().numpy()
     return make_unmerged(
         source=name,
         miller_index=t.miller_index.numpy(),
-        intensity=(counts - t.effective_background.double().numpy()) * lp,
+        intensity=(counts - likelihood.effective_background.double().numpy()) * lp,
         sigma=np.sqrt(counts + 1) * lp,
         image_label=np.floor(frame),
         metadata=metadata | dict(zip(BEAMS, beams.T, strict=True)),
@@ -102,8 +102,8 @@ def test_scales_mosaic_spread_and_amplitudes_are_found(sweep):
     assert float(scale.log_mosaicity.detach().exp()) == pytest.approx(ROCKING, rel=0.25)
     # against all of K; what all share belongs to the amplitudes
     rows = problem.source
-    order = np.argsort(np.floor(sweep.table.xyz_px[:, 2].double().numpy()), kind="stable")
-    true = (sweep.truth.log_scale + np.log(sweep.table.lp.double().numpy()))[order][rows]
+    order = np.argsort(np.floor(sweep.table.metadata.xyz_px[:, 2].double().numpy()), kind="stable")
+    true = (sweep.truth.log_scale + np.log(sweep.table.metadata.lp.double().numpy()))[order][rows]
     with torch.no_grad():
         found = merger.scale(problem.table.everything()).log_k.numpy()
     residual = found - true

@@ -47,7 +47,7 @@ def test_fifty_epochs_from_nothing_to_a_million_counts(handover):
     with torch.no_grad():
         _, table = model.integrate(batch, sample=False, use_expected=True)
     for name in ("effective_counts", "effective_background", "exposure", "background"):
-        assert getattr(table, name).isfinite().all(), name
+        assert table.columns()[name].isfinite().all(), name
     merged = merged_amplitudes(model.merger, merge_input(model, table))
     seen = merged.n_obs > 0
     for column in (merged.amplitude, merged.sigma_amplitude, merged.intensity):
@@ -56,6 +56,6 @@ def test_fifty_epochs_from_nothing_to_a_million_counts(handover):
 
 
 def merge_input(model, table):
-    refl_id = model.refl_id[table.refl_row]
+    refl_id = model.refl_id[table.metadata.refl_row]
     keep = usable(table, refl_id)
     return merge_batch(table[keep], refl_id[keep])

@@ -54,11 +54,12 @@ def test_what_is_read(experiment, table):
     (data,) = read_photon_table(table)
     n = len(experiment.table)
     assert len(data) == n
-    order = np.argsort(np.floor(experiment.table.xyz_px[:, 2].numpy()), kind="stable")
-    given = experiment.table[torch.as_tensor(order)]
+    order = np.argsort(np.floor(experiment.table.metadata.xyz_px[:, 2].numpy()), kind="stable")
+    table = experiment.table[torch.as_tensor(order)]
+    given, likelihood = table.metadata, table.likelihood
     np.testing.assert_array_equal(data.miller_index, given.miller_index)
-    np.testing.assert_allclose(data.intensity, given.intensity, rtol=1e-5, atol=1e-4)
-    beta, t = given.effective_background.double(), given.exposure.double()
+    np.testing.assert_allclose(data.intensity, table.intensity, rtol=1e-5, atol=1e-4)
+    beta, t = likelihood.effective_background.double(), likelihood.exposure.double()
     np.testing.assert_allclose(data.sigma, (beta / t).sqrt())
     np.testing.assert_allclose(data.metadata[PHOTON_VARIANCE], 1 / t)
     np.testing.assert_allclose(data.metadata["ROT"], 10.0 + given.xyz_px[:, 2].double())
@@ -68,7 +69,7 @@ def test_what_is_read(experiment, table):
     places = data.metadata
     np.testing.assert_allclose(places[FRAME], given.xyz_px[:, 2].double())
     np.testing.assert_allclose(places[FRAME_WIDTH], 1.0)
-    np.testing.assert_allclose(places[ZETA], 1.0)  # all rocking curves have one width
+    np.testing.assert_allclose(places[ZETA], given.zeta)
     beams = np.stack([places[name] for name in BEAMS], 1)
     np.testing.assert_allclose(beams, torch.cat([given.s0_crystal, given.s1_crystal], 1))
     assert not data.has_lp_applied
@@ -80,9 +81,7 @@ def test_sweeps_have_images_of_their_own(experiment, tmp_path):
     half = torch.arange(len(experiment.table)) % 2
     path = tmp_path / "two.h5"
     flags = torch.where(torch.arange(len(half)) < 10, Flag.REJECTED, 0)
-    write_intensities(
-        path, replace(experiment.table, experiment=half, flags=flags), [RECORD, RECORD]
-    )
+    write_intensities(path, replace(experiment.with_sweeps(half), flags=flags), [RECORD, RECORD])
     (data,) = read_photon_table(path)
     assert len(data) == len(half) - 10
     batch = data.metadata["BATCH"]
@@ -136,9 +135,8 @@ def bad(kind, experiment, tmp_path):
     if kind == "no cell":
         write_intensities(path, experiment.table)
     elif kind == "too few sweeps":
-        write_intensities(
-            path, replace(experiment.table, experiment=experiment.table.experiment + 1), [RECORD]
-        )
+        number = experiment.table.metadata.experiment + 1
+        write_intensities(path, experiment.with_sweeps(number), [RECORD])
     elif kind == "all rejected":
         flags = torch.full_like(experiment.table.flags, Flag.REJECTED)
         write_intensities(path, replace(experiment.table, flags=flags), [RECORD])

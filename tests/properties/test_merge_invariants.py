@@ -43,7 +43,7 @@ def test_order_of_observations_does_not_matter(experiment, merger):
 
 def test_symmetry_equivalents_are_one_reflection(experiment):
     """Any equivalent written for an observed index belongs to the same row."""
-    hkl = experiment.table.miller_index.numpy()
+    hkl = experiment.table.metadata.miller_index.numpy()
     rotations = symmetry.rotations(SPACE_GROUP)
     for rotation in rotations:
         same = hkl @ rotation

@@ -47,7 +47,7 @@ def read_photon_table(
     path = Path(path)
     table = read_intensities(path)
     records = _sweeps(path, experiments)
-    columns = {name: value.numpy() for name, value in vars(table).items()}
+    columns = {name: value.numpy() for name, value in table.columns().items()}
     number = columns["experiment"]
     if len(number) and int(number.max()) >= len(records):
         raise UserError(
@@ -122,20 +122,14 @@ def _metadata(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, 
 
 
 def _places(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, np.ndarray]:
-    """Sweep columns of each observation, (N,) each.
-
-    The table has the width of each rocking curve, proportional to 1 / zeta, and not zeta itself:
-    the narrowest one is near zeta = 1.
-    """
+    """Sweep columns of each observation, (N,) each."""
     number = columns["experiment"]
     widths = np.array([abs(record["oscillation_deg"][1]) for record in records])
-    variance = columns["frame_sigma"].astype(float) ** 2 - 1 / 12  # without the frame's own width
-    rocking = np.sqrt(np.maximum(variance, 1e-6)) * widths[number]
     beams = np.concatenate([columns["s0_crystal"], columns["s1_crystal"]], axis=1).astype(float)
     places = {
         SWEEP: number.astype(float),
         FRAME: columns["xyz_px"][:, 2].astype(float),
         FRAME_WIDTH: widths[number],
-        ZETA: rocking.min() / rocking,
+        ZETA: columns["zeta"].astype(float),
     }
     return places | dict(zip(BEAMS, beams.T, strict=True))
