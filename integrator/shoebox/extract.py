@@ -20,6 +20,7 @@ from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials.sweeps import describe_experiment
 from braggflux.integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
+from braggflux.integrator.prediction.predict import Prediction
 from braggflux.integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
 from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
@@ -32,7 +33,6 @@ from braggflux.integrator.shoebox.mask import (
     edge_flags,
     window_half,
 )
-from braggflux.integrator.shoebox.predict import Prediction
 from braggflux.integrator.shoebox.spikes import SpikeFilter
 from braggflux.integrator.shoebox.sweep import Sweep
 from braggflux.integrator.types import Flag, ReflectionMetadata

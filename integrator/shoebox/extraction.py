@@ -19,16 +19,16 @@ from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, place_on_s
 from braggflux.integrator.io.dials.sweeps import images_of, require_distinct, sweeps_of
 from braggflux.integrator.io.images import FrameSource, open_frames
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
-from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
-from braggflux.integrator.shoebox.extract import Progress, extract_shoeboxes
-from braggflux.integrator.shoebox.mask import MaskSettings
-from braggflux.integrator.shoebox.predict import (
+from braggflux.integrator.prediction.predict import (
     Prediction,
     detector_limit,
     predict_reflections,
     prediction_from_columns,
     require_recorded,
 )
+from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
+from braggflux.integrator.shoebox.extract import Progress, extract_shoeboxes
+from braggflux.integrator.shoebox.mask import MaskSettings
 from braggflux.integrator.shoebox.spikes import QuietFrames
 from braggflux.integrator.shoebox.sweep import Sweep
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from braggflux.integrator.crystal.geometry import Experiment
-from braggflux.integrator.shoebox.predict import Prediction
+from braggflux.integrator.prediction.predict import Prediction
 
 if TYPE_CHECKING:
     from braggflux.integrator.io.images import FrameSource

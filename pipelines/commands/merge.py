@@ -24,7 +24,7 @@ import logging
 
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.pipelines.config.flags import MERGE_FLAGS, add_config_arguments, config_from_args
-from braggflux.pipelines.config.merge_arguments import add_input_arguments, inputs_from_args
+from braggflux.pipelines.inputs.arguments import add_input_arguments, inputs_from_args
 
 logger = logging.getLogger(__name__)
 

@@ -25,22 +25,18 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder, preset and seed."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    parser.add_argument(
-        "--preset",
-        default="hewl-iodide",
-        help="hewl-iodide (the demo), tiny or multipanel (seconds), or stills [hewl-iodide]",
-    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    text = "hewl-iodide (the demo), tiny or multipanel (seconds), or stills [hewl-iodide]"
+    add("--preset", default="hewl-iodide", help=text)
     text = "what spoils the frames: some of ice,hot-pixel,shadow,zinger [none]"
-    parser.add_argument("--effects", default="", metavar="NAMES", help=text)
-    text = "of the preset stills [164639, as many as CXIDB 81]"
-    parser.add_argument("--images", metavar="N", help=text)
-    parser.add_argument(
-        "--model", type=Path, metavar="PDB", help="of the preset stills [lysozyme with iodides]"
-    )
+    add("--effects", default="", metavar="NAMES", help=text)
+    add("--images", metavar="N", help="of the preset stills [164639, as many as CXIDB 81]")
+    text = "of the preset stills [lysozyme with iodides]"
+    add("--model", type=Path, metavar="PDB", help=text)
     text = "of the stills: images under other indices [0]"
-    parser.add_argument("--reindexed", metavar="SHARE", help=text)
-    parser.add_argument("--seed", default="0", help="same seed, same frames [0]")
+    add("--reindexed", metavar="SHARE", help=text)
+    add("--seed", default="0", help="same seed, same frames [0]")
 
 
 def run(args: argparse.Namespace) -> None:

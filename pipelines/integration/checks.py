@@ -22,8 +22,8 @@ from braggflux.integrator.io.file_kinds import (
     file_kind,
 )
 from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.prediction.predict import require_recorded
 from braggflux.integrator.shoebox.extraction import MIN_ROWS
-from braggflux.integrator.shoebox.predict import require_recorded
 from braggflux.merge.io.dataset_split import wavelength_groups
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.pipelines.config.run import DialsConfig, RunConfig

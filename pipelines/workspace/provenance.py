@@ -14,16 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "scipy",
-    "gemmi",
-    "h5py",
-    "hdf5plugin",
-    "reciprocalspaceship",
-    "dxtbx",
-)
+PACKAGES = ("torch", "numpy", "scipy", "gemmi", "h5py", "hdf5plugin", "dxtbx")
 #: Larger files are named with their size but not read through.
 DIGEST_LIMIT_BYTES = 2**30
 

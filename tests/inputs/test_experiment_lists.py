@@ -20,10 +20,10 @@ from braggflux.integrator.io.dials import (
     write_reflections,
 )
 from braggflux.integrator.io.dials.sweeps import require_distinct, sweeps_of
+from braggflux.integrator.prediction.predict import predict_reflections
 from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.extraction import run_extraction
 from braggflux.integrator.shoebox.mask import MaskBit
-from braggflux.integrator.shoebox.predict import predict_reflections
 from braggflux.merge.io.formats.dials import read_dials
 
 

@@ -15,9 +15,9 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import read_experiments
 from braggflux.integrator.io.dials.lookup import read_flex
 from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.prediction.predict import predict_reflections
 from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.extraction import run_extraction
-from braggflux.integrator.shoebox.predict import predict_reflections
 from braggflux.pipelines.cli import main
 
 SHAPE = (288, 280)

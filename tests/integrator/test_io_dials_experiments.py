@@ -23,7 +23,7 @@ from braggflux.integrator.crystal.geometry import (
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import read_experiments, write_experiments
 from braggflux.integrator.io.dials.experiments import same
-from braggflux.integrator.shoebox.diffraction import DiffractionGeometry
+from braggflux.integrator.prediction.diffraction import DiffractionGeometry
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
 

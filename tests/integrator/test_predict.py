@@ -24,9 +24,9 @@ from braggflux.integrator.crystal.geometry import (
 )
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import read_experiments, read_reflections, write_experiments
-from braggflux.integrator.shoebox import diffraction
-from braggflux.integrator.shoebox.diffraction import DiffractionGeometry
-from braggflux.integrator.shoebox.predict import (
+from braggflux.integrator.prediction import diffraction
+from braggflux.integrator.prediction.diffraction import DiffractionGeometry
+from braggflux.integrator.prediction.predict import (
     detector_limit,
     predict_reflections,
     prediction_from_columns,

@@ -17,11 +17,11 @@ from braggflux.integrator.io.dials import (
     read_reflections,
 )
 from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.prediction.predict import predict_reflections
 from braggflux.integrator.shoebox.background import mean_image
 from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.extraction import is_full_set, run_extraction
 from braggflux.integrator.shoebox.mask import MaskBit
-from braggflux.integrator.shoebox.predict import predict_reflections
 from braggflux.integrator.types import Flag
 
 pytestmark = pytest.mark.realdata

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import braggflux
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.shoebox_store import (
     VERSION,
@@ -68,6 +69,12 @@ def written(tmp_path_factory):
     mask[5, 0, 0, 0] = MaskBit.VALID
     columns = write(path, counts, mask)
     return path, counts, mask, columns
+
+
+def test_the_public_opener_knows_it(written):
+    with braggflux.open_store(written[0]) as store:
+        assert isinstance(store, ShoeboxStore)
+        assert len(store) == N
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -1,6 +1,6 @@
 """All reflections of a sweep: which are recorded, where and when.
 
-The geometry lives in :mod:`braggflux.integrator.shoebox.diffraction`; here Miller indices are
+The geometry lives in :mod:`braggflux.integrator.prediction.diffraction`; here Miller indices are
 listed, the crossings inside the scan are kept and each ray is given its panel. The result agrees
 with ``dials.predict`` (Waterman et al. (2013) J. Synchrotron Rad. 20, 829 describe the
 conventions); we solve the crossing in a scan-varying crystal exactly where DIALS replaces the arc
@@ -22,9 +22,9 @@ from braggflux.integrator.crystal import corrections
 from braggflux.integrator.crystal.geometry import Crystal, Experiment
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials.sweeps import require_rotation
+from braggflux.integrator.prediction import diffraction
+from braggflux.integrator.prediction.diffraction import DiffractionGeometry
 from braggflux.integrator.records import TensorRecord
-from braggflux.integrator.shoebox import diffraction
-from braggflux.integrator.shoebox.diffraction import DiffractionGeometry
 
 CHUNK = 250_000
 """Miller indices solved at a time: bounds the memory of large cells."""

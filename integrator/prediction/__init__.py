@@ -1,0 +1,1 @@
+"""Where and when the reflections of a crystal in a beam are recorded."""
