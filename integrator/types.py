@@ -47,7 +47,8 @@ class ReflectionMetadata(TensorRecord):
     zeta : Tensor, (N,)
         ``|e1 . m2|``: apparent rotation width is sigma_m / zeta.
     frame_sigma : Tensor, (N,)
-        Standard deviation of the rocking curve in frames.
+        Standard deviation of the rocking curve as frames see it, with the width of a frame
+        itself [frames].
     corner : Tensor, (N, 3) int64
         (frame, slow, fast) array index of the first voxel of the box; may be negative.
     frames_per_layer : Tensor, (N,) int64
@@ -70,6 +71,11 @@ class ReflectionMetadata(TensorRecord):
     frame_sigma: Tensor
     corner: Tensor
     frames_per_layer: Tensor
+
+    @property
+    def rocking_sigma(self) -> Tensor:
+        """Standard deviation of the rocking curve without the frame's own width, (N,) [frames]."""
+        return (self.frame_sigma.double() ** 2 - 1 / 12).clamp_min(1e-6).sqrt()
 
 
 @dataclass(frozen=True)

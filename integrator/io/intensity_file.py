@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,10 +78,12 @@ def read_intensities(path: str | Path) -> IntensityTable:
                     f"{sorted(starts)}); write it again with `braggflux run --coupling staged`"
                 )
             columns = {name: torch.as_tensor(data[()]) for name, data in handle.items()}
-            if found[1] != VERSION:
-                columns |= _unknown_columns(columns, records)
+            if found[1] == VERSION:
+                metadata = _record(ReflectionMetadata, columns)
+            else:
+                metadata = _without_zeta(columns, records)
             return IntensityTable(
-                _record(ReflectionMetadata, columns),
+                metadata,
                 _record(ShiftedPoisson, columns),
                 columns["background"],
                 columns["flags"],
@@ -94,24 +96,20 @@ def _record(kind: type[Record], columns: Mapping[str, Tensor]) -> Record:
     return kind(**{f.name: columns[f.name] for f in fields(kind)})
 
 
-def _unknown_columns(
+def _without_zeta(
     columns: Mapping[str, Tensor], records: Sequence[Mapping[str, object]]
-) -> dict[str, Tensor]:
-    """Guess the zeta that files before version 3 lack, and put zeros for the place of the box.
+) -> ReflectionMetadata:
+    """Metadata of files before version 3: zeta is guessed, the place of the box is 0.
 
     The width of a rocking curve is proportional to 1 / zeta: the narrowest one is near zeta = 1.
     """
-    frame_sigma, experiment = columns["frame_sigma"].double(), columns["experiment"]
+    n = len(columns["frame_sigma"])
+    unknown = {"zeta": torch.ones(n), "corner": torch.zeros(n, 3, dtype=torch.int64)}
+    unknown["frames_per_layer"] = torch.zeros(n, dtype=torch.int64)
+    metadata = _record(ReflectionMetadata, {**columns, **unknown})
     widths = torch.tensor([abs(r["oscillation_deg"][1]) for r in records] or [1.0]).double()
-    degrees = rocking_sigma(frame_sigma) * widths[experiment.clamp_max(len(widths) - 1)]
-    zeta = degrees.min() / degrees if len(degrees) else degrees
-    nowhere = torch.zeros(len(zeta), 3, dtype=torch.int64)
-    return {"zeta": zeta, "corner": nowhere, "frames_per_layer": nowhere[:, 0]}
-
-
-def rocking_sigma(frame_sigma: Tensor) -> Tensor:
-    """Compute the standard deviation of rocking curves without the frame's own width [frames]."""
-    return (frame_sigma.double() ** 2 - 1 / 12).clamp_min(1e-6).sqrt()
+    degrees = metadata.rocking_sigma * widths[metadata.experiment.clamp_max(len(widths) - 1)]
+    return replace(metadata, zeta=degrees.min() / degrees if n else degrees)
 
 
 def is_intensity_file(path: str | Path) -> bool:

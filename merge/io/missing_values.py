@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.merge.io.sweep_columns import SWEEP_COLUMNS
+from braggflux.merge.io.sweep_columns import ROCKING, SWEEP_COLUMNS
 
 Array = NDArray[np.float64]
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 POSITIONS = (("X", "Y"), ("XDET", "YDET"), ("xobs", "yobs"))
 PAIRS = (*POSITIONS, ("xyzobs_x", "xyzobs_y"))
 #: Columns that say where an observation lies: the scale needs them.
-PLACES = (*(n for pair in PAIRS for n in pair), "ROT", "ewald_offset", *SWEEP_COLUMNS)
+PLACES = (*(n for pair in PAIRS for n in pair), "ROT", "ewald_offset", *SWEEP_COLUMNS, ROCKING)
 #: A column is left out when more of the rows lack it, and else these rows are.
 MOST = 0.1
 

@@ -28,6 +28,9 @@ SWEEP, FRAME, FRAME_WIDTH = "sweep", "frame", "frame_width"
 #: ``|e . m2|``, e along the rotation axis and m2 along s1 x s0: the rocking curve is wider by its
 #: inverse than the mosaic spread.
 ZETA = "zeta"
+#: Standard deviation of the rocking curve without the width of a frame [deg], where the
+#: integrator states it; else the mosaic spread is learned.
+ROCKING = "rocking"
 #: Unit vectors of the incident and the diffracted beam in the frame of the crystal.
 BEAMS = ("s0c_x", "s0c_y", "s0c_z", "s1c_x", "s1c_y", "s1c_z")
 SWEEP_COLUMNS = (SWEEP, FRAME, FRAME_WIDTH, ZETA, *BEAMS)

@@ -20,7 +20,7 @@ from braggflux.integrator.io.intensity_file import (
 from braggflux.integrator.types import Flag
 from braggflux.merge.io.formats.photon_table import read_photon_table
 from braggflux.merge.io.mtz import read_merged_mtz
-from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ZETA
+from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, ZETA
 from braggflux.merge.likelihood.photon_counts import PHOTON_VARIANCE
 from braggflux.pipelines import cli
 
@@ -70,6 +70,7 @@ def test_what_is_read(experiment, table):
     np.testing.assert_allclose(places[FRAME], given.xyz_px[:, 2].double())
     np.testing.assert_allclose(places[FRAME_WIDTH], 1.0)
     np.testing.assert_allclose(places[ZETA], given.zeta)
+    np.testing.assert_allclose(places[ROCKING], 0.4, rtol=1e-6)  # frames of 1 degree
     beams = np.stack([places[name] for name in BEAMS], 1)
     np.testing.assert_allclose(beams, torch.cat([given.s0_crystal, given.s1_crystal], 1))
     assert not data.has_lp_applied

@@ -16,7 +16,7 @@ from braggflux.integrator.types import Flag
 from braggflux.merge.io.dataset_split import cell_groups, check_one_form, split_by_sweep
 from braggflux.merge.io.formats.unmerged_mtz import BATCH_STEP
 from braggflux.merge.io.observations import UnmergedData, make_unmerged, typical_cell
-from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
+from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, SWEEP, ZETA
 from braggflux.merge.likelihood.photon_counts import PHOTON_VARIANCE
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,8 @@ def read_photon_table(
     Intensities are maximum-likelihood photons (before Lorentz and polarization factors), sigmas
     those of their background, and the metadata ``photon_variance`` what each expected photon adds:
     :mod:`braggflux.merge.likelihood.photon_counts`. Other metadata: ``BATCH XDET YDET ROT LP`` and
-    :data:`~braggflux.merge.io.sweep_columns.SWEEP_COLUMNS`.
+    :data:`~braggflux.merge.io.sweep_columns.SWEEP_COLUMNS` with
+    :data:`~braggflux.merge.io.sweep_columns.ROCKING`.
 
     Parameters
     ----------
@@ -48,6 +49,7 @@ def read_photon_table(
     table = read_intensities(path)
     records = _sweeps(path, experiments)
     columns = {name: value.numpy() for name, value in table.columns().items()}
+    columns[ROCKING] = table.metadata.rocking_sigma.numpy()
     number = columns["experiment"]
     if len(number) and int(number.max()) >= len(records):
         raise UserError(
@@ -131,5 +133,6 @@ def _places(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, np
         FRAME: columns["xyz_px"][:, 2].astype(float),
         FRAME_WIDTH: widths[number],
         ZETA: columns["zeta"].astype(float),
+        ROCKING: columns[ROCKING] * widths[number],
     }
     return places | dict(zip(BEAMS, beams.T, strict=True))
