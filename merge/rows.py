@@ -82,6 +82,11 @@ class UniqueRows:
             root = np.where(above >= 0, above, root)
         return depth, root
 
+    def shells(self, n_shells: int) -> NDArray[np.int64]:
+        """Resolution shell of each row, equally many rows each, 0 at low resolution, (R,)."""
+        order = np.argsort(np.argsort(-self.d, kind="stable"), kind="stable")
+        return order * n_shells // len(order)
+
     def rows(self, dataset: int) -> slice:
         """Rows of one dataset."""
         return slice(self.first[dataset], self.first[dataset + 1])

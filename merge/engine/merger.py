@@ -20,10 +20,11 @@ from braggflux.integrator.types import IntensityTable
 from braggflux.merge.data.scale_features import ScaleFeatures
 from braggflux.merge.engine.config import MergeConfig
 from braggflux.merge.engine.likelihood import observation_likelihood
+from braggflux.merge.engine.prior import DoubleWilsonPrior
 from braggflux.merge.engine.types import MergeBatch, MergeLoss
 from braggflux.merge.prior.anisotropy import anisotropic_design, invariant_tensors
 from braggflux.merge.prior.mate_correlation import estimate_one_minus_r2, mean_half_set_covariance
-from braggflux.merge.prior.wilson import DoubleWilsonPrior, WilsonPrior
+from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.scale.rotation import ScaleModel
 
 
@@ -64,7 +65,7 @@ class Merger(nn.Module):
         inv_d2 = torch.as_tensor(asu.d, dtype=torch.float64) ** -2
         self.register_buffer("inv_d2", inv_d2)
         tensors = invariant_tensors(asu.cell, asu.space_group)
-        wilson = WilsonPrior(
+        wilson = Wilson(
             inv_d2,
             torch.as_tensor(asu.epsilon),
             torch.as_tensor(asu.is_centric),

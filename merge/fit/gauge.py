@@ -20,7 +20,7 @@ from torch import Tensor
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import IntensityMerger
-from braggflux.merge.prior.wilson import hat_design
+from braggflux.merge.prior.wilson import Wilson, hat_design
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def settle_falloff(
     if kind == "auto":
         kind = "scale" if config.laue else "sphere"
     if kind == "scale":
-        wilson = merger.prior.wilson
+        wilson = merger.prior.part(Wilson)
         _move(merger, wilson.log_sigma + 0.5 * config.wilson_b * wilson.knots)
     elif kind == "sphere" and merger.scale.log_width is not None:
         _move(merger, -_scale_on_the_sphere(merger, table))
@@ -48,7 +48,7 @@ def settle_falloff(
 
 def _move(merger: IntensityMerger, excess: Tensor) -> None:
     """Give ``exp(excess)``, (n_knots,) and up to its mean, from Sigma and F^2 to K."""
-    wilson, scale = merger.prior.wilson, merger.scale
+    wilson, scale = merger.prior.part(Wilson), merger.scale
     excess = excess - excess.mean()
     scale.falloff_knots.copy_(wilson.knots)
     scale.falloff += excess
@@ -63,7 +63,7 @@ def _scale_on_the_sphere(merger: IntensityMerger, table: ObservationTable) -> Te
     """
     batch = table.everything()
     log_scale = merger.scale.on_the_sphere(batch) - batch.terms.base_log_scale
-    design = hat_design(batch.terms.inv_d2, merger.prior.wilson.knots)
+    design = hat_design(batch.terms.inv_d2, merger.prior.part(Wilson).knots)
     ridge = 1e-6 * len(design) * torch.eye(design.shape[1], dtype=design.dtype)
     mean = log_scale.mean()
     normal = design.T @ design + ridge.to(design.device)

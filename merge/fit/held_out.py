@@ -19,7 +19,6 @@ from torch import Tensor
 
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.model.merger import IntensityMerger
-from braggflux.merge.model.posterior_width import tree_width
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
     """
     q = merger.inference()
     e = merger.generative(batch, q)
-    width = tree_width(merger, q)
+    width = merger.prior.width(q, merger.information)
     row = batch.first_rows
     slope = 2 * e.scale * q.spread[row] / q.mean[row]  # of K F^2 against F
     # the spread of all harmonics, less what q(F) of the first one says

@@ -22,6 +22,7 @@ from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.held_out import log_likelihoods
 from braggflux.merge.fit.training import fit, pool_trees
 from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.prior.double_wilson import DoubleWilson
 
 logger = logging.getLogger(__name__)
 
@@ -51,25 +52,25 @@ def choose_correlation(
     config : IntensityMergeConfig
     """
     state = {k: v.clone() for k, v in merger.state_dict().items()}
-    density = []
+    prior, density = merger.prior.part(DoubleWilson), []
     for r in GRID:
         merger.load_state_dict(state)
-        merger.prior.one_minus_r2.fill_(1 - r**2)
+        prior.one_minus_r2.fill_(1 - r**2)
         pool_trees(merger)
         fit(merger, table, config, epochs=EPOCHS, with_scales=False)
         density.append(log_likelihoods(merger, table, held_out))
     merger.load_state_dict(state)
     known = ~density[0].isnan()
-    shell = _shell_of_cluster(merger, table)[known]
-    return set_best(merger, torch.stack([d[known] for d in density]), shell)
+    shell = _shell_of_cluster(prior, table)[known]
+    return set_best(prior, torch.stack([d[known] for d in density]), shell)
 
 
-def set_best(merger: IntensityMerger, density: Tensor, shell: Tensor) -> list[dict[str, float]]:
+def set_best(prior: DoubleWilson, density: Tensor, shell: Tensor) -> list[dict[str, float]]:
     """Set r of every shell to the best line.
 
     Parameters
     ----------
-    merger : IntensityMerger
+    prior : DoubleWilson
     density : Tensor, (G, C)
         Log-density of each held-out cluster at every r of the grid.
     shell : Tensor, (C,)
@@ -79,11 +80,11 @@ def set_best(merger: IntensityMerger, density: Tensor, shell: Tensor) -> list[di
     list of dict
         Score of every r in every shell, over that of the middle of the grid [nats].
     """
-    n_shells = len(merger.prior.one_minus_r2)
+    n_shells = len(prior.one_minus_r2)
     scores = bounded_scores(density, shell, n_shells).cpu()
-    log_share = best_line(scores, merger.prior.shell_inv_d2.cpu())
-    merger.prior.one_minus_r2.copy_(log_share.exp())
-    chosen = merger.prior.correlation.tolist()
+    log_share = best_line(scores, prior.shell_inv_d2.cpu())
+    prior.one_minus_r2.copy_(log_share.exp())
+    chosen = prior.correlation.tolist()
     logger.info("r by shell, low to high resolution: %s", " ".join(f"{r:.4f}" for r in chosen))
     return [
         {"shell": s, "r": r, "log_likelihood": float(scores[i, s]), "chosen_r": chosen[s]}
@@ -127,10 +128,10 @@ def best_line(scores: Tensor, inv_d2: Tensor) -> Tensor:
     return lines.flatten(0, 1)[total.argmax()]
 
 
-def _shell_of_cluster(merger: IntensityMerger, table: ObservationTable) -> Tensor:
+def _shell_of_cluster(prior: DoubleWilson, table: ObservationTable) -> Tensor:
     terms, n = table.terms, len(table.observations)
-    shell = torch.zeros(n, dtype=torch.int64, device=merger.device)
-    shell[terms.observation] = merger.prior.shell[terms.row]
+    shell = prior.shell.new_zeros(n)
+    shell[terms.observation] = prior.shell[terms.row]
     if not table.has_clusters:
         return shell
     cluster = table.observations.cluster

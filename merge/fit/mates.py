@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.output.amplitudes import scaled_observations
@@ -28,7 +29,9 @@ MAX_HALF = 0.3  # of the relative difference of amplitudes, halved
 
 
 @torch.no_grad()
-def confirmed_log_ratio(merger: IntensityMerger, table: ObservationTable, seed: int) -> Tensor:
+def confirmed_log_ratio(
+    merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
+) -> Tensor:
     """Log of each mate's F^2 over that of both, (R,); 0 where nothing is confirmed.
 
     Parameters
@@ -36,8 +39,8 @@ def confirmed_log_ratio(merger: IntensityMerger, table: ObservationTable, seed: 
     merger : IntensityMerger
         With the amplitudes of the mates apart and scales that have not seen them.
     table : ObservationTable
-    seed : int
-        Of the halves.
+    config : IntensityMergeConfig
+        Its seed draws the halves.
     """
     minus = (merger.joined != torch.arange(len(merger.joined), device=merger.device)).nonzero()
     minus = minus[:, 0]
@@ -51,12 +54,13 @@ def confirmed_log_ratio(merger: IntensityMerger, table: ObservationTable, seed: 
     square = 0.5 * (spread[plus] + spread[minus])
     usual = merger.prior.spread()[plus]
     is_strong = square > WEAK * usual
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(config.seed)
     norm = 2 * (square * usual).sqrt()
     product, known = mean_half_set_covariance(row, value, weight, plus, minus, norm, generator)
     keep = known & is_strong
-    shell, nothing = merger.prior.shell[plus], torch.zeros_like(merger.prior.one_minus_r2)
-    share = estimate_one_minus_r2(product[keep], shell[keep], len(nothing), nothing)
+    n_shells = config.n_correlation_shells
+    shell = torch.as_tensor(merger.unique.shells(n_shells), device=merger.device)[plus]
+    share = estimate_one_minus_r2(product[keep], shell[keep], n_shells, norm.new_zeros(n_shells))
     true_variance = 0.5 * usual * share[shell]  # of F(+) - F(-)
     total = spread.new_zeros(len(spread)).index_add_(0, row, weight)
     mean = torch.zeros_like(total).index_add_(0, row, weight * value) / total.clamp_min(1e-30)

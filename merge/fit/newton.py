@@ -64,7 +64,7 @@ class RowNewton:
         merger = self.merger
         own = information + weight
         below = own.clone()
-        for rows, parent in reversed(merger.levels):  # a parent's step moves its whole tree
+        for rows, parent in reversed(merger.prior.levels):  # a parent's step moves its whole tree
             below.index_add_(0, parent, below[rows])
         below = below + weight * merger.prior.stiffness(merger.log_spread.exp())
         change = -merger.log_spread_step.grad / below.clamp_min(1e-12)

@@ -17,7 +17,7 @@ from torch import Tensor
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
-from braggflux.merge.prior.reference import ReferencePrior
+from braggflux.merge.prior.reference import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -32,27 +32,24 @@ N_ROUNDS = 20
 
 
 @torch.no_grad()
-def set_reference(
-    merger: IntensityMerger, table: ObservationTable, f_calc: Tensor
-) -> list[dict[str, float | None]]:
-    """Give the prior a model's amplitudes, (R,) or NaN, and choose sigma_A.
+def set_sigma_a(merger: IntensityMerger, table: ObservationTable) -> list[dict[str, float | None]]:
+    """Choose sigma_A of the merger's model from the used observations and the present scales.
 
-    The used observations decide, with the scales as they are; see :func:`choose_sigma_a`.
+    See :func:`choose_sigma_a`, whose rows are returned.
     """
     scaled = scaled_observations(merger, table)
-    mean, sigma = weighted_mean(scaled, len(f_calc), table.observations.is_used)
+    mean, sigma = weighted_mean(scaled, len(merger.group), table.observations.is_used)
     unit = table.unit_intensity
-    return use_reference(merger, f_calc, mean / unit, sigma / unit)
+    return set_sigma_a_from_means(merger, mean / unit, sigma / unit)
 
 
 @torch.no_grad()
-def use_reference(
-    merger: IntensityMerger, f_calc: Tensor, intensity: Tensor, sigma: Tensor
+def set_sigma_a_from_means(
+    merger: IntensityMerger, intensity: Tensor, sigma: Tensor
 ) -> list[dict[str, float | None]]:
-    """As :func:`set_reference`, from merged intensities in units of the table, (R,)."""
+    """As :func:`set_sigma_a`, from merged intensities in units of the table, (R,) each."""
     prior = merger.prior
-    prior.reference.set_model(f_calc, prior.wilson)
-    rows = choose_sigma_a(prior.reference, intensity, sigma, prior.spread())
+    rows = choose_sigma_a(prior.part(Reference), intensity, sigma, prior.spread())
     shells = " ".join(f"{r['sigma_a']:.3f}" for r in rows)
     logger.info("sigma_A by shell, low to high resolution: %s", shells)
     return rows
@@ -68,7 +65,7 @@ class SigmaA2:
 
     @property
     def believed(self) -> float:
-        """The value, 0 where it does not stand out of its error.
+        """The estimate, or 0 if below :data:`N_ERRORS` standard errors.
 
         The prior's variance 1 - sigma_A^2 is never taken for smaller than what is known of it.
         """
@@ -118,13 +115,13 @@ def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tens
 
 @torch.no_grad()
 def choose_sigma_a(
-    reference: ReferencePrior, intensity: Tensor, sigma: Tensor, spread: Tensor
+    reference: Reference, intensity: Tensor, sigma: Tensor, spread: Tensor
 ) -> list[dict[str, float | None]]:
     """Set sigma_A^2 of each shell from merged intensities; returns what was found.
 
     Parameters
     ----------
-    reference : ReferencePrior
+    reference : Reference
         With a model.
     intensity, sigma : Tensor, (R,)
         Inverse-variance means free of any prior; NaN where not observed.

@@ -116,9 +116,8 @@ def _merge_once(
     mean = k.new_zeros(n_rows).index_add_(0, row, weight * value)
     mean = mean / total.clamp_min(1e-30)
     seen = total > 0
-    wilson = merger.prior.wilson
-    wilson.start(mean, seen)
-    sigma = wilson.epsilon * wilson.wilson_sigma()
+    merger.prior.start(mean, seen)
+    sigma = merger.prior.spread()
     noise = total.clamp_min(1e-30) ** -0.5
     spread = torch.where(seen, torch.maximum(mean, 0.5 * torch.minimum(noise, sigma)), sigma)
     k_start = torch.where(seen, (spread / noise) ** 2, 1.0).clamp(0.6, 1e5)
@@ -150,10 +149,11 @@ def adopt(
     training: ObservationTable,
     with_scales: bool = True,
 ) -> None:
-    """Start what only the held-out observations determine, and amplitudes that lost all of theirs.
+    """Initialise images and reflections without a training observation before the fit to all data.
 
-    The last fit, to all observations, is short. It would leave a held-out image with a scale from
-    its neighbours, and a reflection seen there alone near the mean of its prior.
+    So are amplitudes of which no observation is believed. The last fit is short: it would leave a
+    held-out image with a scale from its neighbours, and a reflection seen there alone near the
+    mean of its prior.
     """
     batch = table.everything()
     o, row = batch.observations, batch.first_rows
@@ -169,7 +169,7 @@ def adopt(
         scale[new] += change[new]
         e = merger.generative(batch, merger.inference())
     n_rows = len(merger.group)
-    unseen = (merger.n_obs == 0) & ~_is_coupled(merger)
+    unseen = (merger.n_obs == 0) & ~merger.prior.rows_with_relatives()
     doubted = _doubted(merger, batch, e)
     # an intensity that is not there says nothing of a doubted amplitude
     chosen = unseen[row] | (doubted[row] & (o.intensity > 3 * o.sigma))
@@ -204,15 +204,6 @@ def _doubted(merger: IntensityMerger, batch: Batch, e: Expectation) -> Tensor:
     believed = share.new_zeros(int(group.max()) + 1)
     believed.index_add_(0, group[batch.first_rows], (share > 0.5).to(share.dtype))
     return (believed == 0)[group]
-
-
-def _is_coupled(merger: IntensityMerger) -> Tensor:
-    """Rows whose relatives say where to start, (R,) bool."""
-    found = torch.zeros_like(merger.group, dtype=torch.bool)
-    if merger.prior.is_coupled:
-        found[merger.prior.child] = True
-        found[merger.prior.parent] = True
-    return found
 
 
 def fit(
@@ -253,7 +244,7 @@ def fit(
         return _fit_scales(merger, table, config, epochs, observer)
     was_known = bool(merger.log_ratio.any())
     elbo = _fit_tied(merger, table, config, epochs, observer)
-    merger.log_ratio.copy_(confirmed_log_ratio(merger, table, config.seed))
+    merger.log_ratio.copy_(confirmed_log_ratio(merger, table, config))
     if was_known or not merger.log_ratio.any():
         return elbo
     return _fit_tied(merger, table, config, max(1, round(AGAIN * epochs)), None)

@@ -23,7 +23,7 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.likelihood.photon_counts import as_deviance, expected_sigma
 from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
-from braggflux.merge.prior.double_wilson import TreePrior
+from braggflux.merge.prior.registry import build_prior
 from braggflux.merge.rows import UniqueRows
 from braggflux.merge.scale.base import Scale
 from braggflux.merge.scale.model import ObservationScale
@@ -83,19 +83,20 @@ class IntensityMerger(nn.Module):
     unique : UniqueRows
     table : ObservationTable
     config : IntensityMergeConfig
+    f_calc : Tensor, (R,), optional
+        Amplitudes of a model that may become the prior; NaN where there is none.
     """
 
     def __init__(
-        self, unique: UniqueRows, table: ObservationTable, config: IntensityMergeConfig
+        self,
+        unique: UniqueRows,
+        table: ObservationTable,
+        config: IntensityMergeConfig,
+        f_calc: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.prior = TreePrior(
-            unique,
-            config.n_wilson_knots,
-            config.n_correlation_shells,
-            config.anisotropic,
-            config.n_reference_shells,
-        )
+        self.unique = unique
+        self.prior = build_prior(unique, config, f_calc)
         self.scale = ObservationScale(table, config)
         self.likelihood = IntensityLikelihood(
             config.likelihood == "normal",
@@ -111,12 +112,6 @@ class IntensityMerger(nn.Module):
         # of a mate's F^2 to that of both, as far as it is known while they share one
         ratio = torch.zeros(len(unique), dtype=torch.float64)
         self.register_buffer("log_ratio", ratio, persistent=False)
-        self.n_levels = int(unique.depth.max())
-        for level in range(1, self.n_levels + 1):
-            rows = (unique.depth == level).nonzero()[0]
-            for name, values in (("rows", rows), ("above", unique.parent[rows])):
-                buffer = torch.as_tensor(values)
-                self.register_buffer(f"level_{level}_{name}", buffer, persistent=False)
         self.n_groups = unique.n_groups
         for name in ("n_obs", "n_group"):
             self.register_buffer(name, torch.zeros(0, dtype=torch.int64), persistent=False)
@@ -198,18 +193,10 @@ class IntensityMerger(nn.Module):
         return self.group.device
 
     @property
-    def levels(self) -> list[tuple[Tensor, Tensor]]:
-        """Rows at each step below the rows without parent, and their parents."""
-        return [
-            (getattr(self, f"level_{k}_rows"), getattr(self, f"level_{k}_above"))
-            for k in range(1, self.n_levels + 1)
-        ]
-
-    @property
     def log_spread(self) -> Tensor:
         """Log of <F^2> of each row, (R,)."""
         total = self.log_spread_step
-        for rows, parent in self.levels:
+        for rows, parent in self.prior.levels:
             total = total.index_add(0, rows, total[parent])
         return total
 
@@ -217,7 +204,7 @@ class IntensityMerger(nn.Module):
     def set_log_spread(self, value: Tensor) -> None:
         """Set <F^2> of each row from its log, (R,)."""
         step = value.clone()
-        for rows, parent in self.levels:
+        for rows, parent in self.prior.levels:
             step[rows] = value[rows] - value[parent]
         self.log_spread_step.copy_(step)
 
@@ -271,7 +258,7 @@ class IntensityMerger(nn.Module):
         return MergeTerms(
             (log_density * used).sum(),
             (weight * self.prior.kl(q)).sum() if with_prior else log_density.new_zeros(()),
-            batch.share * (self.scale.penalty() + self.prior.wilson.penalty()),
+            batch.share * (self.scale.penalty() + self.prior.penalty()),
             self._information(batch, e),
             weight.detach(),
         )

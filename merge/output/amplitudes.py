@@ -9,8 +9,8 @@ from torch import Tensor
 
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import IntensityMerger
-from braggflux.merge.model.posterior_width import tree_width
 from braggflux.merge.output.french_wilson import french_wilson
+from braggflux.merge.prior.wilson import Wilson
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,10 @@ def with_amplitudes(
     q = merger.inference()
     unit = unit_intensity**0.5
     normalised = q.mean / merger.prior.spread().sqrt()
+    width = merger.prior.width(q, merger.information).sigma if is_marginal else q.variance.sqrt()
     return MergedRows(
         q.mean * unit,
-        (tree_width(merger, q).sigma if is_marginal else q.variance.sqrt()) * unit,
+        width * unit,
         normalised,
         mean,
         sigma,
@@ -131,5 +132,5 @@ def amplitudes_of_means(
     merger: IntensityMerger, unit_intensity: float, mean: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """<F> and its sigma from mean intensities with Wilson's prior alone, (R,) each."""
-    expected = merger.prior.wilson.p_structure_factor().spread * unit_intensity
-    return french_wilson(mean, sigma, expected, merger.prior.wilson.is_centric)
+    wilson = merger.prior.part(Wilson)
+    return french_wilson(mean, sigma, wilson.spread() * unit_intensity, wilson.is_centric)

@@ -17,64 +17,68 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from braggflux.integrator.distributions.nakagami import Nakagami
-from braggflux.merge.prior.wilson import WilsonPrior, hat_design
+from braggflux.merge.prior.base import AmplitudePrior, PriorOver
+from braggflux.merge.prior.wilson import Wilson, hat_design
 
 #: Nodes for the mean of the slowly varying factor of the density.
 N_NODES = 2
 N_ROUNDS = 20
 
 
-class ReferencePrior(nn.Module):
-    """Rice or folded normal about the model's amplitude; unused until :meth:`set_model`.
+class Reference(PriorOver):
+    """Rice's law or the folded normal about a model's amplitude.
+
+    A model is not believed, and the prior below it stands, until sigma_A is set.
 
     Parameters
     ----------
-    inv_d2 : Tensor, (R,)
-        [1/A^2]
-    is_centric : Tensor, (R,) bool
+    below : AmplitudePrior
+    f_calc : Tensor, (R,)
+        Amplitudes of the model on any scale; NaN where there is none.
     n_shells : int
         Resolution shells of sigma_A^2, which is linear in 1/d^2 between their centres.
     """
 
-    def __init__(self, inv_d2: Tensor, is_centric: Tensor, n_shells: int) -> None:
-        super().__init__()
+    def __init__(self, below: AmplitudePrior, f_calc: Tensor, n_shells: int) -> None:
+        super().__init__(below)
+        wilson = below.part(Wilson)
+        inv_d2 = wilson.inv_d2
         share = (torch.arange(n_shells, dtype=torch.float64) + 0.5) / n_shells
         edges = torch.arange(1, n_shells, dtype=torch.float64) / n_shells
         self.register_buffer("design", hat_design(inv_d2, torch.quantile(inv_d2, share)))
         shell = torch.bucketize(inv_d2, torch.quantile(inv_d2, edges))
         self.register_buffer("shell", shell)
-        self.register_buffer("is_centric", is_centric)
-        self.register_buffer("e_calc", torch.full_like(inv_d2, torch.nan))
+        self.register_buffer("is_centric", wilson.is_centric)
+        self.register_buffer("e_calc", normalised(f_calc, wilson))
+        self.register_buffer("rows", torch.nonzero(~self.e_calc.isnan())[:, 0])  # (M,)
         self.register_buffer("sigma_a2", torch.zeros(n_shells, dtype=torch.float64))
 
     @property
-    def rows(self) -> Tensor:
-        """Rows that have an F_calc, (M,)."""
-        return torch.nonzero(~self.e_calc.isnan())[:, 0]
+    def is_believed(self) -> bool:
+        """Whether the model says anything: sigma_A is above 0 in some shell."""
+        return bool(self.sigma_a2.any())
 
-    @torch.no_grad()
-    def set_model(self, f_calc: Tensor, wilson: WilsonPrior) -> None:
-        """Take |F_calc| of each row, (R,) on any scale; NaN where there is none."""
-        f_calc = f_calc.to(self.e_calc)
-        known = torch.isfinite(f_calc) & (f_calc >= 0)
-        shape = torch.where(self.is_centric, 0.5, 1.0).double()
-        mean = mean_intensity(wilson.full_design, f_calc**2 / wilson.epsilon, shape, known)
-        e_calc = f_calc / (wilson.epsilon * mean).sqrt()
-        self.e_calc.copy_(torch.where(known, e_calc, torch.nan))
-
-    def conditional(self, rows: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
-        """D F_calc and S of the given ``rows`` with epsilon Sigma = ``spread``, (M,) each."""
-        share = self.design[rows] @ self.sigma_a2
+    def conditional(self) -> tuple[Tensor, Tensor]:
+        """D F_calc and S of the rows that have an F_calc, (M,) each."""
+        spread = self.spread()[self.rows]
+        share = self.design[self.rows] @ self.sigma_a2
         # not sqrt(share * spread), whose gradient at share = 0 is no number
-        return share.sqrt() * spread.sqrt() * self.e_calc[rows], (1 - share) * spread
+        return share.sqrt() * spread.sqrt() * self.e_calc[self.rows], (1 - share) * spread
 
-    def kl(self, q: Nakagami, spread: Tensor, rows: Tensor) -> Tensor:
-        """Divergence of the given rows, (M,); ``spread`` is epsilon Sigma of all, (R,)."""
-        q = Nakagami(q.concentration[rows], q.spread[rows], validate_args=False)
-        centre, variance = self.conditional(rows, spread[rows])
+    def kl(self, q: Nakagami) -> Tensor:
+        """Divergence of each row, (R,) [nats]."""
+        alone = self.below.kl(q)
+        if not self.is_believed:
+            return alone
+        return alone.index_copy(0, self.rows, self._conditional_kl(q))
+
+    def _conditional_kl(self, q: Nakagami) -> Tensor:
+        """Divergence of the rows that have an F_calc, (M,)."""
+        q = Nakagami(q.concentration[self.rows], q.spread[self.rows], validate_args=False)
+        centre, variance = self.conditional()
         # <(F - D F_calc)^2> written without cancellation
         square = (q.mean - centre) ** 2 + q.variance
         nodes, weights = q.intensity_nodes(N_NODES)
@@ -87,14 +91,34 @@ class ReferencePrior(nn.Module):
         )
         folded = -0.5 * (math.log(2 * math.pi) + variance.log() + square / variance)
         folded = folded + weights @ torch.log1p(torch.exp(-x))
-        return -q.entropy() - torch.where(self.is_centric[rows], folded, rice)
+        return -q.entropy() - torch.where(self.is_centric[self.rows], folded, rice)
 
-    def precision(self, spread: Tensor) -> Tensor:
-        """Least precision of F that the model gives, 0 where there is none, (R,)."""
-        rows = self.rows
-        stiffness = torch.where(self.is_centric[rows], 1.0, 2.0)
-        variance = self.conditional(rows, spread[rows])[1]
-        return torch.zeros_like(spread).index_copy(0, rows, stiffness / variance)
+    def stiffness(self, mean_square: Tensor) -> Tensor:
+        """Curvature in log F^2 about the model beside that of the prior below, (R,)."""
+        return self.below.stiffness(mean_square) + 0.25 * mean_square * self._own_precision()
+
+    def precision(self) -> Tensor:
+        """Least precision of F that model or prior below give, (R,)."""
+        return torch.maximum(self.below.precision(), self._own_precision())
+
+    def _own_precision(self) -> Tensor:
+        """Precision of F about the model, 0 where there is none or it is not believed, (R,)."""
+        nothing = torch.zeros_like(self.e_calc)
+        if not self.is_believed:
+            return nothing
+        stiffness = torch.where(self.is_centric[self.rows], 1.0, 2.0)
+        return nothing.index_copy(0, self.rows, stiffness / self.conditional()[1])
+
+
+@torch.no_grad()
+def normalised(f_calc: Tensor, wilson: Wilson) -> Tensor:
+    """|F_calc| over its own mean at each reflection's resolution and direction, (R,) or NaN."""
+    f_calc = f_calc.to(wilson.epsilon)
+    known = torch.isfinite(f_calc) & (f_calc >= 0)
+    shape = torch.where(wilson.is_centric, 0.5, 1.0).double()
+    mean = mean_intensity(wilson.full_design, f_calc**2 / wilson.epsilon, shape, known)
+    e_calc = f_calc / (wilson.epsilon * mean).sqrt()
+    return torch.where(known, e_calc, torch.nan)
 
 
 @torch.no_grad()

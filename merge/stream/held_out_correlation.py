@@ -11,6 +11,7 @@ import torch
 from braggflux.merge.fit.held_out import observed_and_expected
 from braggflux.merge.fit.held_out_correlation import GRID, set_best
 from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.solve import solve_rows
 from braggflux.merge.stream.sums import RowSums
@@ -25,20 +26,20 @@ def choose_from_sums(
     Parameters
     ----------
     merger : IntensityMerger
-        With a coupled prior.
+        With a coupled double-Wilson prior.
     stream : ObservationStream
     sums : RowSums
         Without the held-out observations.
     """
-    density = []
+    prior, density = merger.prior.part(DoubleWilson), []
     for r in GRID:
-        merger.prior.one_minus_r2.fill_(1 - r**2)
+        prior.one_minus_r2.fill_(1 - r**2)
         solve_rows(merger, sums)
         parts, shell = [], []
         for _, batch in held_out_batches(stream, merger):
             chosen = batch.observations.is_used
             values = torch.as_tensor(observed_and_expected(merger, batch)[2])
             parts.append(values.to(merger.device)[chosen])
-            shell.append(merger.prior.shell[batch.terms.row[chosen]])
+            shell.append(prior.shell[batch.terms.row[chosen]])
         density.append(torch.cat(parts))
-    return set_best(merger, torch.stack(density), torch.cat(shell))
+    return set_best(prior, torch.stack(density), torch.cat(shell))

@@ -30,7 +30,7 @@ from braggflux.merge.stream.sums import RowSums
 logger = logging.getLogger(__name__)
 
 #: The amplitudes, and with them the prior, move once in so many batches: of tens of thousands of
-#: rows a batch of that size sees a part, and their divergence is the dearest thing after networks.
+#: rows a batch of that size sees a part, and the divergence is the second largest cost of a step.
 ROWS_EVERY = 4
 
 

@@ -16,6 +16,7 @@ from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
 from braggflux.merge.io.merged_table import MergedTable
 from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.output.odd_images import odd_images
+from braggflux.merge.prior.reference import Reference
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ def _named(
 def model_rows(merger: IntensityMerger, rows: slice) -> tuple[Array, Array]:
     """Return the expected F^2 of some rows without and with a prior model (NaN for none), (R,)."""
     spread = merger.prior.spread().detach().cpu().numpy()[rows]
-    return spread, spread * merger.prior.reference.e_calc.cpu().numpy()[rows] ** 2
+    if not merger.prior.has(Reference):
+        return spread, np.full_like(spread, np.nan)
+    return spread, spread * merger.prior.part(Reference).e_calc.cpu().numpy()[rows] ** 2
 
 
 def say_of_dataset(

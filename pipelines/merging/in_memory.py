@@ -23,11 +23,12 @@ from braggflux.merge.fit.flicker import choose_flicker, is_in_doubt
 from braggflux.merge.fit.gauge import settle_falloff
 from braggflux.merge.fit.held_out import predict, split
 from braggflux.merge.fit.held_out_correlation import choose_correlation
-from braggflux.merge.fit.sigma_a import set_reference
+from braggflux.merge.fit.sigma_a import set_sigma_a
 from braggflux.merge.fit.training import Observer, adopt, fit, pool_trees, start, start_amplitudes
 from braggflux.merge.indexing.refine import reassigned, refined, seeded
 from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.model.saved_scale import SavedScale
+from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.problem import MergeProblem
 from braggflux.merge.rows import UniqueRows
 from braggflux.pipelines.workspace import log
@@ -68,8 +69,8 @@ class FittedMerge:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
-def is_coupled(unique: UniqueRows, config: IntensityMergeConfig) -> bool:
-    """Say whether amplitudes are expected to be like those of their relatives.
+def check_coupling(unique: UniqueRows, config: IntensityMergeConfig) -> bool:
+    """Check that a double-Wilson prior can act; tell whether there is one.
 
     Raises
     ------
@@ -113,7 +114,8 @@ class MergeFit:
         if problem.ambiguity is not None:
             problem = seeded(problem, self.masks, config, known.indexing)
         self.problem = problem
-        self.merger = IntensityMerger(problem.unique, self.training, config).to(device)
+        merger = IntensityMerger(problem.unique, self.training, config, known.f_calc)
+        self.merger = merger.to(device)
         self.tables: dict[str, Sequence[Mapping[str, Any]]] = {}
 
     @property
@@ -160,9 +162,9 @@ class MergeFit:
         else:
             self.known.saved.load_into(self.merger)
             start_amplitudes(self.merger, self.training)
-        self.merger.prior.is_coupled = is_coupled(self.problem.unique, self.config)
-        if len(self.merger.prior.child):  # relatives start alike: each outvotes outliers
-            pool_trees(self.merger)
+        if check_coupling(self.problem.unique, self.config):
+            self.merger.prior.couple()
+            pool_trees(self.merger)  # relatives start alike: each outvotes outliers
 
     def _fit(
         self, table: ObservationTable, share: float, observer: Observer | None = None
@@ -185,13 +187,13 @@ class MergeFit:
         self.tables["scale"] = rows
 
     def _choose_sigma_a(self) -> None:
-        rows = set_reference(self.merger, self.training, self.known.f_calc.to(self.device))
+        rows = set_sigma_a(self.merger, self.training)
         self.tables["sigma_a"] = rows
         self._fit(self.training, SHORT)
 
     def _choose_correlation(self) -> None:
         if self.config.correlation is not None:
-            self.merger.prior.one_minus_r2.fill_(1 - self.config.correlation**2)
+            self.merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - self.config.correlation**2)
         else:
             held_out = (~self.masks.is_used).to(self.device)
             rows = choose_correlation(self.merger, self.training, held_out, self.config)

@@ -13,7 +13,7 @@ from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, load_scale,
 from braggflux.merge.problem import MergeProblem, build_problem
 from braggflux.pipelines.inputs.inputs import MergeInputs
 from braggflux.pipelines.merging.findings import say_images, say_steps
-from braggflux.pipelines.merging.in_memory import Knowledge, MergeFit, is_coupled
+from braggflux.pipelines.merging.in_memory import Knowledge, MergeFit, check_coupling
 from braggflux.pipelines.merging.indexing import (
     ambiguous_operators,
     image_numbers,
@@ -86,7 +86,7 @@ def _merge_in_memory(
     labels = [d.labels._replace(wavelength=d.typical_wavelength) for d in data]
     say_what_data_leave_idle(config, problem, data)
     del data  # nearly as large as the table
-    is_coupled(problem.unique, config)
+    check_coupling(problem.unique, config)
     if saved is not None:
         saved.check(problem.table)
     f_calc = None

@@ -10,6 +10,9 @@ from typing import Any
 
 from braggflux.merge.indexing.operators import Ambiguity
 from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.prior.double_wilson import DoubleWilson
+from braggflux.merge.prior.reference import Reference
+from braggflux.merge.prior.wilson import Wilson
 from braggflux.pipelines.merging.indexing import summary
 from braggflux.pipelines.workspace.rundir import write_text
 
@@ -22,14 +25,16 @@ def write_metrics(
     predictions: Mapping[str, Any],
     ambiguity: Ambiguity | None = None,
 ) -> None:
-    """Write them, and log the lines that a user wants to see."""
+    """Write metrics.json and log a summary."""
     errors, prior = merger.likelihood.error_parameters, merger.prior
-    tensor = prior.anisotropic_b()
+    tensor = prior.part(Wilson).anisotropic_b()
+    share = prior.part(DoubleWilson).one_minus_r2.tolist() if prior.is_coupled else None
+    sigma_a = prior.part(Reference).sigma_a2.sqrt().tolist() if prior.has(Reference) else None
     row = {
         "held_out": predictions,
         "error_model": errors,
-        "one_minus_r2": prior.one_minus_r2.tolist() if prior.is_coupled else None,
-        "sigma_a": prior.reference.sigma_a2.sqrt().tolist() if len(prior.reference.rows) else None,
+        "one_minus_r2": share,
+        "sigma_a": sigma_a,
         "anisotropic_b": None if tensor is None else tensor.tolist(),
     }
     if ambiguity is not None:

@@ -14,12 +14,13 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import is_intensity_file
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.gauge import settle_falloff
-from braggflux.merge.fit.sigma_a import use_reference
+from braggflux.merge.fit.sigma_a import set_sigma_a_from_means
 from braggflux.merge.fit.training import start, start_amplitudes
 from braggflux.merge.io.stores.observation_store import ObservationStore
 from braggflux.merge.io.stores.unmerged_store import SUFFIX, UnmergedStore
 from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, save_scale
+from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.held_out_correlation import choose_from_sums
 from braggflux.merge.stream.solve import solve_rows
@@ -32,7 +33,7 @@ from braggflux.merge.stream.training import (
     predict_held_out,
 )
 from braggflux.pipelines.inputs.inputs import MergeInputs
-from braggflux.pipelines.merging.in_memory import is_coupled
+from braggflux.pipelines.merging.in_memory import check_coupling
 from braggflux.pipelines.merging.indexing import write_indexing
 from braggflux.pipelines.merging.metrics import write_metrics
 from braggflux.pipelines.merging.outputs import write_stream
@@ -81,7 +82,7 @@ def merge_stores(
         stores = indexed(stores, indexing)
         standard = None if saved is None else saved.standard
         stream = ObservationStream(stores, config, standard, inputs.parents)
-        couples = is_coupled(stream.unique, config)
+        couples = check_coupling(stream.unique, config)
         f_calc = None
         if inputs.prior_model is not None:
             f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, stream.unique.asus))
@@ -91,13 +92,13 @@ def merge_stores(
             *(len(stream), sum(s.n_images for s in stores), stream.n_batches, len(stream.unique)),
             " ".join(stream.standard.names),
         )
-        merger = _fit_scales(stream, config, device, saved)
+        merger = _fit_scales(stream, config, device, saved, f_calc)
         # From an untrained start the parabola of one look is not good enough.
         for _ in range(1 if saved is None else 2):
             sums = look_at_all(merger, stream, config)
             solve_rows(merger, sums)
         if f_calc is not None:
-            _choose_sigma_a(merger, sums, f_calc.to(device), inputs.out)
+            _choose_sigma_a(merger, sums, inputs.out)
         if couples:
             _choose_correlation(merger, stream, sums, config, inputs.out)
         predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
@@ -128,8 +129,9 @@ def _fit_scales(
     config: IntensityMergeConfig,
     device: torch.device,
     saved: SavedScale | None,
+    f_calc: Tensor | None,
 ) -> IntensityMerger:
-    merger = IntensityMerger(stream.unique, stream.sample, config).to(device)
+    merger = IntensityMerger(stream.unique, stream.sample, config, f_calc).to(device)
     merger.scale.forget_images()
     sample = stream.sample.to(device)
     if saved is not None:
@@ -144,8 +146,8 @@ def _fit_scales(
     return merger
 
 
-def _choose_sigma_a(merger: IntensityMerger, sums: RowSums, f_calc: Tensor, out: Path) -> None:
-    rows = use_reference(merger, f_calc, *sums.mean())
+def _choose_sigma_a(merger: IntensityMerger, sums: RowSums, out: Path) -> None:
+    rows = set_sigma_a_from_means(merger, *sums.mean())
     write_rows(out / "sigma_a.csv", rows, rows[0])
     solve_rows(merger, sums)
 
@@ -158,9 +160,9 @@ def _choose_correlation(
     out: Path,
 ) -> None:
     """Choose r of the mates and fit the amplitudes with it; scales know Wilson's prior only."""
-    merger.prior.is_coupled = True
+    merger.prior.couple()
     if config.correlation is not None:
-        merger.prior.one_minus_r2.fill_(1 - config.correlation**2)
+        merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - config.correlation**2)
     else:
         rows = choose_from_sums(merger, stream, sums)
         write_rows(out / "correlation.csv", rows, rows[0])

@@ -36,14 +36,14 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
         before = merger.loss(everything, merger.inference())
         scaled = scaled_observations(merger, problem.table)
         rows = merged_rows(merger, problem.table, scaled)
-        assert merger.prior.wilson.log_sigma.std() > 0.1
+        assert merger.prior.log_sigma.std() > 0.1
         settle_falloff(merger, problem.table, config)
         after = merger.loss(everything, merger.inference())
     for name in ("log_likelihood", "kl_structure_factor"):
         value, expected = (float(getattr(x, name)) for x in (after, before))
         assert value == pytest.approx(expected, rel=1e-9), name
     d = torch.as_tensor(problem.unique.d)
-    sigma = merger.prior.wilson.wilson_sigma().detach()
+    sigma = merger.prior.wilson_sigma().detach()
     torch.testing.assert_close(
         (sigma / sigma[0]).log(), -0.5 * wilson_b * (d**-2 - d[0] ** -2), rtol=0, atol=1e-9
     )

@@ -60,7 +60,6 @@ def made(config):
     torch.manual_seed(0)
     p = problem(config)
     merger = IntensityMerger(p.unique, p.table, config)
-    merger.prior.is_coupled = config.prior == "double-wilson"
     return merger, p.table
 
 
@@ -89,11 +88,10 @@ def test_the_guard_catches_what_it_should():
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_training_makes_no_tensor_without_a_device(config):
     merger, table = made(config)
-    merger.prior.is_coupled = False
     units = torch.arange(table.n_units)
     with NoTensorWithoutDevice():
         start(merger, table)
-        merger.prior.is_coupled = config.prior == "double-wilson"
+        merger.prior.couple()
         pool_trees(merger)
         for rows in (RowNewton(merger), RowFilter(merger)):
             terms = merger.loss(table.batch(units[3:9]), merger.inference())

@@ -22,9 +22,9 @@ from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.likelihood.student_t import IntensityLikelihood
 from braggflux.merge.model.merger import IntensityMerger
-from braggflux.merge.model.posterior_width import tree_width
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
-from braggflux.merge.prior.double_wilson import TreePrior
+from braggflux.merge.prior.double_wilson import DoubleWilson
+from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.problem import build_problem
 from braggflux.merge.rows import UniqueRows, check_parents
 from braggflux.merge.scale.networks import ImageEncoder
@@ -45,7 +45,8 @@ def test_any_batches_add_up_to_the_full_batch(kind):
     masks = split(table, 0.1, config.stills, seed=3)
     table = table.with_masks(masks.is_used, masks.is_seen)
     merger = IntensityMerger(problem.unique, table, config)
-    merger.prior.is_coupled = kind == "paired"
+    merger.prior.couple()
+    assert merger.prior.is_coupled == (kind == "paired")
     start(merger, table)
     with torch.no_grad():
         for p in merger.parameters():
@@ -122,20 +123,19 @@ def test_width_of_a_coupled_pair_is_that_of_the_joint_normal(one_minus_r2):
     problem = build_problem([data, data], config, (None, 0))
     merger = IntensityMerger(problem.unique, problem.table, config)
     prior, unique = merger.prior, problem.unique
-    prior.is_coupled = True
+    prior.couple()
     prior.one_minus_r2.fill_(one_minus_r2)
     r, spread = (x.detach() for x in prior.conditional())
     child, parent, expected = prior.child, prior.parent, prior.spread().detach()
-    stiffness = torch.where(prior.wilson.is_centric[child], 1.0, 2.0) / spread
+    stiffness = torch.where(prior.is_centric[child], 1.0, 2.0) / spread
     # variance of F: 1 - pi / 4 of <F^2> for acentric, 1 - 2 / pi for centric reflections
-    wilson = torch.where(prior.wilson.is_centric, 1 - 2 / np.pi, 1 - np.pi / 4) * expected
+    wilson = torch.where(prior.is_centric, 1 - 2 / np.pi, 1 - np.pi / 4) * expected
     torch.manual_seed(0)
     precision = 100 * torch.rand(len(unique)).double() / expected
     square = 4 + torch.rand(len(unique)).double()
-    merger.information = precision * square / 4
     # q's own variance, as far off as it may be before a fit has ended, does not matter
     q = SimpleNamespace(variance=0.99 * spread.mean().expand(len(unique)), spread=square)
-    width = tree_width(merger, q)
+    width = prior.width(q, precision * square / 4)
     for i in (0, len(child) // 2, len(child) - 1):
         c, p = int(child[i]), int(parent[i])
         k = float(stiffness[i])
@@ -192,8 +192,8 @@ def test_error_model_is_evans():
 def test_child_divergence_against_samples():
     asu = ReciprocalAsu(CELL, SPACE_GROUP, 12.0, False)
     unique = UniqueRows([asu, asu], (None, 0))
-    prior = TreePrior(unique, 3, 2)
-    prior.is_coupled = True
+    prior = DoubleWilson(Wilson.of_rows(unique, 3), unique, 2)
+    prior.couple()
     prior.one_minus_r2.fill_(0.2)
     q = Nakagami(
         torch.full((len(unique),), 40.0, dtype=torch.float64),

@@ -15,31 +15,32 @@ from braggflux.merge.fit.sigma_a import (
     SigmaA2,
     choose_sigma_a,
     estimate_sigma_a2,
-    set_reference,
+    set_sigma_a,
     smooth,
 )
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
-from braggflux.merge.prior.double_wilson import TreePrior
-from braggflux.merge.prior.reference import ReferencePrior
+from braggflux.merge.prior.double_wilson import DoubleWilson
+from braggflux.merge.prior.reference import Reference
+from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.problem import build_problem
 from braggflux.merge.rows import UniqueRows
 
 FAST = IntensityMergeConfig(network_width=0, epochs=40, batch_size=None, likelihood="normal")
 
 
-def small_prior(sigma_a2: float) -> tuple[TreePrior, torch.Tensor]:
-    """Prior with one shell over some 60 reflections, and its known rows."""
+def small_prior(sigma_a2: float, n_shells: int = 1) -> tuple[Reference, torch.Tensor]:
+    """Prior over some 60 reflections, and its rows with a model."""
     c = crystal(d_min=12.0, sigma_a=0.5)
-    prior = TreePrior(UniqueRows([c.asu]), 2, 2, False, 1)
+    wilson = Wilson.of_rows(UniqueRows([c.asu]), 2)
     with torch.no_grad():
-        prior.wilson.log_sigma.copy_(torch.tensor([0.3, -0.2]))
+        wilson.log_sigma.copy_(torch.tensor([0.3, -0.2]))
     model = torch.as_tensor(c.model.copy())
     model[::5] = torch.nan
-    prior.reference.set_model(model, prior.wilson)
-    prior.reference.sigma_a2.fill_(sigma_a2)
-    return prior, prior.reference.rows
+    prior = Reference(wilson, model, n_shells)
+    prior.sigma_a2.fill_(sigma_a2)
+    return prior, prior.rows
 
 
 @pytest.mark.parametrize(
@@ -56,12 +57,12 @@ def test_divergence_against_samples(k, bias, sigma_a2):
     torch.manual_seed(0)
     f = q.rsample((6_000,))[:, rows].numpy()
     spread = prior.spread().detach()
-    e_calc = prior.reference.e_calc[rows].numpy()
+    e_calc = prior.e_calc[rows].numpy()
     centre = np.sqrt(sigma_a2 * spread[rows].numpy()) * e_calc
     s = (1 - sigma_a2) * spread[rows].numpy()
     rice = stats.rice.logpdf(f, centre / np.sqrt(s / 2), scale=np.sqrt(s / 2))
     folded = stats.foldnorm.logpdf(f, centre / np.sqrt(s), scale=np.sqrt(s))
-    centric = prior.wilson.is_centric[rows].numpy()
+    centric = prior.is_centric[rows].numpy()
     assert 0 < centric.sum() < len(centric)
     log_q = Nakagami(q.concentration[rows], q.spread[rows]).log_prob(torch.as_tensor(f)).numpy()
     terms = log_q - np.where(centric, folded, rice)
@@ -70,13 +71,14 @@ def test_divergence_against_samples(k, bias, sigma_a2):
 
 
 def test_without_correlation_it_is_wilson():
-    prior, rows = small_prior(0.0)
+    prior, rows = small_prior(1e-20)
     n = len(prior.shell)
     q = Nakagami(torch.rand(n).double() * 9 + 0.5, torch.rand(n).double() * 3 + 0.1)
-    with_model = prior.kl(q)
-    prior.reference.e_calc.fill_(torch.nan)
-    plain = prior.kl(q)
-    torch.testing.assert_close(with_model, plain, rtol=1e-9, atol=1e-9)
+    assert prior.is_believed
+    torch.testing.assert_close(prior.kl(q), prior.below.kl(q), rtol=1e-9, atol=1e-9)
+    prior.sigma_a2.zero_()
+    assert torch.equal(prior.kl(q), prior.below.kl(q))
+    assert torch.equal(prior.precision(), prior.below.precision())
     assert len(rows) < n
 
 
@@ -85,23 +87,23 @@ def test_rows_without_f_calc_keep_wilson():
     n = len(prior.shell)
     q = Nakagami(torch.full((n,), 5.0).double(), torch.full((n,), 0.7).double())
     with_model = prior.kl(q)
-    prior.reference.e_calc.fill_(torch.nan)
     others = torch.ones(n, dtype=torch.bool)
     others[rows] = False
     assert others.sum() > 5
-    torch.testing.assert_close(with_model[others], prior.kl(q)[others])
-    assert (with_model[rows] - prior.kl(q)[rows]).abs().min() > 1e-4
+    torch.testing.assert_close(with_model[others], prior.below.kl(q)[others])
+    assert (with_model[rows] - prior.below.kl(q)[rows]).abs().min() > 1e-4
 
 
 def test_root_takes_the_model_and_the_child_its_parent():
     c = crystal(d_min=10.0, sigma_a=0.5)
-    prior = TreePrior(UniqueRows([c.asu, c.asu], (None, 0)), 2, 2, False, 1)
+    unique = UniqueRows([c.asu, c.asu], (None, 0))
+    model = Reference(Wilson.of_rows(unique, 2), torch.as_tensor(np.tile(c.model, 2)), 1)
+    prior = DoubleWilson(model, unique, 2)
     n = len(c.asu)
     q = Nakagami(torch.full((2 * n,), 50.0).double(), torch.full((2 * n,), 0.7).double())
-    prior.is_coupled = True
+    prior.couple()
     before = prior.kl(q)
-    prior.reference.set_model(torch.as_tensor(np.tile(c.model, 2)), prior.wilson)
-    prior.reference.sigma_a2.fill_(0.8)
+    model.sigma_a2.fill_(0.8)
     after = prior.kl(q)
     torch.testing.assert_close(after[n:], before[n:], rtol=0, atol=0)
     assert (after[:n] - before[:n]).abs().min() > 1e-4
@@ -111,11 +113,12 @@ def test_root_takes_the_model_and_the_child_its_parent():
 
 
 def test_gradient_of_sigma_is_finite_where_the_model_is_not_believed():
-    prior, _ = small_prior(0.0)
+    prior, _ = small_prior(0.5, n_shells=2)
+    prior.sigma_a2[0] = 0.0
     n = len(prior.shell)
     q = Nakagami(torch.full((n,), 5.0).double(), torch.full((n,), 0.7).double())
     prior.kl(q).sum().backward()
-    assert torch.isfinite(prior.wilson.log_sigma.grad).all()
+    assert torch.isfinite(prior.below.log_sigma.grad).all()
 
 
 def test_gradient_of_the_divergence():
@@ -124,7 +127,7 @@ def test_gradient_of_the_divergence():
 
     def divergence(k, omega):
         q = Nakagami(k, omega, validate_args=False)
-        return prior.reference.kl(q, prior.spread(), chosen)
+        return prior.kl(q)[chosen]
 
     n = len(prior.shell)
     k = (torch.rand(n).double() * 9 + 0.6).requires_grad_()
@@ -159,13 +162,12 @@ def test_sigma_a_whatever_noise_scale_and_claimed_sigmas(sigma_a, noise):
 
 def test_model_scale_falloff_and_missing_reflections_do_not_matter():
     c = crystal(d_min=3.5, sigma_a=0.8)
-    prior = TreePrior(UniqueRows([c.asu]), 8, 2, False, 1)
     model = torch.as_tensor(c.model.copy())
     model[::3] = torch.nan
-    prior.reference.set_model(model, prior.wilson)
-    known = prior.reference.rows
+    prior = Reference(Wilson.of_rows(UniqueRows([c.asu]), 8), model, 1)
+    known = prior.rows
     assert len(known) == int((~model.isnan()).sum())
-    e2 = prior.reference.e_calc[known].numpy() ** 2
+    e2 = prior.e_calc[known].numpy() ** 2
     # knots at the ends, where reflections are few, are known to 20 %
     ratio = np.log(e2 / normalised(c)[1][known.numpy()])
     assert ratio.std() < 0.1
@@ -179,9 +181,7 @@ def test_shells_follow_the_resolution_and_empty_ones_take_their_neighbours():
     z, z_calc = normalised(c)
     # beyond 4 A the model is random
     shuffled = np.where(c.asu.d < 4.0, rng.permutation(z_calc), z_calc)
-    reference = ReferencePrior(
-        torch.as_tensor(c.asu.d**-2.0), torch.as_tensor(c.asu.is_centric), 8
-    )
+    reference = Reference(Wilson.of_rows(UniqueRows([c.asu]), 8), torch.as_tensor(c.model), 8)
     reference.e_calc.copy_(torch.as_tensor(np.sqrt(shuffled)))
     z, one = torch.as_tensor(z), torch.ones(len(z), dtype=torch.float64)
     rows = choose_sigma_a(reference, z, 0.1 * one, one)
@@ -201,14 +201,15 @@ def merged_with(c, model, noise, sigma_a2=None):
     """Amplitudes and sigmas of the crystal's rows, on the true scale, and sigma_A by shell."""
     problem = build_problem([observe(c, noise, n_obs=3, flicker=0.1)], FAST)
     torch.manual_seed(0)
-    merger = IntensityMerger(problem.unique, problem.table, FAST)
+    own, shells, f_calc = own_rows(problem, c), None, None
+    if model is not None:
+        f_calc = torch.full((len(problem.unique),), torch.nan, dtype=torch.float64)
+        f_calc[own] = torch.as_tensor(model)
+    merger = IntensityMerger(problem.unique, problem.table, FAST, f_calc)
     start(merger, problem.table)
     fit(merger, problem.table, FAST)
-    own, shells = own_rows(problem, c), None
     if model is not None:
-        f_calc = np.full(len(problem.unique), np.nan)
-        f_calc[own] = model
-        shells = set_reference(merger, problem.table, torch.as_tensor(f_calc))
+        shells = set_sigma_a(merger, problem.table)
     fit(merger, problem.table, FAST, epochs=20)
     rows = merged_rows(merger, problem.table, scaled_observations(merger, problem.table))
     seen = rows.n_obs.numpy()[own] > 0

@@ -78,7 +78,7 @@ def test_tied_mates_share_a_row_and_part_with_its_amplitude():
 def test_differences_that_halves_confirm_are_known_and_noise_is_not():
     problem, f = anomalous_problem(0.2, n_images=60)
     merger = fitted(problem)
-    ratio = confirmed_log_ratio(merger, problem.table, 0)
+    ratio = confirmed_log_ratio(merger, problem.table, CONFIG)
     minus = (merger.joined != torch.arange(len(merger.joined))).nonzero()[:, 0]
     plus = merger.joined[minus]
     found = (ratio[plus] - ratio[minus]).numpy()
@@ -88,7 +88,7 @@ def test_differences_that_halves_confirm_are_known_and_noise_is_not():
     assert np.corrcoef(found[strong], true[strong])[0, 1] > 0.9
     assert np.polyfit(true[strong], found[strong], 1)[0] == pytest.approx(0.9, abs=0.15)
     problem, _ = anomalous_problem(0.0, n_images=60)
-    assert not confirmed_log_ratio(fitted(problem), problem.table, 0).any()
+    assert not confirmed_log_ratio(fitted(problem), problem.table, CONFIG).any()
 
 
 def test_merging_without_mates_ties_nothing():

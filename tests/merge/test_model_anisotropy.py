@@ -13,7 +13,8 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.crystal.symmetry import rotations
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.prior.anisotropy import B_SD, anisotropic_design, invariant_tensors
-from braggflux.merge.prior.wilson import WilsonPrior
+from braggflux.merge.prior.wilson import Wilson
+from braggflux.merge.rows import UniqueRows
 
 CRYSTALS = [
     ("P 1", (40, 50, 60, 80, 95, 105), 5),
@@ -75,11 +76,11 @@ def test_a_cell_that_is_not_quite_symmetric_keeps_the_number_of_tensors():
 def test_isotropic_prior_has_no_tensor():
     x = torch.linspace(0.01, 0.2, 50, dtype=torch.float64)
     arguments = x, torch.ones(50), torch.zeros(50, dtype=torch.bool), 4
-    plain, none = WilsonPrior(*arguments), WilsonPrior(*arguments, torch.zeros(50, 0))
+    plain, none = Wilson(*arguments), Wilson(*arguments, torch.zeros(50, 0))
     for prior in (plain, none):
         assert list(dict(prior.named_parameters())) == ["log_sigma"]
         assert float(prior.penalty()) == 0.0
-        assert len(prior.anisotropic_b()) == 0
+        assert prior.anisotropic_b() is None
 
 
 def known_tensor() -> np.ndarray:
@@ -88,16 +89,9 @@ def known_tensor() -> np.ndarray:
 
 def test_start_finds_the_tensor():
     c = crystal(d_min=2.5, tensor=known_tensor())
-    tensors = invariant_tensors(c.asu.cell, c.asu.space_group)
-    prior = WilsonPrior(
-        torch.as_tensor(c.asu.d**-2.0),
-        torch.as_tensor(c.asu.epsilon),
-        torch.as_tensor(c.asu.is_centric),
-        12,
-        torch.as_tensor(anisotropic_design(c.asu, tensors)),
-    )
+    prior = Wilson.of_rows(UniqueRows([c.asu]), 12, is_anisotropic=True)
     prior.start(torch.as_tensor(c.amplitude**2), torch.ones(len(c.asu), dtype=torch.bool))
-    found = np.einsum("m,mij->ij", prior.anisotropic_b(), tensors)
+    found = prior.anisotropic_b().numpy()
     # 4,000 logarithms of spread 1.28 to 2.2
     np.testing.assert_allclose(found, known_tensor(), atol=4.0)
 
@@ -138,7 +132,7 @@ def test_joint_program_has_the_tensor_only_where_asked():
     terms = merger.loss(experiment.batch, merger.inference())
     own = terms.scale_penalty - merger.scale.penalty()
     torch.testing.assert_close(
-        own, 0.5 * ((merger.prior.wilson.anisotropic_b() / B_SD) ** 2).sum()
+        own, 0.5 * ((merger.prior.wilson.tensor_coefficients() / B_SD) ** 2).sum()
     )
     (terms.kl_structure_factor.sum() + terms.scale_penalty).backward()
     gradient = merger.prior.wilson.anisotropy.grad

@@ -11,12 +11,13 @@ from torch.distributions import kl_divergence
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.merge.engine.prior import DoubleWilsonPrior
 from braggflux.merge.prior.mate_correlation import (
     estimate_one_minus_r2,
     half_set_covariance,
     mean_half_set_covariance,
 )
-from braggflux.merge.prior.wilson import DoubleWilsonPrior, WilsonPrior, hat_design
+from braggflux.merge.prior.wilson import Wilson, hat_design
 
 
 def toy_wilson(n: int = 4000, n_knots: int = 12, seed: int = 0):
@@ -25,12 +26,12 @@ def toy_wilson(n: int = 4000, n_knots: int = 12, seed: int = 0):
     inv_d2 = rng.uniform(20.0**-2, 2.0**-2, n)
     centric = torch.as_tensor(rng.random(n) < 0.1)
     epsilon = torch.as_tensor(rng.choice([1, 2], n, p=[0.95, 0.05]))
-    prior = WilsonPrior(torch.as_tensor(inv_d2), epsilon, centric, n_knots)
+    prior = Wilson(torch.as_tensor(inv_d2), epsilon, centric, n_knots)
     sigma = 5e3 * np.exp(-30 * inv_d2 / 2) * (1 + 0.3 * np.sin(12 * inv_d2))
     return prior, sigma
 
 
-def double_wilson(prior: WilsonPrior, one_minus_r2: float, coupled: bool = True):
+def double_wilson(prior: Wilson, one_minus_r2: float, coupled: bool = True):
     """The first half of the rows are F(+), the second their mates, in one shell."""
     n = len(prior.epsilon) // 2
     rows = torch.arange(n)
@@ -39,9 +40,9 @@ def double_wilson(prior: WilsonPrior, one_minus_r2: float, coupled: bool = True)
     return model
 
 
-def pairs(n: int, sigma: float = 100.0) -> WilsonPrior:
+def pairs(n: int, sigma: float = 100.0) -> Wilson:
     """Acentric mates of one Sigma."""
-    prior = WilsonPrior(
+    prior = Wilson(
         torch.full((2 * n,), 0.1), torch.ones(2 * n), torch.zeros(2 * n, dtype=torch.bool), 1
     )
     with torch.no_grad():
@@ -170,7 +171,7 @@ def test_groups_without_a_mate_have_one_term():
     asu = ReciprocalAsu(
         gemmi.UnitCell(30, 30, 40, 90, 90, 90), gemmi.SpaceGroup("P 43 21 2"), 4, True
     )
-    wilson = WilsonPrior(
+    wilson = Wilson(
         torch.as_tensor(asu.d**-2),
         torch.as_tensor(asu.epsilon),
         torch.as_tensor(asu.is_centric),

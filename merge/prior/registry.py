@@ -1,0 +1,46 @@
+"""The prior that a configuration names. A new one is a file with its class and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.prior.base import AmplitudePrior
+from braggflux.merge.prior.double_wilson import DoubleWilson
+from braggflux.merge.prior.reference import Reference
+from braggflux.merge.prior.wilson import Wilson
+from braggflux.merge.rows import UniqueRows
+
+Maker = Callable[[AmplitudePrior, UniqueRows, IntensityMergeConfig], AmplitudePrior]
+
+#: Value of the setting ``prior`` -> what stands on Wilson's prior, or on that of a model.
+PRIORS: dict[str, Maker] = {
+    "wilson": lambda below, rows, config: below,
+    "double-wilson": lambda below, rows, config: DoubleWilson(
+        below, rows, config.n_correlation_shells
+    ),
+}
+
+
+def build_prior(
+    rows: UniqueRows, config: IntensityMergeConfig, f_calc: Tensor | None = None
+) -> AmplitudePrior:
+    """Make the prior of all rows.
+
+    Parameters
+    ----------
+    rows : UniqueRows
+    config : IntensityMergeConfig
+        Under ``prior`` "auto", rows that have parents resemble them.
+    f_calc : Tensor, (R,), optional
+        Amplitudes of a model on any scale, NaN where there is none.
+    """
+    prior: AmplitudePrior = Wilson.of_rows(rows, config.n_wilson_knots, config.anisotropic)
+    if f_calc is not None:
+        prior = Reference(prior, f_calc, config.n_reference_shells)
+    name = config.prior
+    if name == "auto":
+        name = "double-wilson" if (rows.parent >= 0).any() else "wilson"
+    return PRIORS[name](prior, rows, config)
