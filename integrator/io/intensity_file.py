@@ -1,4 +1,7 @@
-"""The stage contract on disk: an :class:`IntensityTable` in one HDF5 file (staged coupling)."""
+"""The stage contract on disk: an :class:`IntensityTable` in one HDF5 file, ``intensities.h5``.
+
+Columns, units and versions: ``docs/files.md``.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.records import TensorRecord
 from braggflux.integrator.types import IntensityTable, ReflectionMetadata
+from braggflux.integrator.version import software
 
 Record = TypeVar("Record", bound=TensorRecord)
 
@@ -24,6 +28,17 @@ Record = TypeVar("Record", bound=TensorRecord)
 
 FORMAT = "braggflux-intensities"
 VERSION = 3
+UNITS = {
+    "xyz_px": "pixels, pixels, frames from the start of the scan",
+    "xyz_mm": "mm, mm, rad",
+    "s1": "1/A",
+    "d": "A",
+    "frame_sigma": "frames",
+    "corner": "frame, slow, fast array index",
+    "effective_counts": "photons",
+    "effective_background": "photons",
+    "background": "photons/pixel",
+}
 #: Version 2 lacks zeta and the corner of the box.
 WITHOUT_ZETA = 2
 #: Version 1 came from boxes that could lie on wrong frames of scans not starting at image 1.
@@ -46,13 +61,15 @@ def write_intensities(
     import h5py
 
     with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as handle:
-        handle.attrs.update({"format": FORMAT, "version": VERSION})
+        handle.attrs.update({"format": FORMAT, "version": VERSION, "software": software()})
         if experiments:
             handle.attrs["experiments"] = json.dumps(list(experiments))
         for name, values in table.detach().to("cpu").columns().items():
-            handle.create_dataset(
+            column = handle.create_dataset(
                 name, data=values.numpy(), compression="gzip", compression_opts=1
             )
+            if name in UNITS:
+                column.attrs["units"] = UNITS[name]
 
 
 def read_intensities(path: str | Path) -> IntensityTable:
@@ -75,7 +92,7 @@ def read_intensities(path: str | Path) -> IntensityTable:
                 raise UserError(
                     f"{path} is no intensity file of version {VERSION} or {WITHOUT_ZETA}, or "
                     f"{RIGHT_FROM_IMAGE_1} of scans from image 1 (found {found}, scans from "
-                    f"{sorted(starts)}); write it again with `braggflux run --coupling staged`"
+                    f"{sorted(starts)}); make it again with `braggflux run`"
                 )
             columns = {name: torch.as_tensor(data[()]) for name, data in handle.items()}
             if found[1] == VERSION:

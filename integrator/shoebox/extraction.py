@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from braggflux.integrator.shoebox.extract import Progress, extract_shoeboxes
 from braggflux.integrator.shoebox.mask import MaskSettings
 from braggflux.integrator.shoebox.spikes import QuietFrames
 from braggflux.integrator.shoebox.sweep import Sweep
+from braggflux.integrator.version import software
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def run_extraction(
             settings=settings,
             find_defects=find_defects,
             attributes={
-                "software": f"braggflux {_version()}",
+                "software": software(),
                 "d_min": d_min if d_min is not None else min(map(detector_limit, experiments)),
             },
             progress=progress,
@@ -349,10 +349,3 @@ def _check_frames(experiment: Experiment, frames: FrameSource) -> None:
         raise UserError(
             "all pixels of the images are masked: check the pixel mask of the image files"
         )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("braggflux")
-    except metadata.PackageNotFoundError:  # a source tree that is not installed
-        return "unknown"

@@ -2,7 +2,7 @@ r"""Merge unmerged reflections of any program: rotation, Laue, stills.
 
 INPUT is an unmerged MTZ, a DIALS .refl with its .expt, XDS_ASCII.HKL or INTEGRATE.HKL, SCALEPACK
 with original indices (.sca), unmerged mmCIF, a CrystFEL .stream, a store (.h5, see `braggflux
-convert`), or the photon counts of a staged run (RUN/intensities.h5). Every file is a dataset of
+convert`), or the photon counts of a run (RUN/intensities.h5). Every file is a dataset of
 its own; one with several wavelengths (or data sets, of MTZ) is as many, numbered in their order.
 All are merged on one scale. Writes DIR/merged.mtz, for several datasets DIR/<input stem>[_<its
 dataset>]_merged.mtz, with statistics by resolution shell, the held-out predictions (metrics.json),

@@ -21,8 +21,8 @@ from scipy.spatial import cKDTree
 
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, ReflectionTable
-from braggflux.integrator.io.shoebox_store import ShoeboxStore
-from braggflux.integrator.types import Flag
+from braggflux.integrator.io.intensity_file import read_intensities
+from braggflux.integrator.types import Flag, IntensityTable
 from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.compare.rows import MIN_PAIRS, OURS, TOO_FEW, Row, make_row, missing_row
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
@@ -73,7 +73,7 @@ def compare_true_counts(
     ----------
     run : RunDirectory
     ours : ReflectionTable
-        Its integrated.refl, all rows, in the order of the shoebox store.
+        Its integrated.refl, all rows, in the order of intensities.h5.
     dials : ReflectionTable, optional
         DIALS' integrated.refl.
     path : Path
@@ -95,18 +95,18 @@ def compare_true_counts(
     # all programs are judged on the observations that all have measured
     common = np.logical_and.reduce([m.is_kept for m in found.values()])
     true_rows, rows = match_observations(hkl, xyz, ours["miller_index"], ours["xyzcal.px"])
-    bound = np.full(len(photons), np.nan)
-    if (likelihood := _likelihood(run, len(ours))) is not None:
-        beta, t = (a[rows] for a in likelihood)
-        bound[true_rows] = np.sqrt((photons[true_rows] + beta) / t)
+    bound, flags = np.full(len(photons), np.nan), np.full(len(photons), -1)
+    table, reason = _photon_counts(run, len(ours))
+    if table is not None:
+        likelihood = table.likelihood[torch.as_tensor(rows)]
+        bound[true_rows] = likelihood.variance(torch.as_tensor(photons[true_rows])).sqrt()
+        flags[true_rows] = table.flags[rows]
     result = list(_by_strength(STRENGTH, found, photons, bound, common))
-    d, flags = np.full(len(photons), np.nan), np.full(len(photons), -1)
+    if reason:
+        result.append(missing_row(STRENGTH, "rms error", BOUND, reason))
+    d = np.full(len(photons), np.nan)
     if "d" in ours:
         d[true_rows] = ours["d"][rows]
-    if run.shoeboxes.is_file():
-        with ShoeboxStore.open(run.shoeboxes) as store:
-            if len(store) == len(ours):
-                flags[true_rows] = store.flags.numpy()[rows]
     uncut = common
     if (flags >= 0).any():
         # true counts may be those recorded: of a cut spot, less than the whole that is estimated
@@ -143,15 +143,15 @@ def _measured(hkl: NDArray, xyz: Array, table: ReflectionTable, kind: str) -> Me
     return Measured(*columns)
 
 
-def _likelihood(run: RunDirectory, n: int) -> tuple[Array, Array] | None:
-    """Effective background and exposure of every row of the store, from the last checkpoint."""
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is None:
-        return None
-    table = torch.load(checkpoint, weights_only=True, map_location="cpu")["table"]
-    if len(table["exposure"]) != n:
-        return None
-    return tuple(table[k].double().numpy() for k in ("effective_background", "exposure"))
+def _photon_counts(run: RunDirectory, n: int) -> tuple[IntensityTable | None, str]:
+    """Table of the run with the rows of its integrated.refl, or why there is none."""
+    path = run.intensities
+    if not path.is_file():
+        return None, f"no {path.name}: `braggflux run` with --resume adds it to an earlier run"
+    table = read_intensities(path)
+    if len(table) != n:
+        return None, f"{path.name} has {len(table)} rows, integrated.refl {n}: not of one run"
+    return table, ""
 
 
 def _bins(values: Array, edges: tuple[float, ...]) -> Iterator[tuple[str, Bools]]:
@@ -224,7 +224,7 @@ def _kept(
         return rows
     alone = found[OURS].is_kept & ~found[REFERENCE].is_kept
     classes = [("ours alone", alone)]
-    if (flags >= 0).any():  # without the shoeboxes nobody knows the flags
+    if (flags >= 0).any():  # without intensities.h5 nobody knows the flags
         classes += [(f"ours alone, {name}", alone & q) for name, q in _classes(flags)]
     for name, q in classes:
         count = int(q.sum())

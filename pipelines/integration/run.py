@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -74,7 +75,8 @@ def _prepare(
         if anomalous.why_no_sites:
             directory.note("peaks", anomalous.why_no_sites)
     _write_reference(directory, config)
-    trainer = Trainer(problem, config, device, _exchange(directory, config, store))
+    exchange = _exchange(directory, store) if config.training.coupling == "staged" else None
+    trainer = Trainer(problem, config, device, exchange)
     _log_problem(problem, device)
     return trainer, EpochWriter(directory, trainer, anomalous)
 
@@ -100,15 +102,14 @@ def _write_reference(directory: RunDirectory, config: RunConfig) -> None:
     directory.write_peaks(REFERENCE, peaks)
 
 
-def _exchange(directory: RunDirectory, config: RunConfig, store: ShoeboxStore):
+def _exchange(
+    directory: RunDirectory, store: ShoeboxStore
+) -> Callable[[IntensityTable], IntensityTable]:
     """Staged coupling: the table goes through a file, as between separate programs."""
-    if config.training.coupling == "joint":
-        return None
-    path = directory.path / "intensities.h5"
 
     def through_file(table: IntensityTable) -> IntensityTable:
-        write_intensities(path, table, store.experiments)
-        return read_intensities(path)
+        write_intensities(directory.intensities, table, store.experiments)
+        return read_intensities(directory.intensities)
 
     return through_file
 
@@ -154,6 +155,7 @@ def _finish(
     source = directory.epoch_mtz(trainer.epoch)
     with replacing(directory.merged) as temporary:
         temporary.write_bytes(source.read_bytes())
+    write_intensities(directory.intensities, trainer.table, trainer.problem.store.experiments)
     write_integrated(trainer, directory.integrated_refl, config.expt)
     write_unmerged(trainer, directory.unmerged, config.expt)
     with replacing(directory.shoebox_examples) as temporary:

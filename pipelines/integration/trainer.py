@@ -57,7 +57,7 @@ class Trainer:
     config : RunConfig
     device : torch.device
     exchange : callable, optional
-        Staged coupling: sends the table from integrator to merge through a file and back.
+        Staged coupling: sends the table of each epoch from integrator to merge through a file.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Trainer:
     def start(self, progress: Progress | None = None) -> EpochResult:
         """Integrate with the starting profile and start the merge: epoch 0."""
         began = time.monotonic()
-        self.table = self.integrate_all(progress)
+        self.table = self._hand_over(self.integrate_all(progress))
         batch = self.merge_input()
         self.model.merger.count_observations(batch.refl_id)
         self.model.merger.start(batch)
@@ -113,7 +113,7 @@ class Trainer:
         began = time.monotonic()
         self.epoch += 1
         gradient_norm = self._integrator_pass(progress)
-        self.table = self.integrate_all()
+        self.table = self._hand_over(self.integrate_all())
         self._merge_steps()
         terms = self._full_batch_terms()
         return self._result(self.epoch, began, terms, gradient_norm)
@@ -169,10 +169,13 @@ class Trainer:
         batch = self.merge_input()
         return self._merge_terms(batch, self.model.merger.group_weights(batch.refl_id))
 
+    def _hand_over(self, table: IntensityTable) -> IntensityTable:
+        """Hand the table of an epoch to the merge: through a file in staged coupling."""
+        return table if self.exchange is None else self.exchange(table)
+
     def merge_input(self) -> MergeBatch:
         """Usable rows of the latest table, bound to unique reflections, on the device."""
-        table = self.exchange(self.table) if self.exchange is not None else self.table
-        table = table.to(self.device)
+        table = self.table.to(self.device)
         refl_id = self.model.refl_id[table.metadata.refl_row]
         keep = usable(table, refl_id)
         return merge_batch(table[keep], refl_id[keep])

@@ -8,8 +8,8 @@
     peaks_by_epoch.csv   epochs 1, 3, 5, ..., last, DIALS and the gain; sites across
     statistics.csv  compare.csv
     checkpoints/epoch_0007.pt  latest  mtz/epoch_0007.mtz
-    merged.mtz  unmerged.mtz  integrated.refl  integrated.expt  shoeboxes.h5
-    shoebox_examples.npz  report.html
+    merged.mtz  unmerged.mtz  integrated.refl  integrated.expt  intensities.h5
+    shoeboxes.h5  shoebox_examples.npz  report.html
     dials/            files and logs of DIALS (`braggflux process`)
 
 Other programs depend on these names. Nothing in it is ever half written: files are written under
@@ -94,6 +94,7 @@ class RunDirectory:
         self.unmerged = self.path / "unmerged.mtz"
         self.integrated_refl = self.path / "integrated.refl"
         self.integrated_expt = self.path / "integrated.expt"
+        self.intensities = self.path / "intensities.h5"
         self.shoeboxes = self.path / "shoeboxes.h5"
         self.shoebox_examples = self.path / "shoebox_examples.npz"
         self.report = self.path / "report.html"
@@ -282,7 +283,8 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove what an earlier configuration has left before its first checkpoint."""
-        for path in (self.shoeboxes, self.metrics_file, self.peaks_file, self.statistics_file):
+        records = (self.metrics_file, self.peaks_file, self.statistics_file)
+        for path in (self.shoeboxes, self.intensities, *records):
             path.unlink(missing_ok=True)
 
     def _write_config(self, config: RunConfig) -> None:

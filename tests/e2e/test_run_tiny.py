@@ -7,8 +7,11 @@ import json
 import gemmi
 import numpy as np
 import pytest
+import torch
 
 from braggflux.integrator.io.dials import DialsFlag, read_reflections
+from braggflux.integrator.io.intensity_file import read_experiment_records, read_intensities
+from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.workspace.rundir import read_rows
 
@@ -35,7 +38,7 @@ def test_the_run_directory_is_the_contract(straight):
     names = {
         "config.yaml", "provenance.json", "run.log", "metrics.jsonl", "peaks.csv",
         "statistics.csv", "latest", "merged.mtz", "unmerged.mtz", "integrated.refl",
-        "report.html",
+        "intensities.h5", "report.html",
     }  # fmt: skip
     names |= {f"checkpoints/epoch_{e:04d}.pt" for e in range(EPOCHS + 1)}
     names |= {f"mtz/epoch_{e:04d}.mtz" for e in range(EPOCHS + 1)}
@@ -65,6 +68,23 @@ def test_merged_mtz_is_the_last_epoch_with_proper_types(straight, tiny, rs):
     kinds = {label: dataset.dtypes[label].mtztype for label in MERGED_COLUMNS}
     assert kinds == MERGED_COLUMNS
     assert dataset.hkl_to_asu().index.equals(dataset.index)
+
+
+def test_the_table_is_what_the_integrator_left(straight):
+    table = read_intensities(straight.intensities)
+    with ShoeboxStore.open(straight.shoeboxes) as store:
+        for name, known in store.metadata().columns().items():
+            assert torch.equal(table.metadata.columns()[name], known), name
+        assert read_experiment_records(straight.intensities) == store.experiments
+    ours = read_reflections(straight.integrated_refl)
+    used = table.is_integrated.numpy()
+    assert (ours.has_flag(DialsFlag.INTEGRATED_PRF) == used).all()
+    for name, values in (
+        ("value", table.intensity),
+        ("variance", table.likelihood.variance(table.intensity)),
+    ):
+        written = ours[f"intensity.prf.{name}"][used]
+        np.testing.assert_array_equal(written, values[used].double())
 
 
 def test_merged_values_are_consistent(straight):

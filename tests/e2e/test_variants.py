@@ -43,9 +43,17 @@ def true_means(path) -> dict[tuple[int, int, int], float]:
     return {h: (plus[h] + minus[h]) / 2 for h in plus}
 
 
-def test_staged_hands_the_table_on_through_a_file(configure, straight, tiny, tmp_path):
+def test_staged_hands_the_table_on_through_a_file(
+    configure, straight, tiny, tmp_path, monkeypatch
+):
+    read = []
+    monkeypatch.setattr(
+        "braggflux.pipelines.integration.run.read_intensities",
+        lambda path: read.append(path) or read_intensities(path),
+    )
     directory = run(configure(tmp_path / "run", training__coupling="staged", training__epochs=2))
-    path = directory.path / "intensities.h5"
+    path = directory.intensities
+    assert read == [path] * 3, "once an epoch, and for the start"
     with h5py.File(path) as file:
         assert len(file.attrs) > 0, "the file says what it is"
     table = read_intensities(path)

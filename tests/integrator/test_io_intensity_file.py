@@ -1,6 +1,8 @@
 """The stage contract on disk: what comes back is what went in, or a reason."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import pytest
@@ -40,6 +42,41 @@ def test_empty_table(table, tmp_path):
     assert len(read_intensities(tmp_path / "x.h5")) == 0
 
 
+def test_the_document_lists_every_column(table):
+    """Names, shapes and types of docs/files.md."""
+    text = (Path(__file__).parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w, ]+) \| \(N,( 3)?\) \| (\w+) \|", text, re.MULTILINE)
+    listed = {n: (w, kind) for names, w, kind in rows for n in names.split(", ")}
+    assert listed.keys() == table.columns().keys()
+    for name, values in table.columns().items():
+        width = " 3" if values.dim() == 2 else ""
+        assert listed[name] == (width, str(values.dtype).removeprefix("torch.")), name
+
+
+def make_older(path, version):
+    """Make it what an earlier version wrote."""
+    with h5py.File(path, "a") as handle:
+        handle.attrs["version"] = version
+        for name in ("zeta", "corner", "frames_per_layer"):
+            del handle[name]
+
+
+@pytest.mark.parametrize(("version", "start"), [(2, 1), (2, 6), (1, 1), (1, 6)])
+def test_earlier_versions(table, tmp_path, version, start):
+    """Version 1 came from boxes that may lie on wrong frames of scans from another image."""
+    path = tmp_path / "x.h5"
+    records = [{"image_range": [start, 99], "oscillation_deg": [0.0, 1.0]}]
+    write_intensities(path, table, records)
+    make_older(path, version)
+    if (version, start) == (1, 6):
+        with pytest.raises(UserError, match=r"scans from \[6\]\); make it again"):
+            read_intensities(path)
+        return
+    found = read_intensities(path)
+    assert torch.equal(found.intensity, table.intensity)
+    assert not found.metadata.frames_per_layer.any(), "unknown"
+
+
 def test_zeta_of_a_file_before_version_3_is_guessed(table, tmp_path):
     """The widths of rocking curves are as 1 / zeta, in degrees; the narrowest one has zeta 1."""
     path = tmp_path / "x.h5"
@@ -51,10 +88,7 @@ def test_zeta_of_a_file_before_version_3_is_guessed(table, tmp_path):
     )
     records = [{"oscillation_deg": [0.0, 1.0]}, {"oscillation_deg": [0.0, -0.5]}]
     write_intensities(path, replace(table[:3], metadata=metadata), records)
-    with h5py.File(path, "a") as handle:
-        handle.attrs["version"] = 2
-        for name in ("zeta", "corner", "frames_per_layer"):
-            del handle[name]
+    make_older(path, 2)
     found = read_intensities(path)
     expected = torch.tensor([0.5, 0.25, 1.0]).double()
     torch.testing.assert_close(found.metadata.zeta, expected, rtol=1e-5, atol=0)

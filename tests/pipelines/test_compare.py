@@ -11,10 +11,13 @@ import gemmi
 import numpy as np
 import pytest
 import torch
+from helpers import spot_metadata
 
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, write_reflections
-from braggflux.integrator.types import Flag
+from braggflux.integrator.io.intensity_file import write_intensities
+from braggflux.integrator.types import Flag, IntensityTable
 from braggflux.pipelines.compare.counts import PIXELS_PER_FRAME, neighbour_distance
 from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.compare.run import BOTH, OURS, compare, show
@@ -149,7 +152,7 @@ def test_errors_against_true_photons(run, tmp_path):
         assert abs(value(rows, title, name, "spread of z", OURS) - 1) < 5 * 1.17 / np.sqrt(n)
 
 
-def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path, monkeypatch):
+def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path):
     """Noise of the claimed size is one bound everywhere; spots cut by a gap are twice as wrong."""
     rng = np.random.default_rng(5)
     n = 12_000
@@ -169,14 +172,11 @@ def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path, monk
     for name in ("value", "variance"):
         dials.columns[f"intensity.sum.{name}"] = dials[f"intensity.prf.{name}"]
     write_reflections(tmp_path / "dials.refl", dials)
-    run.checkpoint(1).parent.mkdir(exist_ok=True)
-    columns = {"effective_background": torch.tensor(beta), "exposure": torch.tensor(t)}
-    torch.save({"table": columns}, run.checkpoint(1))
-    run.mark_latest(1)
-    run.shoeboxes.touch()
-    monkeypatch.setattr(
-        "braggflux.pipelines.compare.counts.ShoeboxStore.open", lambda _: Boxes(flags)
+    likelihood = ShiftedPoisson(*(torch.tensor(a) for a in (photons, beta, t)))
+    counted = IntensityTable(
+        spot_metadata(n, rng), likelihood, torch.ones(n), torch.as_tensor(flags)
     )
+    write_intensities(run.intensities, counted)
     truth = tmp_path / "true.npz"
     np.savez(truth, miller_index=table["miller_index"], xyz_px=table["xyzcal.px"], photons=photons)
     rows = compare(run, integrated=tmp_path / "dials.refl", true_counts=truth)
@@ -202,26 +202,17 @@ def test_errors_by_neighbour_place_and_flag_beside_the_bound(run, tmp_path, monk
     assert value(rows, kept, "ours alone, whole", "count", OURS) > 100
     show(rows)
 
-    run.shoeboxes.unlink()  # flags unknown: no class of theirs, instead of an empty one
-    rows = compare(run, integrated=tmp_path / "dials.refl", true_counts=truth)
-    assert value(rows, kept, "ours alone", "count", OURS) == n / 10 - 50
-    assert not any("whole" in row["bin"] or "flag" in row["comparison"] for row in rows)
-
-
-class Boxes:
-    """A store that knows flags only."""
-
-    def __init__(self, flags: np.ndarray) -> None:
-        self.flags = torch.as_tensor(flags)
-
-    def __len__(self) -> int:
-        return len(self.flags)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    # without the table there is no class of flags, instead of an empty one, and no bound
+    write_intensities(run.intensities, counted[1:])
+    reasons = ["intensities.h5 has 11999 rows, integrated.refl 12000", "run` with --resume"]
+    for reason in reasons:
+        rows = compare(run, integrated=tmp_path / "dials.refl", true_counts=truth)
+        assert value(rows, kept, "ours alone", "count", OURS) == n / 10 - 50
+        assert not any("whole" in row["bin"] or "flag" in row["comparison"] for row in rows)
+        (missing,) = [row for row in rows if row["subject"] == "bound"]
+        assert missing["value"] is None
+        assert reason in missing["reason"]
+        run.intensities.unlink(missing_ok=True)
 
 
 def test_distance_to_the_nearest_spot():
