@@ -31,6 +31,7 @@ class Amplitudes:
 
     amplitude: Tensor
     sigma_amplitude: Tensor
+    normalised: Tensor
     intensity: Tensor
     sigma_intensity: Tensor
     n_obs: Tensor
@@ -63,6 +64,7 @@ def merged_amplitudes(
     return Amplitudes(
         amplitude * fresh.sqrt(),
         sigma_amplitude * fresh.sqrt(),
+        amplitude / prior.spread.sqrt(),
         mean * fresh,
         sigma * fresh,
         torch.where(seen, n_obs, 0),

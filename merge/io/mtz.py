@@ -3,12 +3,13 @@
 Unmerged ones are in :mod:`braggflux.merge.io.formats.unmerged_mtz`.
 
 Column names and types are those of CCP4 (``F(+)`` G, ``SIGF(+)`` L, ``I(+)`` K, ``SIGI(+)`` M,
-``F`` F, ``IMEAN`` J, sigmas Q, counts I), so that other programs find the data without being told.
+``F`` F, ``IMEAN`` J, ``DANO`` D, ``E`` E, sigmas Q, counts I), so that other programs find the
+data without being told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.atomic import replacing
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.crystal.symmetry import is_in_asu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.dataset_labels import DatasetNames
@@ -28,8 +30,8 @@ from braggflux.merge.io.formats.unmerged_mtz import (
     read_unmerged_mtz,
     write_unmerged_mtz,
 )
-from braggflux.merge.io.merged_table import MergedTable, merged_table
-from braggflux.merge.output.half_sets import HalfSet, mean_of_mates
+from braggflux.merge.output.half_sets import HalfSet, friedel_rows, mean_of_mates
+from braggflux.merge.output.merged_table import DIFFERENCE, MergedTable, merged_table
 
 __all__ = [
     "DatasetNames",
@@ -41,19 +43,22 @@ __all__ = [
     "merged_table",
     "read_merged_mtz",
     "read_unmerged_mtz",
+    "write_half_sets_mtz",
     "write_merged_mtz",
     "write_unmerged_mtz",
 ]
 
 Array = NDArray[np.float64]
+Column = tuple[str, str, NDArray]  # label, type, values
 
 
 @dataclass(frozen=True)
 class MergedMtz:
     """What a merged MTZ file holds.
 
-    ``table`` has NaN in the columns the file lacks; half-set columns are read for names ``F1`` and
-    ``F2``.
+    ``table`` has NaN in the columns the file lacks. The DANO of other programs is the plain
+    difference of the mates, in need of weights: a DANO whose history does not say that it is the
+    coupled posterior counts as lacking.
     """
 
     table: MergedTable
@@ -73,12 +78,11 @@ def write_merged_mtz(
     history: Sequence[str] = (),
     names: DatasetNames = DatasetNames(),  # noqa: B008 - immutable
     title: str = "",
-    mean_intensity: str = "IMEAN",
-    extra: Sequence[tuple[str, str, Array]] = (),
 ) -> None:
-    """Write ``F(+) SIGF(+) F(-) SIGF(-) I(+) ... F SIGF IMEAN SIGIMEAN N(+) N(-)`` and half sets.
+    """Write ``F SIGF F(+) SIGF(+) F(-) SIGF(-) IMEAN SIGIMEAN I(+) ... N(+) N(-) DANO SIGDANO E``.
 
-    Without Friedel mates kept apart: ``F SIGF IMEAN SIGIMEAN N`` and half sets.
+    Without Friedel mates kept apart: ``F SIGF IMEAN SIGIMEAN N E``. DANO and SIGDANO are there
+    where a prior ties the mates, E where it is known.
 
     Parameters
     ----------
@@ -88,15 +92,11 @@ def write_merged_mtz(
     cell : gemmi.UnitCell
     space_group : gemmi.SpaceGroup
     wavelength : float
-        [A]
+        [A]; 0 for unknown.
     history : sequence of str
         Lines of at most 80 characters; longer ones are cut.
     names : DatasetNames
     title : str
-    mean_intensity : str
-        Label of the intensity of both mates together, ``I`` instead of ``IMEAN``.
-    extra : sequence of (label, type, values)
-        More columns, (R,) each.
 
     Raises
     ------
@@ -105,7 +105,56 @@ def write_merged_mtz(
     """
     if not is_in_asu(table.miller_index, space_group).all():
         raise ValueError("miller_index must lie in the CCP4 asymmetric unit")
-    columns = [*_columns(table, mean_intensity), *extra]
+    mtz = _empty_mtz(cell, space_group, wavelength, names, title)
+    _write(path, mtz, _columns(table), history)
+
+
+def write_half_sets_mtz(
+    path: str | Path,
+    asu: ReciprocalAsu,
+    half_sets: Mapping[str, HalfSet],
+    wavelength: float,
+    *,
+    history: Sequence[str] = (),
+    names: DatasetNames = DatasetNames(),  # noqa: B008 - immutable
+    title: str = "",
+) -> None:
+    """Write ``F1 SIGF1 F1(+) SIGF1(+) F1(-) SIGF1(-) F2 ...``, of mates merged F1 SIGF1 F2 ...
+
+    Parameters
+    ----------
+    path : str or Path
+    asu : ReciprocalAsu
+    half_sets : mapping of str to HalfSet
+        By name, F or I and a number; over the reflections of ``asu``, mates joined. Those that no
+        half has seen are left out.
+    wavelength, history, names, title
+        As :func:`write_merged_mtz`.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
+    """
+    index = asu.asu_index[friedel_rows(asu)[0]]
+    seen = np.any([np.isfinite(half.mean) for half in half_sets.values()], axis=0)
+    columns = list(_indices(index[seen]))
+    for name, half in half_sets.items():
+        columns += _value_and_sigma(name, half.mean[seen], half.sigma[seen])
+        if asu.anomalous:
+            half = half.select(seen)
+            columns += _mates(name, half.plus, half.sigma_plus, half.minus, half.sigma_minus)
+    mtz = _empty_mtz(asu.cell, asu.space_group, wavelength, names, title)
+    _write(path, mtz, columns, history)
+
+
+def _empty_mtz(
+    cell: gemmi.UnitCell,
+    space_group: gemmi.SpaceGroup,
+    wavelength: float,
+    names: DatasetNames,
+    title: str,
+) -> gemmi.Mtz:
     mtz = gemmi.Mtz()  # no HKL_base: readers would take its wavelength 0 for the data's
     dataset = mtz.add_dataset(names.dataset)
     dataset.project_name, dataset.crystal_name = names.project, names.crystal
@@ -113,6 +162,13 @@ def write_merged_mtz(
     mtz.title = title
     mtz.spacegroup = space_group
     mtz.set_cell_for_all(cell)
+    return mtz
+
+
+def _write(
+    path: str | Path, mtz: gemmi.Mtz, columns: Iterable[Column], history: Sequence[str]
+) -> None:
+    columns = list(columns)
     for label, kind, _ in columns:
         mtz.add_column(label, kind, dataset_id=1)
     mtz.set_data(np.column_stack([values for _, _, values in columns]).astype(np.float32))
@@ -122,31 +178,36 @@ def write_merged_mtz(
         temporary.write_bytes(mtz.write_to_bytes())
 
 
-def _columns(table: MergedTable, mean_intensity: str) -> Iterable[tuple[str, str, Array]]:
+def _columns(table: MergedTable) -> Iterable[Column]:
     """(label, type, values) of every column, in the order of the contract."""
     t = table
-    yield from ((axis, "H", t.miller_index[:, i]) for i, axis in enumerate("HKL"))
+    yield from _indices(t.miller_index)
+    yield from _value_and_sigma("F", t.f, t.sigma_f)
     if t.is_anomalous:
         yield from _mates("F", t.f_plus, t.sigma_f_plus, t.f_minus, t.sigma_f_minus)
-        yield from _mates("I", t.i_plus, t.sigma_i_plus, t.i_minus, t.sigma_i_minus)
-    yield from (("F", "F", t.f), ("SIGF", "Q", t.sigma_f))
-    yield from ((mean_intensity, "J", t.i_mean), (f"SIG{mean_intensity}", "Q", t.sigma_i_mean))
+    yield from _value_and_sigma("IMEAN", t.i_mean, t.sigma_i_mean)
     if t.is_anomalous:
+        yield from _mates("I", t.i_plus, t.sigma_i_plus, t.i_minus, t.sigma_i_minus)
         yield from (("N(+)", "I", t.n_plus), ("N(-)", "I", t.n_minus))
     else:
         yield "N", "I", t.n_plus
-    for name, half in t.half_sets.items():
-        yield from (
-            (name, {"F": "F", "I": "J"}[name[0]], half.mean),
-            (f"SIG{name}", "Q", half.sigma),
-        )
-        if t.is_anomalous:
-            yield from _mates(name, half.plus, half.sigma_plus, half.minus, half.sigma_minus)
+    if t.has_coupled_differences:
+        yield from (("DANO", "D", t.difference), ("SIGDANO", "Q", t.sigma_difference))
+    if np.isfinite(t.normalised).any():
+        yield "E", "E", t.normalised
+
+
+def _indices(miller_index: NDArray[np.integer]) -> Iterable[Column]:
+    yield from ((axis, "H", miller_index[:, i]) for i, axis in enumerate("HKL"))
+
+
+def _value_and_sigma(name: str, value: Array, sigma: Array) -> Iterable[Column]:
+    yield from ((name, {"F": "F", "I": "J"}[name[0]], value), (f"SIG{name}", "Q", sigma))
 
 
 def _mates(
     name: str, plus: Array, sigma_plus: Array, minus: Array, sigma_minus: Array
-) -> Iterable[tuple[str, str, Array]]:
+) -> Iterable[Column]:
     value_type, sigma_type = {"F": "GL", "I": "KM"}[name[0]]
     yield from ((f"{name}(+)", value_type, plus), (f"SIG{name}(+)", sigma_type, sigma_plus))
     yield from ((f"{name}(-)", value_type, minus), (f"SIG{name}(-)", sigma_type, sigma_minus))
@@ -180,6 +241,7 @@ def read_merged_mtz(path: str | Path) -> MergedMtz:
         )
     f, i = found.mates("F"), found.mates("I")
     f_mean, i_mean = found.mean("F", f), found.mean(mean_intensity, i)
+    is_coupled = any(line.startswith(DIFFERENCE[0]) for line in mtz.history)
     table = MergedTable(
         mtz.make_miller_array().astype(np.int32),
         *f,
@@ -188,7 +250,8 @@ def read_merged_mtz(path: str | Path) -> MergedMtz:
         *i_mean,
         found.get("N(+)" if "N(+)" in found.data else "N"),
         found.get("N(-)"),
-        {n: HalfSet(*found.mean(n, found.mates(n)), *found.mates(n)) for n in found.half_sets()},
+        *(found.get(label if is_coupled else "") for label in ("DANO", "SIGDANO")),
+        found.get("E"),
         has_f or has_i,
     )
     wavelength = mtz.datasets[-1].wavelength if len(mtz.datasets) else 0.0
@@ -216,6 +279,3 @@ class _Columns:
         if name in self.data:
             return self.get(name), self.get(f"SIG{name}")
         return mean_of_mates(*mates)
-
-    def half_sets(self) -> list[str]:
-        return [name for name in ("F1", "F2") if name in self.data]

@@ -1,4 +1,20 @@
-"""Amplitudes, prior-free intensities and half sets for files and statistics."""
+r"""Amplitudes, differences and prior-free intensities of every row, for files and statistics.
+
+What a row's amplitude is:
+
+* each from its own observations, with Wilson's prior or that of a model: the posterior mean of
+  q(F) where no prior ties rows, and where one ties Bijvoet mates the posterior mean given the
+  row's mean intensity alone (French & Wilson 1978). Programs that phase or refine take F(+) and
+  F(-) as independent and weigh their difference themselves;
+* the coupled posterior mean where datasets have parents: there it is the product.
+
+The coupled posterior of the mates gives their difference in a column of its own,
+
+    DANO = <F(+)> - <F(-)>,    SIGDANO^2 = own(+) + own(-) + (shared(+) - shared(-))^2,
+
+with the own variances and what both share with the root of their tree
+(:class:`braggflux.merge.prior.base.CoupledWidth`): a difference is better known than each of the two.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from braggflux.integrator.distributions.nakagami import Nakagami
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.output.french_wilson import french_wilson
+from braggflux.merge.prior.reference import Reference
 from braggflux.merge.prior.wilson import Wilson
 
 
@@ -28,7 +46,10 @@ class ScaledObservations:
 
 @dataclass(frozen=True)
 class MergedRows:
-    """Values of each unique row, (R,); NaN where there is none. Units of the files."""
+    """Values of each unique row, (R,); NaN where there is none. Units of the files.
+
+    ``difference`` and its sigma are at the rows of F(+), with the mates observed or not.
+    """
 
     amplitude: Tensor
     sigma_amplitude: Tensor
@@ -36,6 +57,8 @@ class MergedRows:
     intensity: Tensor
     sigma_intensity: Tensor
     n_obs: Tensor
+    difference: Tensor
+    sigma_difference: Tensor
 
 
 @torch.no_grad()
@@ -63,48 +86,6 @@ def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> Sca
     )
 
 
-@torch.no_grad()
-def merged_rows(
-    merger: IntensityMerger,
-    table: ObservationTable,
-    scaled: ScaledObservations,
-    *,
-    is_marginal: bool = True,
-) -> MergedRows:
-    """Posterior amplitudes, and inverse-variance means of the scaled intensities.
-
-    Without ``is_marginal`` the sigma of a coupled amplitude is its width given its relatives.
-    """
-    n_rows = len(merger.group)
-    mean, sigma = weighted_mean(scaled, n_rows)
-    n_obs = torch.bincount(scaled.row[scaled.is_spot], minlength=n_rows)
-    return with_amplitudes(merger, table.unit_intensity, mean, sigma, n_obs, is_marginal)
-
-
-@torch.no_grad()
-def with_amplitudes(
-    merger: IntensityMerger,
-    unit_intensity: float,
-    mean: Tensor,
-    sigma: Tensor,
-    n_obs: Tensor,
-    is_marginal: bool,
-) -> MergedRows:
-    """Set amplitudes of q beside mean intensities in units of the files, (R,) each."""
-    q = merger.inference()
-    unit = unit_intensity**0.5
-    normalised = q.mean / merger.prior.spread().sqrt()
-    width = merger.prior.width(q, merger.information).sigma if is_marginal else q.variance.sqrt()
-    return MergedRows(
-        q.mean * unit,
-        width * unit,
-        normalised,
-        mean,
-        sigma,
-        n_obs,
-    )
-
-
 def weighted_mean(
     scaled: ScaledObservations, n_rows: int, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -119,12 +100,111 @@ def weighted_mean(
 
 
 @torch.no_grad()
-def half_set_amplitudes(
-    merger: IntensityMerger, table: ObservationTable, scaled: ScaledObservations, chosen: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Amplitudes from the chosen observations with Wilson's prior alone, (R,) each."""
-    mean, sigma = weighted_mean(scaled, len(merger.group), chosen)
-    return amplitudes_of_means(merger, table.unit_intensity, mean, sigma)
+def merged_rows(
+    merger: IntensityMerger,
+    table: ObservationTable,
+    scaled: ScaledObservations,
+    *,
+    is_marginal: bool = True,
+) -> MergedRows:
+    """Amplitudes, and inverse-variance means of the scaled intensities of ``table``.
+
+    See :func:`with_amplitudes`.
+    """
+    n_rows = len(merger.group)
+    n_obs = torch.bincount(scaled.row[scaled.is_spot], minlength=n_rows)
+    means = weighted_mean(scaled, n_rows)
+    return with_amplitudes(merger, table.unit_intensity, *means, n_obs, is_marginal=is_marginal)
+
+
+@torch.no_grad()
+def with_amplitudes(
+    merger: IntensityMerger,
+    unit_intensity: float,
+    mean: Tensor,
+    sigma: Tensor,
+    n_obs: Tensor,
+    *,
+    is_marginal: bool = True,
+) -> MergedRows:
+    """Set amplitudes beside mean intensities.
+
+    Parameters
+    ----------
+    merger : IntensityMerger
+        Fitted.
+    unit_intensity : float
+        Of the merger, in units of the files.
+    mean, sigma : Tensor, (R,)
+        Inverse-variance mean of each row and its standard deviation, in units of the files.
+    n_obs : Tensor, (R,)
+    is_marginal : bool
+        Without it the sigma of an amplitude that is coupled to another dataset's is its width
+        given its relatives.
+    """
+    q, unit = merger.inference(), unit_intensity**0.5
+    if ties_mates_only(merger):
+        amplitude, sigma_amplitude = own_amplitudes(
+            merger, mean / unit_intensity, sigma / unit_intensity
+        )
+    else:
+        amplitude = q.mean
+        width = merger.prior.width(q, merger.information)
+        sigma_amplitude = width.sigma if is_marginal else q.variance.sqrt()
+    difference, sigma_difference = coupled_difference(merger, q)
+    return MergedRows(
+        amplitude * unit,
+        sigma_amplitude * unit,
+        amplitude / merger.prior.spread().sqrt(),
+        mean,
+        sigma,
+        n_obs,
+        difference * unit,
+        sigma_difference * unit,
+    )
+
+
+def ties_mates_only(merger: IntensityMerger) -> bool:
+    """Whether the prior couples Bijvoet mates and no datasets."""
+    if not merger.prior.is_coupled:
+        return False
+    return all(bool((merger.joined[rows] == above).all()) for rows, above in merger.prior.levels)
+
+
+@torch.no_grad()
+def coupled_difference(merger: IntensityMerger, q: Nakagami) -> tuple[Tensor, Tensor]:
+    """Posterior mean and spread of |F(+)| - |F(-)| at the rows of F(+), (R,) each.
+
+    NaN where the prior does not tie the two; in units of the merger.
+    """
+    mean = torch.full_like(q.mean, torch.nan)
+    sigma = mean.clone()
+    if not merger.prior.is_coupled:
+        return mean, sigma
+    minus = torch.nonzero(merger.joined != torch.arange(len(mean), device=mean.device))[:, 0]
+    minus = minus[merger.group[minus] == merger.group[merger.joined[minus]]]
+    plus, width = merger.joined[minus], merger.prior.width(q, merger.information)
+    own = width.own_variance[plus] + width.own_variance[minus]
+    mean[plus] = q.mean[plus] - q.mean[minus]
+    sigma[plus] = (own + (width.shared[plus] - width.shared[minus]) ** 2).sqrt()
+    return mean, sigma
+
+
+@torch.no_grad()
+def own_amplitudes(merger: IntensityMerger, mean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """<F> and its sigma from mean intensities with the prior of each row for itself, (R,) each.
+
+    Wilson's, or that about a model's amplitude; all in units of the merger.
+    """
+    prior, wilson = merger.prior, merger.prior.part(Wilson)
+    model = None
+    if prior.has(Reference):
+        reference = prior.part(Reference)
+        centre = torch.full_like(wilson.spread(), torch.nan)
+        variance = centre.clone()
+        centre[reference.rows], variance[reference.rows] = reference.conditional()
+        model = centre, variance
+    return french_wilson(mean, sigma, wilson.spread(), wilson.is_centric, model)
 
 
 @torch.no_grad()

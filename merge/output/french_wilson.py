@@ -1,6 +1,7 @@
 """Amplitudes from intensities with Wilson's prior, by quadrature.
 
-French & Wilson (1978), Acta Cryst. A34, 517.
+French & Wilson (1978), Acta Cryst. A34, 517; or, in Wilson's place, Rice's law or the folded
+normal about an amplitude that a model gives (:mod:`braggflux.merge.prior.reference`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ N_SIGMA = 7.0
 
 
 def french_wilson(
-    intensity: Tensor, sigma: Tensor, expected: Tensor, is_centric: Tensor
+    intensity: Tensor,
+    sigma: Tensor,
+    expected: Tensor,
+    is_centric: Tensor,
+    model: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of F given an intensity and its sigma.
 
@@ -23,12 +28,14 @@ def french_wilson(
     intensity, sigma, expected : Tensor, (R,)
         Measured intensity, its standard deviation, and epsilon Sigma of Wilson's prior.
     is_centric : Tensor, (R,) bool
+    model : tuple of Tensor, (R,) each, optional
+        Centre D F_calc and variance S of the prior; NaN for Wilson's.
 
     Returns
     -------
     mean, standard_deviation : Tensor, (R,)
     """
-    given = (intensity, sigma, expected, is_centric)
+    given = (intensity, sigma, expected, is_centric, *(model or ()))
     # Made before the first part: small results among freed large ones would break up the heap.
     found = torch.empty(2, len(intensity), dtype=expected.dtype, device=expected.device)
     parts = zip(*(x.split(ROWS_AT_A_TIME) for x in given), strict=True)
@@ -38,7 +45,7 @@ def french_wilson(
 
 
 def _french_wilson(
-    intensity: Tensor, sigma: Tensor, expected: Tensor, is_centric: Tensor
+    intensity: Tensor, sigma: Tensor, expected: Tensor, is_centric: Tensor, *model: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Posterior of some rows, by quadrature."""
     # an acentric exp(-I / E) prior moves a Gaussian by -sigma^2 / E, and spreads no wider
@@ -53,6 +60,20 @@ def _french_wilson(
     f = lower[:, None] + (upper - lower)[:, None] * share
     log_p = -0.5 * ((f**2 - centre[:, None]) / sigma[:, None]) ** 2
     log_p = log_p + torch.where(is_centric[:, None], 0.0, 1.0) * f.log()
+    if model:
+        log_p = log_p + _over_wilson(f, expected, is_centric, *model)
     p = torch.softmax(log_p, -1)
     mean = (p * f).sum(-1)
     return mean, (p * (f - mean[:, None]) ** 2).sum(-1).sqrt()
+
+
+def _over_wilson(
+    f: Tensor, expected: Tensor, is_centric: Tensor, centre: Tensor, variance: Tensor
+) -> Tensor:
+    """Log of the prior about a model over Wilson's, (R, Q), up to a constant; 0 where NaN."""
+    stiffness = torch.where(is_centric, 0.5, 1.0).to(expected.dtype)[:, None]
+    x = 2 * stiffness * f * (centre / variance)[:, None]
+    rice = torch.special.i0e(x).log() + x
+    folded = x + torch.log1p(torch.exp(-2 * x))
+    square = stiffness * f**2 * (1 / variance - 1 / expected)[:, None]
+    return torch.where(is_centric[:, None], folded, rice).sub(square).nan_to_num(0.0)

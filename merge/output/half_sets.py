@@ -30,8 +30,8 @@ def friedel_rows(asu: ReciprocalAsu) -> tuple[NDArray[np.int64], NDArray[np.int6
 
 
 @dataclass(frozen=True)
-class Observations:
-    """Observations on one common scale.
+class ScaledReflections:
+    """Observations on one common scale, bound to unique reflections.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class Observations:
         refl_id: NDArray[np.int64],
         intensity: ArrayLike,
         variance: ArrayLike,
-    ) -> Observations:
+    ) -> ScaledReflections:
         """Join the Friedel mates of an anomalous table.
 
         Parameters
@@ -79,11 +79,11 @@ class Observations:
             np.asarray(variance, float),
         )
 
-    def usable(self) -> Observations:
-        """Only the rows that statistics may count."""
+    def usable(self) -> ScaledReflections:
+        """Select the rows that statistics may count."""
         keep = (self.refl_id >= 0) & np.isfinite(self.intensity) & np.isfinite(self.variance)
         keep &= np.where(np.isfinite(self.variance), self.variance, 0) > 0
-        return Observations(
+        return ScaledReflections(
             self.refl_id[keep],
             self.friedel_sign[keep],
             np.asarray(self.intensity, float)[keep],
@@ -195,7 +195,7 @@ def split_half_sets(
     return half
 
 
-def merge_half(observations: Observations, n_refl: int) -> HalfSet:
+def merge_half(observations: ScaledReflections, n_refl: int) -> HalfSet:
     """Merge observations into the mean of each reflection and of each Friedel mate."""
     o = observations
 
@@ -206,13 +206,15 @@ def merge_half(observations: Observations, n_refl: int) -> HalfSet:
     return HalfSet(*merged(everything), *merged(o.friedel_sign > 0), *merged(o.friedel_sign < 0))
 
 
-def half_sets(observations: Observations, n_refl: int, seed: int = 0) -> tuple[HalfSet, HalfSet]:
+def half_sets(
+    observations: ScaledReflections, n_refl: int, seed: int = 0
+) -> tuple[HalfSet, HalfSet]:
     """Split the observations at random and merge each half."""
     o = observations.usable()
     half = split_half_sets(o.refl_id, o.friedel_sign, seed)
     halves = []
     for i in (0, 1):
         k = half == i
-        part = Observations(o.refl_id[k], o.friedel_sign[k], o.intensity[k], o.variance[k])
+        part = ScaledReflections(o.refl_id[k], o.friedel_sign[k], o.intensity[k], o.variance[k])
         halves.append(merge_half(part, n_refl))
     return halves[0], halves[1]

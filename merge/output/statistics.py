@@ -25,7 +25,7 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.crystal.symmetry import is_centric
 from braggflux.merge.output.half_sets import (
     HalfSet,
-    Observations,
+    ScaledReflections,
     friedel_rows,
     half_sets,
     weighted_merge,
@@ -72,7 +72,7 @@ OF_HALF_SETS = ("r_split", "cc_half", "cc_anom", "z_spread", "z_spread_anom")
 
 @dataclass(frozen=True)
 class UniqueReflections:
-    """The non-anomalous unique reflections that ``Observations.refl_id`` points to.
+    """The non-anomalous unique reflections that ``ScaledReflections.refl_id`` points to.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ class ReflectionSums:
     intensity: Array
 
     @classmethod
-    def of(cls, o: Observations, n_refl: int) -> ReflectionSums:
+    def of(cls, o: ScaledReflections, n_refl: int) -> ReflectionSums:
         """Go through usable observations in memory."""
         mean, sigma, n_obs = weighted_merge(o.refl_id, o.intensity, o.variance, n_refl)
         deviation = np.abs(o.intensity - mean[o.refl_id])
@@ -191,7 +191,7 @@ class ReflectionSums:
 
 
 def shell_statistics(
-    observations: Observations | ReflectionSums,
+    observations: ScaledReflections | ReflectionSums,
     unique: UniqueReflections,
     shells: ResolutionShells,
     *,
@@ -204,7 +204,7 @@ def shell_statistics(
 
     Parameters
     ----------
-    observations : Observations or ReflectionSums
+    observations : ScaledReflections or ReflectionSums
         On one scale; unusable rows are left out here. Sums of observations that are not in memory
         need both kinds of halves.
     unique : UniqueReflections

@@ -3,81 +3,64 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.engine.amplitudes import (
     Amplitudes,
     merged_amplitudes,
     relative_responsibility,
 )
-from braggflux.merge.io.mtz import MergedTable, merged_table, write_merged_mtz
-from braggflux.merge.output.half_sets import HalfSet, Observations, split_half_sets
-from braggflux.merge.output.statistics import (
-    possible_reflections,
-    resolution_shells,
-    shell_statistics,
-    unique_reflections,
-    write_statistics_csv,
-)
+from braggflux.merge.io.dataset_labels import DatasetLabels
+from braggflux.merge.output.datasets import MergedDataset
+from braggflux.merge.output.half_sets import HalfSet, ScaledReflections, split_half_sets
+from braggflux.merge.output.merged_table import MergedTable, merged_table
+from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.pipelines.integration.trainer import EpochResult, Trainer
 from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel, SitePeak, amplitudes
-from braggflux.pipelines.workspace.provenance import package_version
+from braggflux.pipelines.workspace.merged_files import write_half_sets, write_merged
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-N_SHELLS = 10
 NOT_TRAINED = "no training step yet"
+HISTORY = ("F F(+) F(-): each mate from its own observations, with Wilson's prior",)
 
 
-@dataclass(frozen=True)
-class MergedEpoch:
-    """Merged data of an epoch: the table for files, and the two halves for statistics."""
-
-    table: MergedTable
-    observations: Observations
-
-
-def merge_epoch(trainer: Trainer) -> MergedEpoch:
+def merge_epoch(trainer: Trainer) -> MergedDataset:
     """Merge all observations, and two random halves with the scales of all."""
-    merger = trainer.model.merger
+    merger, asu = trainer.model.merger, trainer.problem.asu
     batch = trainer.merge_input()
     value, variance, good = merger.scaled_observations(batch)
     refl_id = batch.refl_id.cpu().numpy()
     good, _ = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
     # an outlier's variance is what its probability to be none leaves of its weight
-    observations = Observations.of(
-        trainer.problem.asu,
-        refl_id,
-        value.cpu().numpy(),
-        (variance / good.clamp_min(1e-6)).cpu().numpy(),
+    evidence = ScaledReflections.of(
+        asu, refl_id, _numpy(value), _numpy(variance / good.clamp_min(1e-6))
     )
     # rows of the asymmetric unit keep the mates apart already
     half = split_half_sets(refl_id, np.ones_like(refl_id), trainer.config.training.seed)
     half = torch.as_tensor(half, device=value.device)
     parts = [merged_amplitudes(merger, batch, half == k) for k in (0, 1)]
     halves = {
-        f"F{k + 1}": (_numpy(part.amplitude), _numpy(part.sigma_amplitude))
-        for k, part in enumerate(parts)
+        f"F{k}": HalfSet.of(asu, _numpy(part.amplitude), _numpy(part.sigma_amplitude))
+        for k, part in enumerate(parts, 1)
     }
     whole = merged_amplitudes(merger, batch)
-    return MergedEpoch(_table(trainer, whole, halves), observations)
+    return MergedDataset(asu, _table(asu, whole), halves, evidence, history=HISTORY)
 
 
-def _table(
-    trainer: Trainer, merged: Amplitudes, halves: dict[str, tuple[np.ndarray, np.ndarray]]
-) -> MergedTable:
+def _table(asu: ReciprocalAsu, merged: Amplitudes) -> MergedTable:
     return merged_table(
-        trainer.problem.asu,
+        asu,
         _numpy(merged.amplitude),
         _numpy(merged.sigma_amplitude),
         _numpy(merged.intensity),
         _numpy(merged.sigma_intensity),
-        merged.n_obs.cpu().numpy(),
-        halves,
+        _numpy(merged.n_obs),
+        normalised=_numpy(merged.normalised),
     )
 
 
@@ -102,57 +85,29 @@ class EpochWriter:
         self.directory = directory
         self.trainer = trainer
         self.anomalous = anomalous
-        problem = trainer.problem
-        self.unique = unique_reflections(problem.asu)
-        self.possible = possible_reflections(problem.cell, problem.space_group, problem.asu.d_min)
-        self.shells = resolution_shells(self.unique.inv_d2, N_SHELLS)
 
-    def write(self, result: EpochResult) -> MergedEpoch:
+    def write(self, result: EpochResult) -> MergedDataset:
         """Write everything of one epoch and log its line."""
         merged = merge_epoch(self.trainer)
         path = self.directory.epoch_mtz(result.epoch)
         path.parent.mkdir(exist_ok=True)
-        self.write_mtz(path, merged, result.epoch)
-        peaks = self._peaks(merged)
+        labels = DatasetLabels(wavelength=self.trainer.problem.wavelength)
+        coupling = self.trainer.config.training.coupling
+        made_by = f"run, coupling {coupling}, epoch {result.epoch}"
+        write_merged(path, merged, labels, made_by)
+        write_half_sets(self.directory.half_sets, merged, labels, made_by)
+        peaks = self._peaks(merged.table)
         if peaks:
             self.directory.write_peaks(result.epoch, peaks)
-        rows = self.statistics(merged)
+        rows = merged.statistics()
         write_statistics_csv(self.directory.statistics_file, rows)
         self.directory.append_metrics(self._metrics(result, rows, peaks))
         logger.info(summary_line(result, rows[-1], peaks))
         return merged
 
-    def write_mtz(self, path, merged: MergedEpoch, epoch: int) -> None:
-        """Write the merged MTZ of an epoch."""
-        problem = self.trainer.problem
-        write_merged_mtz(
-            path,
-            merged.table,
-            problem.cell,
-            problem.space_group,
-            problem.wavelength,
-            history=[
-                f"braggflux {package_version()}, epoch {epoch}, "
-                f"coupling {self.trainer.config.training.coupling}",
-                "F: each mate from its own observations, Wilson prior alone",
-            ],
-        )
-
-    def statistics(self, merged: MergedEpoch) -> list[dict]:
-        """Shell statistics; half-set correlations from the merged halves."""
-        asu = self.trainer.problem.asu
-        table = merged.table
-        halves = tuple(
-            _spread(table, table.half_sets[name], len(self.unique), asu) for name in ("F1", "F2")
-        )
-        return shell_statistics(
-            merged.observations, self.unique, self.shells, possible=self.possible, halves=halves
-        )
-
-    def _peaks(self, merged: MergedEpoch) -> list[SitePeak]:
+    def _peaks(self, table: MergedTable) -> list[SitePeak]:
         if self.anomalous is None:
             return []
-        table = merged.table
         return self.anomalous.peak_heights(table.miller_index, *amplitudes(table))
 
     def _metrics(self, result: EpochResult, rows: list[dict], peaks: list[SitePeak]) -> dict:
@@ -178,17 +133,6 @@ class EpochWriter:
         if reasons:
             metrics["reasons"] = reasons
         return metrics
-
-
-def _spread(table: MergedTable, half: HalfSet, n_unique: int, asu) -> HalfSet:
-    """Half set over all unique reflections from one over those that were observed."""
-    rows = asu.refl_id(table.miller_index)  # the F(+) half of the table comes first
-    columns = []
-    for name in ("mean", "sigma", "plus", "sigma_plus", "minus", "sigma_minus"):
-        full = np.full(n_unique, np.nan)
-        full[rows] = getattr(half, name)
-        columns.append(full)
-    return HalfSet(*columns)
 
 
 def summary_line(result: EpochResult, overall: dict, peaks: list[SitePeak]) -> str:

@@ -13,8 +13,8 @@ from braggflux.merge.data.same_photons import SAME_PHOTONS, residual_over_noise
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.steps import Steps
 from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
-from braggflux.merge.io.merged_table import MergedTable
 from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.output.merged_table import MergedTable
 from braggflux.merge.output.odd_images import odd_images
 from braggflux.merge.prior.reference import Reference
 

@@ -21,7 +21,7 @@ from braggflux.pipelines.merging.indexing import (
     write_choices,
 )
 from braggflux.pipelines.merging.metrics import write_metrics
-from braggflux.pipelines.merging.outputs import write_dataset
+from braggflux.pipelines.merging.outputs import write_problem
 from braggflux.pipelines.merging.reference import reference_amplitudes
 from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settled
 from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
@@ -104,7 +104,7 @@ def _merge_in_memory(
         write_choices(problem, number, out / "indexing.csv")
     save_scale(out / FILE_NAME, merger, problem.table, config)
     say_images(merger, problem.table, number, problem.names, config.stills)
-    return [write_dataset(problem, merger, config, k, out, own) for k, own in enumerate(labels)]
+    return write_problem(problem, merger, config, out, labels)
 
 
 def _log_size(problem: MergeProblem) -> None:

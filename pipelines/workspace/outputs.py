@@ -15,7 +15,8 @@ from braggflux.integrator.errors import UserError
 
 #: What `merge` writes, whatever the data sets are called.
 MERGE_RESULTS = (
-    *("config.yaml", "provenance.json", "merged.mtz", "*_merged.mtz", "statistics.csv"),
+    *("config.yaml", "provenance.json", "merged.mtz", "*_merged.mtz"),
+    *("half_sets.mtz", "*_half_sets.mtz", "statistics.csv"),
     *("metrics.json", "scale_model.pt", "indexing.csv"),
 )
 #: What `simulate` writes, whatever the preset.

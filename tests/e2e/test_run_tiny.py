@@ -21,7 +21,9 @@ MERGED_COLUMNS = {
     "F(+)": "G", "SIGF(+)": "L", "F(-)": "G", "SIGF(-)": "L",
     "I(+)": "K", "SIGI(+)": "M", "I(-)": "K", "SIGI(-)": "M",
     "F": "F", "SIGF": "Q", "IMEAN": "J", "SIGIMEAN": "Q",
-    "N(+)": "I", "N(-)": "I",
+    "N(+)": "I", "N(-)": "I", "E": "E",
+}  # fmt: skip
+HALF_SET_COLUMNS = {
     "F1": "F", "SIGF1": "Q", "F2": "F", "SIGF2": "Q",
     "F1(+)": "G", "SIGF1(+)": "L", "F1(-)": "G", "SIGF1(-)": "L",
     "F2(+)": "G", "SIGF2(+)": "L", "F2(-)": "G", "SIGF2(-)": "L",
@@ -67,6 +69,8 @@ def test_merged_mtz_is_the_last_epoch_with_proper_types(straight, tiny, rs):
     assert dataset.merged
     kinds = {label: dataset.dtypes[label].mtztype for label in MERGED_COLUMNS}
     assert kinds == MERGED_COLUMNS
+    halves = rs.read_mtz(str(straight.path / "half_sets.mtz"))
+    assert {k: d.mtztype for k, d in halves.dtypes.items()} == HALF_SET_COLUMNS
     assert dataset.hkl_to_asu().index.equals(dataset.index)
 
 

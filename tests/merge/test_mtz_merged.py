@@ -15,12 +15,15 @@ import pytest
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io import mtz as mtz_io
+from braggflux.merge.output.half_sets import HalfSet
+from braggflux.merge.output.merged_table import DIFFERENCE
 
 CELL = gemmi.UnitCell(42.0, 42.0, 58.0, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 WAVELENGTH = 1.0375
 CONTRACT = (
-    "H K L F(+) SIGF(+) F(-) SIGF(-) I(+) SIGI(+) I(-) SIGI(-) F SIGF IMEAN SIGIMEAN N(+) N(-)"
+    "H K L F SIGF F(+) SIGF(+) F(-) SIGF(-) IMEAN SIGIMEAN I(+) SIGI(+) I(-) SIGI(-) N(+) N(-) "
+    "DANO SIGDANO E"
 ).split()
 HALVES = [
     f"{prefix}F{half}{mate}"
@@ -30,16 +33,23 @@ HALVES = [
 ]
 
 
-def made(anomalous: bool = True, halves: bool = True):
+def made(anomalous: bool = True, coupled: bool = True):
     rng = np.random.default_rng(5)
     asu = ReciprocalAsu(CELL, SPACE_GROUP, 3.0, anomalous)
     n = len(asu)
     f, sigma_f = rng.uniform(5, 50, n), rng.uniform(0.5, 2, n)
-    half_sets = {f"F{k}": (f + rng.standard_normal(n), 1.4 * sigma_f) for k in (1, 2)}
     n_obs = rng.integers(0, 5, n)
+    difference = (rng.standard_normal(n), rng.uniform(0.1, 0.3, n)) if coupled else None
     values = {"f": f, "sigma_f": sigma_f, "i": f**2, "sigma_i": 2 * f * sigma_f, "n_obs": n_obs}
-    table = mtz_io.merged_table(asu, **values, half_sets=half_sets if halves else None)
-    return asu, values, table
+    e = f / f.std()
+    return asu, values, mtz_io.merged_table(asu, **values, difference=difference, normalised=e)
+
+
+def halves_of(asu) -> dict[str, HalfSet]:
+    """Two halves; neither has seen a tenth of the rows."""
+    rng = np.random.default_rng(6)
+    f = np.where(rng.random(len(asu)) < 0.1, np.nan, rng.uniform(5, 50, len(asu)))
+    return {f"F{k}": HalfSet.of(asu, f + rng.standard_normal(len(f)), 1 + 0 * f) for k in (1, 2)}
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def written(tmp_path):
         CELL,
         SPACE_GROUP,
         WAVELENGTH,
-        history=["made by a test", "x" * 100],
+        history=["made by a test", "x" * 100, *DIFFERENCE],
         names=mtz_io.DatasetNames("project", "crystal", "peak"),
     )
     return asu, values, table, path
@@ -61,10 +71,9 @@ def written(tmp_path):
 def test_columns_types_and_header_follow_the_contract(written):
     *_, path = written
     mtz = gemmi.read_mtz_file(str(path))
-    assert mtz.column_labels() == CONTRACT + HALVES
+    assert mtz.column_labels() == CONTRACT
     types = {c.label: c.type for c in mtz.columns}
-    assert "".join(types[label] for label in CONTRACT) == "HHHGLGLKMKMFQJQII"
-    assert "".join(types[label] for label in HALVES) == "FQGLGL" * 2
+    assert "".join(types[label] for label in CONTRACT) == "HHHFQGLGLJQKMKMIIDQE"
     assert mtz.spacegroup.hm == "P 43 21 2"
     np.testing.assert_allclose(mtz.cell.parameters, CELL.parameters)
     assert [(d.project_name, d.crystal_name, d.dataset_name) for d in mtz.datasets] == [
@@ -115,13 +124,10 @@ def test_round_trip_keeps_every_value(written):
     read = mtz_io.read_merged_mtz(path)
     order = np.lexsort(table.miller_index.T[::-1])
     assert np.array_equal(read.table.miller_index, table.miller_index[order])
-    for name in ("f_plus", "sigma_f_minus", "i_plus", "sigma_i_minus", "f", "i_mean", "n_minus"):
+    names = ("f_plus", "sigma_f_minus", "i_plus", "sigma_i_minus", "f", "i_mean", "n_minus")
+    for name in (*names, "difference", "sigma_difference", "normalised"):
         np.testing.assert_allclose(
             getattr(read.table, name), getattr(table, name)[order], rtol=1e-6, err_msg=name
-        )
-    for half in ("F1", "F2"):
-        np.testing.assert_allclose(
-            read.table.half_sets[half].minus, table.half_sets[half].minus[order], rtol=1e-6
         )
     assert read.wavelength == pytest.approx(WAVELENGTH)
     assert read.space_group == SPACE_GROUP
@@ -169,7 +175,7 @@ def test_without_anomalous_there_are_only_means(tmp_path):
     _, _, table = made(anomalous=False)
     mtz_io.write_merged_mtz(tmp_path / "m.mtz", table, CELL, SPACE_GROUP, WAVELENGTH)
     mtz = gemmi.read_mtz_file(str(tmp_path / "m.mtz"))
-    labels = "H K L F SIGF IMEAN SIGIMEAN N F1 SIGF1 F2 SIGF2".split()
+    labels = "H K L F SIGF IMEAN SIGIMEAN N E".split()
     assert mtz.column_labels() == labels
     read = mtz_io.read_merged_mtz(tmp_path / "m.mtz")
     assert not read.table.is_anomalous
@@ -177,18 +183,68 @@ def test_without_anomalous_there_are_only_means(tmp_path):
 
 
 @pytest.mark.parametrize("anomalous", [True, False])
-def test_intensity_under_the_label_i_and_more_columns(tmp_path, anomalous):
-    _, _, table = made(anomalous=anomalous)
-    e = np.linspace(0, 3, len(table))
-    arguments = tmp_path / "m.mtz", table, CELL, SPACE_GROUP, WAVELENGTH
-    mtz_io.write_merged_mtz(*arguments, mean_intensity="I", extra=[("E", "E", e)])
-    types = {c.label: c.type for c in gemmi.read_mtz_file(str(arguments[0])).columns}
-    assert (types["I"], types["SIGI"], types["E"]) == ("J", "Q", "E")
-    assert "IMEAN" not in types
-    read = mtz_io.read_merged_mtz(arguments[0]).table
+def test_half_sets_have_a_file_of_their_own(tmp_path, anomalous):
+    asu, _, _ = made(anomalous=anomalous)
+    halves = halves_of(asu)
+    names = mtz_io.DatasetNames("project", "crystal", "peak")
+    path = tmp_path / "half_sets.mtz"
+    mtz_io.write_half_sets_mtz(path, asu, halves, WAVELENGTH, names=names, title="a title")
+    mtz = gemmi.read_mtz_file(str(path))
+    wanted = HALVES if anomalous else [label for label in HALVES if "(" not in label]
+    assert mtz.column_labels() == [*"HKL", *wanted]
+    types = "".join(c.type for c in mtz.columns)[3:]
+    assert types == ("FQGLGL" if anomalous else "FQ") * 2
+    assert (mtz.title, mtz.datasets[0].dataset_name) == ("a title", "peak")
+    seen = np.isfinite(halves["F1"].mean) | np.isfinite(halves["F2"].mean)
+    assert mtz.nreflections == seen.sum() < len(seen)
+    rows = np.searchsorted(
+        np.flatnonzero(asu.friedel_sign > 0), asu.refl_id(mtz.make_miller_array())
+    )
+    label = "F2(-)" if anomalous else "F2"
+    expected = halves["F2"].minus if anomalous else halves["F2"].mean
+    np.testing.assert_allclose(mtz.column_with_label(label), expected[rows], rtol=1e-6)
+
+
+def test_without_a_prior_that_ties_mates_there_is_no_difference(tmp_path):
+    _, _, table = made(coupled=False)
+    mtz_io.write_merged_mtz(tmp_path / "m.mtz", table, CELL, SPACE_GROUP, WAVELENGTH)
+    labels = gemmi.read_mtz_file(str(tmp_path / "m.mtz")).column_labels()
+    assert labels == [label for label in CONTRACT if "DANO" not in label]
+    assert not mtz_io.read_merged_mtz(tmp_path / "m.mtz").table.has_coupled_differences
+
+
+def test_a_difference_needs_both_mates(written):
+    _, _, table, _ = written
+    pairs = np.isfinite(table.f_plus) & np.isfinite(table.f_minus)
+    assert np.array_equal(np.isfinite(table.difference), pairs)
+    centric = SPACE_GROUP.operations().centric_flag_array(table.miller_index)
+    assert centric.any()
+    assert np.isnan(table.difference[centric]).all()
+
+
+@pytest.mark.parametrize("label", ["I", "IMEAN"])
+def test_the_mean_intensity_of_others_has_either_label(tmp_path, label):
+    _, _, table = made()
+    path = tmp_path / "m.mtz"
+    mtz_io.write_merged_mtz(path, table, CELL, SPACE_GROUP, WAVELENGTH)
+    mtz = gemmi.read_mtz_file(str(path))
+    mtz.column_with_label("IMEAN").label, mtz.column_with_label("SIGIMEAN").label = (
+        label,
+        f"SIG{label}",
+    )
+    mtz.write_to_file(str(path))
+    read = mtz_io.read_merged_mtz(path).table
     order = np.lexsort(table.miller_index.T[::-1])
-    for name in ("i_mean", "sigma_i_mean", "n_plus"):
+    for name in ("i_mean", "sigma_i_mean"):
         np.testing.assert_allclose(getattr(read, name), getattr(table, name)[order], rtol=1e-6)
+
+
+@pytest.mark.realdata
+def test_the_plain_difference_of_other_programs_is_not_taken_for_ours(shared):
+    """DIALS and CCP4 write one under the same label; it is not shrunk and needs weights."""
+    path = shared / "data/hewl_nai/dials_merged.mtz"
+    assert "DANO" in gemmi.read_mtz_file(str(path)).column_labels()
+    assert not mtz_io.read_merged_mtz(path).table.has_coupled_differences
 
 
 @pytest.mark.realdata
@@ -213,10 +269,12 @@ def test_indices_outside_the_asymmetric_unit_are_mapped_with_their_mates(written
     mtz.write_to_file(str(tmp_path / "inverted.mtz"))
     read = mtz_io.read_merged_mtz(tmp_path / "inverted.mtz").table
     original = mtz_io.read_merged_mtz(path).table
+    assert np.isfinite(original.difference).sum() > 300
     where = {tuple(h): k for k, h in enumerate(read.miller_index.tolist())}
     order = [where[tuple(h)] for h in original.miller_index.tolist()]
     pairs = np.isfinite(original.f_plus) & np.isfinite(original.f_minus)
     np.testing.assert_array_equal(read.f_plus[order][pairs], original.f_minus[pairs])
+    np.testing.assert_array_equal(read.difference[order], -original.difference)
 
 
 def test_user_errors_name_what_was_found(written, tmp_path):
@@ -259,9 +317,3 @@ def test_a_failed_write_keeps_the_old_file(written, tmp_path, monkeypatch):
         mtz_io.write_merged_mtz(path, table, CELL, SPACE_GROUP, WAVELENGTH)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_half_set_names_must_say_what_they_hold():
-    asu, values, _ = made(halves=False)
-    with pytest.raises(ValueError, match="half-set name"):
-        mtz_io.merged_table(asu, **values, half_sets={"X1": (values["f"], values["sigma_f"])})

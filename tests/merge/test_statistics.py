@@ -18,7 +18,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.output import statistics
 from braggflux.merge.output.half_sets import (
     HalfSet,
-    Observations,
+    ScaledReflections,
     half_sets,
     mean_of_mates,
     merge_half,
@@ -81,7 +81,9 @@ def simulated() -> dict:
 
 def rows_of(data: dict, **options) -> list[dict]:
     asu = data["asu"]
-    observations = Observations.of(asu, asu.refl_id(data["hkl"]), data["i"], data["sigma"] ** 2)
+    observations = ScaledReflections.of(
+        asu, asu.refl_id(data["hkl"]), data["i"], data["sigma"] ** 2
+    )
     unique = statistics.unique_reflections(asu)
     seen = np.unique(observations.refl_id)
     shells = statistics.resolution_shells(unique.inv_d2[seen], N_SHELLS)
@@ -174,7 +176,7 @@ def test_the_split_does_not_depend_on_the_order_of_reflections():
 
 def test_half_sets_share_no_observation(simulated):
     asu = simulated["asu"]
-    o = Observations.of(asu, simulated["refl_id"], simulated["i"], simulated["sigma"] ** 2)
+    o = ScaledReflections.of(asu, simulated["refl_id"], simulated["i"], simulated["sigma"] ** 2)
     n = int(np.sum(asu.friedel_sign > 0))
     first, second = half_sets(o, n, seed=1)
     everything = merge_half(o.usable(), n)
@@ -205,7 +207,7 @@ def test_r_split_of_known_noise():
     refl_id = np.repeat(np.arange(n_refl), n)
     intensity = 100 + 10 * rng.standard_normal(len(refl_id))
     unique = statistics.UniqueReflections(np.linspace(0.01, 0.1, n_refl), np.zeros(n_refl, bool))
-    observations = Observations(
+    observations = ScaledReflections(
         refl_id, np.ones_like(refl_id), intensity, np.full(len(refl_id), 100.0)
     )
     shells = statistics.resolution_shells(unique.inv_d2, 2)
@@ -225,7 +227,7 @@ def test_r_split_of_known_noise():
 def test_amplitude_halves_leave_r_split_to_the_intensities(simulated):
     rows = rows_of(simulated)
     asu = simulated["asu"]
-    observations = Observations.of(
+    observations = ScaledReflections.of(
         asu, simulated["refl_id"], simulated["i"], simulated["sigma"] ** 2
     )
     halves = half_sets(observations, len(statistics.unique_reflections(asu)), seed=5)
@@ -261,7 +263,7 @@ def test_given_halves_replace_random_ones(simulated):
 
 def test_too_little_data_gives_none_with_a_reason(tmp_path):
     unique = statistics.UniqueReflections(np.array([0.01, 0.02, 0.05]), np.array([False] * 3))
-    observations = Observations(
+    observations = ScaledReflections(
         np.array([0, 1, 1]), np.ones(3, int), np.array([1.0, 2.0, 3.0]), np.ones(3)
     )
     shells = statistics.ResolutionShells(np.array([0.005, 0.015, 0.03, 0.06]))

@@ -74,11 +74,12 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
     seen = np.isfinite(table.f_plus) & (plus > 15)
     assert np.corrcoef(table.f_plus[seen], plus[seen])[0, 1] > 0.99
     labels = gemmi.read_mtz_file(str(out / "merged.mtz")).column_labels()
-    assert {"F(+)", "F(-)", "E", "N(+)", "F1", "F2", "F3", "F4"} <= set(labels)
-    mtz = gemmi.read_mtz_file(str(out / "merged.mtz"))
-    first, third = (np.array(mtz.column_with_label(n)) for n in ("F1", "F3"))
+    assert {"F(+)", "F(-)", "E", "N(+)"} <= set(labels)
+    halves = gemmi.read_mtz_file(str(out / "half_sets.mtz"))
+    first, third = (np.array(halves.column_with_label(n)) for n in ("F1", "F3"))
     both = np.isfinite(first) & np.isfinite(third)
     assert np.mean(first[both] != third[both]) > 0.5, "repeats must differ"
+    mtz = gemmi.read_mtz_file(str(out / "merged.mtz"))
     e2 = np.nanmean(np.array(mtz.column_with_label("E")) ** 2)
     assert 0.85 < e2 < 1.15
     record = json.loads((out / "provenance.json").read_text())
@@ -91,7 +92,7 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
     assert float(overall["cc_half"]) > 0.98
     assert 0.6 < float(overall["z_spread"]) < 1.4
     assert {p.name for p in out.iterdir()} == {
-        *("merged.mtz", "statistics.csv", "metrics.json", "run.log"),
+        *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
         *("config.yaml", "provenance.json", "scale_model.pt"),
     }
 
@@ -109,27 +110,28 @@ def test_columns_of_the_merged_file(tmp_path, truth, flags):
     assert run(path, "--out", out, *flags, *common) == 0
     mtz = gemmi.read_mtz_file(str(out / "merged.mtz"))
     types = {c.label: c.type for c in mtz.columns}
-    wanted = {"F": "F", "SIGF": "Q", "I": "J", "SIGI": "Q", "E": "E", "N": "I"}
-    wanted |= {f"{p}F{k}": t for k in range(1, 7) for p, t in (("", "F"), ("SIG", "Q"))}
+    wanted = {"F": "F", "SIGF": "Q", "IMEAN": "J", "SIGIMEAN": "Q", "E": "E"}
+    halves = {f"{p}F{k}": t for k in range(1, 7) for p, t in (("", "F"), ("SIG", "Q"))}
     if flags:
         for name, value, sigma in (("F", "G", "L"), ("I", "K", "M")):
             wanted |= {f"{name}({m})": value for m in "+-"}
             wanted |= {f"SIG{name}({m})": sigma for m in "+-"}
-        wanted |= {f"F{k}({m})": "G" for k in range(1, 7) for m in "+-"}
-        wanted |= {f"SIGF{k}({m})": "L" for k in range(1, 7) for m in "+-"}
-        wanted |= {"N(+)": "I", "N(-)": "I"}
+        halves |= {f"F{k}({m})": "G" for k in range(1, 7) for m in "+-"}
+        halves |= {f"SIGF{k}({m})": "L" for k in range(1, 7) for m in "+-"}
+    counts = ("N(+)", "N(-)") if flags else ("N",)
+    wanted |= dict.fromkeys(counts, "I")
     assert types == wanted | dict.fromkeys("HKL", "H")
+    apart = gemmi.read_mtz_file(str(out / "half_sets.mtz"))
+    assert {c.label: c.type for c in apart.columns} == halves | dict.fromkeys("HKL", "H")
+    assert apart.nreflections == mtz.nreflections
     n_obs = 10 * 300
-    assert column(mtz, "N").sum() == n_obs
-    if flags:
-        assert np.nansum([column(mtz, "N(+)"), column(mtz, "N(-)")]) == n_obs
+    assert np.nansum([column(mtz, name) for name in counts]) == n_obs
     data = rs.read_mtz(str(out / "merged.mtz"))
-    assert str(data.dtypes["I"]) == "Intensity"
+    assert str(data.dtypes["IMEAN"]) == "Intensity"
     assert str(data.dtypes["E"]) == "NormalizedSFAmplitude"
-    assert str(data.dtypes["N"]) == "MTZInt"
-    assert int(data["N"].to_numpy().sum()) == n_obs
-    strong = column(mtz, "I") > 10 * column(mtz, "SIGI")
-    ratio = column(mtz, "F")[strong] ** 2 / column(mtz, "I")[strong]
+    assert str(data.dtypes[counts[0]]) == "MTZInt"
+    strong = column(mtz, "IMEAN") > 10 * column(mtz, "SIGIMEAN")
+    ratio = column(mtz, "F")[strong] ** 2 / column(mtz, "IMEAN")[strong]
     assert np.median(ratio) == pytest.approx(1.0, abs=0.02)
 
 
@@ -137,7 +139,7 @@ def test_half_sets_are_of_different_splits_and_their_statistics_averaged(tmp_pat
     path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0, 10))
     common = ("--epochs", "3", "--set", "held_out=0")
     assert run(path, "--out", tmp_path / "three", *common, "--half-set-repeats", "3") == 0
-    mtz = gemmi.read_mtz_file(str(tmp_path / "three" / "merged.mtz"))
+    mtz = gemmi.read_mtz_file(str(tmp_path / "three" / "half_sets.mtz"))
     pairs = [(column(mtz, f"F{k}"), column(mtz, f"F{k + 1}")) for k in (1, 3, 5)]
     correlations = []
     for first, second in pairs:
@@ -203,7 +205,7 @@ def test_datasets_of_one_name_do_not_overwrite_each_other(tmp_path, truth):
         paths.append(write_mtz(tmp_path / folder / "scaled.mtz", *observed(truth, seed, 8)))
     assert run(*paths, "--out", tmp_path / "out", *FAST) == 0
     written = {p.name for p in (tmp_path / "out").glob("scaled*")}
-    kinds = ("merged.mtz", "statistics.csv")
+    kinds = ("merged.mtz", "half_sets.mtz", "statistics.csv")
     assert written == {f"scaled_{k}_{kind}" for k in (0, 1) for kind in kinds}
 
 

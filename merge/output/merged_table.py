@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.output.half_sets import HalfSet, friedel_rows, mean_of_mates
+from braggflux.merge.output.half_sets import friedel_rows, mean_of_mates
 
 Array = NDArray[np.float64]
+
+#: In the history of every file whose DANO is the coupled posterior; readers look for the first.
+DIFFERENCE = (
+    "DANO SIGDANO: coupled posterior of |F(+)| - |F(-)| (double-Wilson prior), mean",
+    "  and standard deviation; shrunk by the prior already: use DANO unweighted",
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,11 @@ class MergedTable:
         (R,) Both mates together.
     n_plus, n_minus
         (R,) Number of observations.
-    half_sets : dict of str to HalfSet
-        Independent merges of a part of the observations each, by column name. ``"F1"`` becomes the
-        MTZ columns ``F1 SIGF1 F1(+) SIGF1(+) F1(-) SIGF1(-)``; the name's first letter, F or I,
-        says what is held.
+    difference, sigma_difference
+        (R,) Mean and standard deviation of |F(+)| - |F(-)| under a prior that ties the mates
+        (columns DANO, SIGDANO). The prior has shrunk it: it needs no weight.
+    normalised
+        (R,) E.
     is_anomalous : bool
         Friedel mates were kept apart.
     """
@@ -54,18 +60,19 @@ class MergedTable:
     sigma_i_mean: Array
     n_plus: Array
     n_minus: Array
-    half_sets: dict[str, HalfSet] = field(default_factory=dict)
+    difference: Array
+    sigma_difference: Array
+    normalised: Array
     is_anomalous: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse half-set names that say neither amplitude nor intensity."""
-        for name in self.half_sets:
-            if name[:1] not in ("F", "I") or not name[1:]:
-                raise ValueError(f"half-set name {name!r} must be F or I and a suffix, like 'F1'")
 
     def __len__(self) -> int:
         """Return R."""
         return len(self.miller_index)
+
+    @property
+    def has_coupled_differences(self) -> bool:
+        """Whether a prior that ties the mates has given their difference."""
+        return bool(np.isfinite(self.difference).any())
 
 
 def merged_table(
@@ -75,12 +82,14 @@ def merged_table(
     i: ArrayLike,
     sigma_i: ArrayLike,
     n_obs: ArrayLike,
-    half_sets: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    difference: tuple[ArrayLike, ArrayLike] | None = None,
+    normalised: ArrayLike | None = None,
 ) -> MergedTable:
     """Put the Friedel mates of ``asu`` side by side.
 
     Rows without any observation (``n_obs`` = 0) are left out, and so is the mate that was not
-    observed: a model knows a value for it, but that is a prediction and not a measurement.
+    observed: a model knows a value for it, but that is a prediction and not a measurement. A
+    difference needs both.
 
     Parameters
     ----------
@@ -89,17 +98,19 @@ def merged_table(
         One value per row of ``asu``; NaN is allowed.
     n_obs : (A,) int
         Observations of each row.
-    half_sets : mapping of str to (value, sigma), optional
-        Per row of ``asu``; NaN where the half saw nothing. Names as :class:`MergedTable` says.
+    difference : (value, sigma), optional
+        Coupled |F(+)| - |F(-)| at the rows of F(+), (A,) each.
+    normalised : (A,), optional
+        E of each row.
 
     Notes
     -----
     The mean of two mates is weighted by 1/sigma^2 and takes them as independent; see
-    :func:`braggflux.merge.output.half_sets.mean_of_mates`.
+    :func:`braggflux.merge.output.half_sets.mean_of_mates`. E is their plain mean.
     """
     seen = np.asarray(n_obs) > 0
     plus, minus = friedel_rows(asu)
-    kept = seen[plus] | ((minus >= 0) & seen[minus])
+    kept = observed_reflections(asu, n_obs)
     plus, minus = plus[kept], minus[kept]
 
     def mates(values: ArrayLike) -> tuple[Array, Array]:
@@ -118,13 +129,24 @@ def merged_table(
                 for prefix in ("", "sigma_")
             )
         )
-    halves = {
-        name: HalfSet.of(asu, value, sigma).select(kept)
-        for name, (value, sigma) in (half_sets or {}).items()
-    }
+    both = seen[plus] & (minus >= 0) & seen[minus]
+    for name, k in (("difference", 0), ("sigma_difference", 1)):
+        value = np.full(len(asu), np.nan) if difference is None else difference[k]
+        columns[name] = np.where(both, np.asarray(value, float)[plus], np.nan)
+    e = np.full(len(asu), np.nan) if normalised is None else np.asarray(normalised, float)
+    e = np.stack(mates(e))
+    is_there = np.isfinite(e)
+    with np.errstate(invalid="ignore"):
+        columns["normalised"] = np.where(is_there, e, 0.0).sum(0) / is_there.sum(0)
     return MergedTable(
         miller_index=asu.asu_index[plus],
-        half_sets=halves,
         is_anomalous=asu.anomalous,
         **columns,
     )
+
+
+def observed_reflections(asu: ReciprocalAsu, n_obs: ArrayLike) -> NDArray[np.bool_]:
+    """Tell which unique reflections, mates joined, have an observation, (U,)."""
+    seen = np.asarray(n_obs) > 0
+    plus, minus = friedel_rows(asu)
+    return seen[plus] | ((minus >= 0) & seen[minus])
