@@ -13,7 +13,8 @@ The coupled posterior of the mates gives their difference in a column of its own
     DANO = <F(+)> - <F(-)>,    SIGDANO^2 = own(+) + own(-) + (shared(+) - shared(-))^2,
 
 with the own variances and what both share with the root of their tree
-(:class:`braggflux.merge.prior.base.CoupledWidth`): a difference is better known than each of the two.
+(:class:`braggflux.merge.prior.base.CoupledWidth`): a difference is better known than either of
+the two.
 """
 
 from __future__ import annotations
