@@ -2,8 +2,8 @@
 #
 #   make env     environment in .venv (and DIALS by apt, where that is allowed)
 #   make demo    simulate frames, process them beside DIALS, end with the peak table
-#   make test    all tests
-#   make lint    ruff (.ci/run calls it, then the tests)
+#   make test    all tests; make test-fast leaves out the slow ones
+#   make lint    ruff and mypy (.ci/run calls it, then the tests)
 #
 # A smaller torch for a machine without a GPU:
 #   make env TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -26,7 +26,7 @@ DEMO_NAME := hewl-iodide
 # The edges of the simulated detector; beyond, only its corners record anything.
 DEMO_D_MIN := 2.5
 
-.PHONY: env dials demo test lint reference-config
+.PHONY: env dials demo test test-fast lint reference-config
 
 env: $(STAMP)
 
@@ -91,9 +91,13 @@ $(DEMO)/frames/model.pdb: | $(STAMP)
 test: $(STAMP)
 	"$(BIN)/python" -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
+test-fast: $(STAMP)
+	"$(BIN)/python" -m pytest $(PYTEST_JOBS) -m "not slow" $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
 
 # After an option has been added or changed.
 reference-config: $(STAMP)

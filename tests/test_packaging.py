@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("integrator", "merge", "pipelines", "fixtures", ".src")
 FILES = ("pyproject.toml", "README.md", "LICENSE")
 DATA = {
+    "braggflux/py.typed",
     "braggflux/pipelines/report/templates/report.html.j2",
     "braggflux/pipelines/config/reference_full.yaml",
     "braggflux/fixtures/reference/9b7c.pdb",

@@ -56,11 +56,13 @@ def _public(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{module}"), original)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = _public(name)
-    return value
+if not TYPE_CHECKING:  # which would then take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = _public(name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -117,8 +118,9 @@ class ReciprocalAsu:
         ndarray, (N,) int64
             -1 for systematically absent reflections and those outside ``d_min``.
         """
+        hkl = np.asarray(hkl)
         if len(hkl) >= MANY_INDICES and np.prod(2 * self._box + 1) <= LARGEST_SPHERE:
-            index = np.asarray(hkl, dtype=np.int64) + self._box
+            index = hkl.astype(np.int64) + self._box
             inside = ((index >= 0) & (index <= 2 * self._box)).all(axis=1)
             index = np.where(inside[:, None], index, 0)
             return np.where(inside, self._sphere[tuple(index.T)], -1).astype(np.int64)
@@ -151,7 +153,7 @@ class ReciprocalAsu:
             table[tuple((self._box + turned).T)] = np.arange(n)
         return table
 
-    def _key(self, asu_index: NDArray[np.integer]) -> NDArray[np.int64]:
+    def _key(self, asu_index: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         """One integer per index, ordered as h, k, l; unique while ``|index| <= _limit``."""
         n = 2 * self._limit + 1
         h, k, l = np.asarray(asu_index, dtype=np.int64).T + self._limit

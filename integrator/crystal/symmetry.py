@@ -9,7 +9,8 @@ file: ``2 i + 1`` when operation ``i`` (gemmi's order) brings the index into the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import gemmi
 import numpy as np
@@ -19,7 +20,7 @@ IntArray = NDArray[np.int32]
 
 # The twelve wedges of reciprocal space of the CCP4 asymmetric units. The key is gemmi's own
 # description, so that gemmi decides which one a space group has.
-_WEDGES = {
+_WEDGES: dict[str, Callable[[IntArray, IntArray, IntArray], NDArray[np.bool_]]] = {
     "l>0 or (l=0 and (h>0 or (h=0 and k>=0)))": lambda h, k, l: (
         (l > 0) | ((l == 0) & ((h > 0) | ((h == 0) & (k >= 0))))
     ),
@@ -188,6 +189,6 @@ def epsilon(
     return operations.epsilon_factor_without_centering_array(index)
 
 
-def _sign(isym: NDArray[np.integer]) -> NDArray[np.int8]:
+def _sign(isym: NDArray[np.integer[Any]]) -> NDArray[np.int8]:
     """+1 for odd and -1 for even ``M/ISYM``."""
     return np.where(np.asarray(isym) % 2 == 1, 1, -1).astype(np.int8)

@@ -27,6 +27,7 @@ from braggflux.integrator.io.hdf5.photons import (
     INVALID,
     NO_COUNT,
     NegativeCounts,
+    PerPixel,
     PhotonScale,
     Pixels,
     rounding_changes_mean,
@@ -182,9 +183,9 @@ class ExperimentFrames:
         self._raw, self._numbers, self._panels = raw, numbers, panels
         self._first_image = first_image
         lookup = lookup or LookupMaps()
-        self._external = lookup.mask or [np.True_] * len(panels)
-        gain = lookup.gain or [panel.gain for panel in panels]
-        pedestal = lookup.pedestal or [panel.pedestal for panel in panels]
+        self._external = lookup.mask or [np.array(True)] * len(panels)
+        gain: Sequence[PerPixel] = lookup.gain or [panel.gain for panel in panels]
+        pedestal: Sequence[PerPixel] = lookup.pedestal or [panel.pedestal for panel in panels]
         ranges = [panel.trusted_range for panel in panels]
         self._scales = list(map(PhotonScale, ranges, gain, pedestal))
         if all(scale.is_empty for scale in self._scales):

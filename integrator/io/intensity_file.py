@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ def _record(kind: type[Record], columns: Mapping[str, Tensor]) -> Record:
 
 
 def _without_zeta(
-    columns: Mapping[str, Tensor], records: Sequence[Mapping[str, object]]
+    columns: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]]
 ) -> ReflectionMetadata:
     """Metadata of files before version 3: zeta is guessed, the place of the box is 0.
 
@@ -140,7 +140,7 @@ def is_intensity_file(path: str | Path) -> bool:
         return False
 
 
-def read_experiment_records(path: str | Path) -> list[dict]:
+def read_experiment_records(path: str | Path) -> list[dict[str, Any]]:
     """Sweeps of an intensity file as :func:`write_intensities` was given them; [] without."""
     import h5py
 

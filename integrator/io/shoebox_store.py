@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -73,7 +74,7 @@ class ShoeboxWriter:
     """Writes a store row block by row block; made by :func:`writing_store`."""
 
     def __init__(
-        self, handle: h5py.File, n_rows: int, box: tuple[int, int, int], dtype: np.dtype
+        self, handle: h5py.File, n_rows: int, box: tuple[int, int, int], dtype: np.dtype[Any]
     ) -> None:
         self._handle = handle
         shape = (n_rows, *box)
@@ -86,7 +87,7 @@ class ShoeboxWriter:
         self.chunk_rows = chunk[0]
         self.dtype = np.dtype(dtype)
 
-    def write_boxes(self, first: int, counts: NDArray, mask: NDArray[np.uint8]) -> None:
+    def write_boxes(self, first: int, counts: NDArray[Any], mask: NDArray[np.uint8]) -> None:
         """Write consecutive rows."""
         if counts.size and counts.max() > np.iinfo(self.dtype).max:
             raise UserError(
@@ -96,11 +97,11 @@ class ShoeboxWriter:
         self._counts[first : first + len(counts)] = counts
         self._mask[first : first + len(mask)] = mask
 
-    def read_boxes(self, first: int, n: int) -> tuple[NDArray, NDArray[np.uint8]]:
+    def read_boxes(self, first: int, n: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         """Read counts and mask of rows that were written."""
         return self._counts[first : first + n], self._mask[first : first + n]
 
-    def write_columns(self, columns: Mapping[str, NDArray]) -> None:
+    def write_columns(self, columns: Mapping[str, NDArray[Any]]) -> None:
         """Write the columns of all reflections."""
         group = self._handle.create_group("reflections")
         for name, values in columns.items():
@@ -118,7 +119,9 @@ class ShoeboxWriter:
                     f"panel_{panel}/{name}", data=image.astype(np.float32), compression="gzip"
                 )
 
-    def write_header(self, attributes: Mapping[str, object], experiments: Sequence[dict]) -> None:
+    def write_header(
+        self, attributes: Mapping[str, object], experiments: Sequence[dict[str, Any]]
+    ) -> None:
         """Write what describes the file."""
         self._handle["experiments"] = json.dumps(list(experiments))
         self._handle.attrs.update(
@@ -129,7 +132,7 @@ class ShoeboxWriter:
 
 @contextmanager
 def writing_store(
-    path: str | Path, n_rows: int, box: tuple[int, int, int], dtype: np.dtype
+    path: str | Path, n_rows: int, box: tuple[int, int, int], dtype: np.dtype[Any]
 ) -> Iterator[ShoeboxWriter]:
     """Write a store that appears under its name only when the block succeeds.
 
@@ -175,7 +178,7 @@ class ShoeboxStore:
         try:
             self._counts = self._handle["boxes/counts"]
             self._mask = self._handle["boxes/mask"]
-            self.experiments: list[dict] = json.loads(self._handle["experiments"][()])
+            self.experiments: list[dict[str, Any]] = json.loads(self._handle["experiments"][()])
             self.attributes = dict(self._handle.attrs)
             self._check_starts()
             if not len(self._counts) == len(self._mask) == self.attributes["n_rows"]:
@@ -188,7 +191,8 @@ class ShoeboxStore:
                 f"{self.path} is an incomplete shoebox store ({error}): make it again with "
                 "braggflux extract"
             ) from error
-        self.box: tuple[int, int, int] = tuple(int(n) for n in self._counts.shape[1:])
+        _, depth, height, width = self._counts.shape
+        self.box: tuple[int, int, int] = (depth, height, width)
         self._cache: tuple[Tensor, Tensor] | None = None
 
     def _check_starts(self) -> None:
@@ -239,7 +243,7 @@ class ShoeboxStore:
         """Everything known of the reflections before counting, (N,) rows."""
         return self._metadata if dtype == torch.float32 else _metadata(self._columns, dtype)
 
-    def column(self, name: str) -> NDArray:
+    def column(self, name: str) -> NDArray[Any]:
         """Return a column of ``/reflections``, (N, ...): ``flags``, ``entering`` ..."""
         return self._columns[name]
 
@@ -283,13 +287,13 @@ class ShoeboxStore:
                 counts = counts & 0xFFFF  # the sign bit of the stored 16 bits is a count
             return counts, self._cache[1][rows]
         if isinstance(rows, slice):
-            counts, mask = self._counts[rows], self._mask[rows]
+            photons, bits = self._counts[rows], self._mask[rows]
         else:
             # HDF5 wants increasing rows without repeats
             unique, back = np.unique(rows.numpy(), return_inverse=True)
-            counts, mask = self._read_sorted(unique)
-            counts, mask = counts[back], mask[back]
-        return torch.from_numpy(counts.astype(np.int32)), torch.from_numpy(mask)
+            photons, bits = self._read_sorted(unique)
+            photons, bits = photons[back], bits[back]
+        return torch.from_numpy(photons.astype(np.int32)), torch.from_numpy(bits)
 
     def read(self, rows: Tensor | slice, *, exclude: int = MaskBit.OVERLAPPED) -> ShoeboxBatch:
         """Shoeboxes of some rows, in the order given.
@@ -324,7 +328,7 @@ class ShoeboxStore:
             group["frame_ratio"][()],
         )
 
-    def _read_sorted(self, rows: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+    def _read_sorted(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Rows in increasing order, chunk by chunk: h5py's own selections are slow."""
         counts = np.empty((len(rows), *self.box), self._counts.dtype)
         mask = np.empty((len(rows), *self.box), np.uint8)
@@ -337,7 +341,7 @@ class ShoeboxStore:
         return counts, mask
 
 
-def _metadata(columns: Mapping[str, NDArray], dtype: torch.dtype) -> ReflectionMetadata:
+def _metadata(columns: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> ReflectionMetadata:
     def tensor(name: str) -> Tensor:
         kind = torch.int64 if name in INTEGER_COLUMNS else dtype
         return torch.from_numpy(columns[name]).to(kind)

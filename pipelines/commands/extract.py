@@ -16,6 +16,7 @@ import logging
 from pathlib import Path
 
 from braggflux.pipelines.config.flags import add_config_arguments, config_from_args
+from braggflux.pipelines.config.run import RunConfig
 
 FLAGS = {
     "--d-min": "extraction.d_min",
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check the input and extract."""
     fixed = {"expt": str(args.expt), "refl": str(args.refl)}
-    config = config_from_args(args, FLAGS, fixed)
+    config = config_from_args(RunConfig, args, FLAGS, fixed)
     config.require("expt", "refl")
 
     from braggflux.pipelines.integration.checks import check_pair

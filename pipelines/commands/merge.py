@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check the arguments and merge."""
     fixed = {"anomalous": True} if args.friedel else None
-    config = config_from_args(args, MERGE_FLAGS, fixed, IntensityMergeConfig)
+    config = config_from_args(IntensityMergeConfig, args, MERGE_FLAGS, fixed)
     inputs = inputs_from_args(args)
 
     from braggflux.pipelines.merging.merge import merge

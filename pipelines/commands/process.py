@@ -20,6 +20,7 @@ import argparse
 from pathlib import Path
 
 from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
+from braggflux.pipelines.config.run import RunConfig
 
 STEPS = ("import", "find_spots", "index", "refine", "integrate", "scale", "merge")
 FLAGS = {
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         fixed["dials.images"] = [str(path) for path in args.images]
     if args.no_reference:
         fixed["dials.has_reference"] = False
-    config = config_from_args(args, FLAGS, fixed)
+    config = config_from_args(RunConfig, args, FLAGS, fixed)
 
     from braggflux.pipelines.config.run_settings import say_idle_of_run
     from braggflux.pipelines.dials.process import process

@@ -25,6 +25,7 @@ import argparse
 from pathlib import Path
 
 from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
+from braggflux.pipelines.config.run import RunConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Check the input, train, and show the peak table."""
     given = {name: getattr(args, name) for name in ("expt", "refl")}
     fixed = {name: str(path) for name, path in given.items() if path is not None}
-    config = config_from_args(args, RUN_FLAGS, fixed)
+    config = config_from_args(RunConfig, args, RUN_FLAGS, fixed)
     config.require("expt", "refl", "out")
 
     from braggflux.pipelines.config.run_settings import say_idle_of_run

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from braggflux.integrator.errors import UserError
-from braggflux.pipelines.config.run import RunConfig, schema
+from braggflux.pipelines.config import schema
+from braggflux.pipelines.config.run import RunConfig
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=schema.Dataclass)
 
 RUN_FLAGS = {
     "--model": "model",
@@ -87,10 +88,10 @@ def add_config_arguments(
 
 
 def config_from_args(
+    cls: type[Config],
     args: argparse.Namespace,
     flags: Mapping[str, str],
     fixed: Mapping[str, object] | None = None,
-    cls: type[Config] = RunConfig,
 ) -> Config:
     """Combine defaults, ``--config``, ``--set``, flags and ``fixed`` (dotted key -> value)."""
     given = schema.load_mapping(args.config) if args.config else {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.config import IntegratorConfig
@@ -139,7 +139,8 @@ class RunConfig:
             if isinstance(value := getattr(self, f.name), Path)
         }
         images = tuple(path.absolute() for path in self.dials.images)
-        return replace(self, dials=replace(self.dials, images=images), **paths)
+        changed: dict[str, Any] = paths | {"dials": replace(self.dials, images=images)}
+        return replace(self, **changed)
 
     def input_files(self) -> dict[str, Path]:
         """Files that the run reads, by what they are, those given only."""

@@ -14,10 +14,20 @@ import inspect
 import math
 import types
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import yaml
 
@@ -25,7 +35,14 @@ from braggflux.integrator.errors import UserError
 
 _TRUE, _FALSE, _NONE = {"true", "yes", "on"}, {"false", "no", "off"}, {"none", "null", ""}
 
-Options = TypeVar("Options")
+
+class Dataclass(Protocol):
+    """Any dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+Options = TypeVar("Options", bound=Dataclass)
 
 
 class CommandLine(str):
@@ -123,8 +140,13 @@ def find_option(cls: type, key: str) -> tuple[Any, str]:
 def field_help(cls: type) -> dict[str, str]:
     """Comment above each field of a dataclass on one line; a group of fields shares one."""
     lines = inspect.getsource(cls).splitlines()
-    body = ast.parse(inspect.cleandoc("\n".join(lines))).body[0].body
-    first = {n.target.id: n.lineno for n in body if isinstance(n, ast.AnnAssign)}
+    tree = ast.parse(inspect.cleandoc("\n".join(lines)))
+    first = {
+        node.target.id: node.lineno
+        for declared in tree.body
+        for node in getattr(declared, "body", ())
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
     texts, text = {}, ""
     for name, line_number in first.items():
         comment: list[str] = []
@@ -219,7 +241,7 @@ def _coerce_optional(value: Any, hint: Any, key: str) -> Any:
         raise _wrong(key, value, hint) from None
 
 
-def _coerce_tuple(value: Any, hint: Any, key: str) -> tuple:
+def _coerce_tuple(value: Any, hint: Any, key: str) -> tuple[Any, ...]:
     args = get_args(hint)
     if isinstance(value, str) and args[0] is CommandLine:
         value = [value] if value.strip() else []
@@ -283,13 +305,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _annotated_lines(options: Any, indent: int) -> list[str]:
+def _annotated_lines(options: Dataclass, indent: int) -> list[str]:
     pad, lines = "  " * indent, []
     hints, texts = get_type_hints(type(options)), field_help(type(options))
     for f in fields(options):
         value = getattr(options, f.name)
-        if is_dataclass(value):
-            title = inspect.getdoc(type(value)).splitlines()[0]
+        if is_dataclass(value) and not isinstance(value, type):
+            title = (inspect.getdoc(type(value)) or "").partition("\n")[0]
             lines += ["", f"{pad}# {title}", f"{pad}{f.name}:" + ("" if fields(value) else " {}")]
             lines += _annotated_lines(value, indent + 1)
             continue

@@ -18,7 +18,7 @@ from braggflux.pipelines.dials.chain import DialsChain
 def parse(*argv: str) -> RunConfig:
     parser = argparse.ArgumentParser()
     add_config_arguments(parser, FLAGS)
-    return config_from_args(parser.parse_args(argv), FLAGS)
+    return config_from_args(RunConfig, parser.parse_args(argv), FLAGS)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from braggflux.pipelines.config.run import (
 def parse(*argv: str) -> RunConfig:
     parser = argparse.ArgumentParser()
     add_config_arguments(parser, RUN_FLAGS)
-    return config_from_args(parser.parse_args(argv), RUN_FLAGS)
+    return config_from_args(RunConfig, parser.parse_args(argv), RUN_FLAGS)
 
 
 def test_reference_file_is_the_defaults():

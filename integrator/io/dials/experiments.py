@@ -31,7 +31,7 @@ Block = dict[str, Any]
 log = logging.getLogger(__name__)
 
 # name of the list in the file -> (field of Experiment, decoder, encoder)
-_MODELS: dict[str, tuple[str, Callable, Callable]] = {
+_MODELS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "beam": ("beam", models.decode_beam, models.encode_beam),
     "detector": ("panels", models.decode_detector, models.encode_detector),
     "goniometer": ("goniometer", models.decode_goniometer, models.encode_goniometer),

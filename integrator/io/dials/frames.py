@@ -102,10 +102,10 @@ def _check_frames(
     known = table["xyzcal.px"].any(axis=1)  # rows without a prediction hold zeros
     phi = table["xyzcal.mm"][:, 2] if "xyzcal.mm" in table else None
     for i, experiment in enumerate(experiments):
-        rows = known & (number == i) if not experiment.is_still else np.zeros(0, bool)
-        if not rows.any():
+        scan, rows = experiment.scan, known & (number == i)
+        if scan is None or experiment.is_still or not rows.any():
             continue
-        scan, (first, last) = experiment.scan, experiment.scan.image_range
+        first, last = scan.image_range
         low, high = z[rows].min() + first - 1, z[rows].max() + first - 1
         if low >= last or high < first - 1:
             raise UserError(

@@ -107,7 +107,7 @@ def _offsets(dx: str, dy: str, shapes: Shapes) -> tuple[NDArray[np.float64], ...
     return tuple(np.stack(both) for both in zip(fast or (), slow or (), strict=True))
 
 
-def _read(path: str | None, what: str, kind: type, shapes: Shapes) -> list[NDArray] | None:
+def _read(path: str | None, what: str, kind: type, shapes: Shapes) -> list[NDArray[Any]] | None:
     """Read one file, None where there is none, and check that it fits the panels."""
     if path is None:
         return None
@@ -123,7 +123,7 @@ def _read(path: str | None, what: str, kind: type, shapes: Shapes) -> list[NDArr
     return arrays
 
 
-def read_flex(path: str | Path, what: str = "map") -> list[NDArray]:
+def read_flex(path: str | Path, what: str = "map") -> list[NDArray[Any]]:
     """Read a pickled flex array, or a tuple of them, without running what the file says.
 
     Parameters
@@ -179,7 +179,7 @@ class _Flex(ABC):
         self._grid, text = state
         self._text = text.encode("latin1") if isinstance(text, str) else text  # of Python 2
 
-    def array(self) -> NDArray:
+    def array(self) -> NDArray[Any]:
         """Decode the elements (``scitbx/serialization``, single-buffered)."""
         length = max(self._text[0], 1)
         size = int.from_bytes(self._text[1:length], "little")
@@ -189,7 +189,7 @@ class _Flex(ABC):
 
     @staticmethod
     @abstractmethod
-    def _elements(text: bytes, size: int) -> NDArray:
+    def _elements(text: bytes, size: int) -> NDArray[Any]:
         """Decode ``size`` elements."""
 
 
@@ -250,6 +250,7 @@ def _follow(file: IO[bytes]) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    value: Any  # of the kind that each step has
     for step, value, _ in genops(file):
         name = step.name
         if name == "STOP":

@@ -6,8 +6,8 @@ the file. ``decode_*`` takes one JSON block, ``encode_*`` makes one that dxtbx r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import gemmi
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.crystal.geometry import Beam, Crystal, Goniometer, Panel, Scan
 
 Block = dict[str, Any]
+Number = TypeVar("Number", int, float)
 _IDENTITY = tuple(np.eye(3).ravel())
 
 
@@ -261,6 +262,6 @@ def _matrix(values: Sequence[float]) -> NDArray[np.float64]:
     return np.asarray(values, dtype=float).reshape(3, 3)
 
 
-def _pair(values: Sequence[float], kind: type) -> tuple:
+def _pair(values: Sequence[float], kind: Callable[[float], Number]) -> tuple[Number, Number]:
     first, second = values
     return kind(first), kind(second)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.crystal.geometry import Experiment
+from braggflux.integrator.crystal.geometry import Crystal, Experiment, Goniometer, Scan
 from braggflux.integrator.errors import UserError
 
 SAME_LATTICE = 0.01
@@ -19,18 +20,34 @@ DIALS indexes lattices of one image apart from five degrees on, which is 0.09.
 """
 
 
-def require_rotation(experiment: Experiment) -> None:
-    """Refuse an experiment that cannot be integrated; the message says what it lacks."""
+class Rotation(NamedTuple):
+    """What every experiment has that can be integrated."""
+
+    goniometer: Goniometer
+    scan: Scan
+    crystal: Crystal
+
+
+def require_rotation(experiment: Experiment) -> Rotation:
+    """Models of an experiment that can be integrated.
+
+    Raises
+    ------
+    UserError
+        It cannot; the message says what it lacks.
+    """
     if experiment.crystal is None:
         raise UserError(
             f"experiment {experiment.identifier or '(unnamed)'} has no crystal: give an indexed "
             "or refined EXPT file"
         )
-    if experiment.is_still:
+    goniometer, scan = experiment.goniometer, experiment.scan
+    if goniometer is None or scan is None or experiment.is_still:
         raise UserError(
             f"experiment {experiment.identifier or '(unnamed)'} is a still: shoeboxes need a "
             "rotation scan; merge stills with braggflux merge --stills"
         )
+    return Rotation(goniometer, scan, experiment.crystal)
 
 
 def sweeps_of(experiments: Sequence[Experiment]) -> list[Experiment]:
@@ -103,7 +120,9 @@ def require_distinct(sweeps: Sequence[Experiment]) -> None:
     """
     for shared in shared_images(sweeps):
         first, second = shared.first, shared.second
-        one, other = ("{}-{}".format(*sweeps[i].scan.image_range) for i in (first, second))
+        one, other = (
+            "{}-{}".format(*require_rotation(sweeps[i]).scan.image_range) for i in (first, second)
+        )
         raise UserError(
             f"experiments {first} (images {one}) and {second} (images {other}) of the .expt are "
             f"the same lattice and have {len(shared.images)} images of {min(shared.images)[0]} in "
@@ -125,7 +144,10 @@ def images_of(experiment: Experiment) -> list[tuple[str, int]]:
 
 def _change_of_index(first: Experiment, second: Experiment) -> NDArray[np.int64] | None:
     """Give the indices of the first from the second's; None where they are no whole numbers."""
-    one, other = (e.goniometer.fixed_rotation @ e.crystal.A for e in (first, second))
+    one, other = (
+        models.goniometer.fixed_rotation @ models.crystal.A
+        for models in map(require_rotation, (first, second))
+    )
     change = np.linalg.solve(one, other)
     whole = np.rint(change)
     is_near = np.abs(change - whole).max() < SAME_LATTICE
@@ -136,7 +158,7 @@ def _change_of_index(first: Experiment, second: Experiment) -> NDArray[np.int64]
 
 def describe_experiment(experiment: Experiment) -> dict[str, object]:
     """Summarise a sweep for the header of the store, as JSON values."""
-    crystal, scan = experiment.crystal, experiment.scan
+    _, scan, crystal = require_rotation(experiment)
     images = experiment.images
     return {
         "identifier": experiment.identifier,

@@ -13,13 +13,14 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 
 import braggflux.integrator.io.hdf5.filters  # noqa: F401 - the filters that detectors use
 from braggflux.integrator.errors import UserError
 
-_Object = h5py.Dataset | h5py.Group
+_Object: TypeAlias = h5py.Dataset | h5py.Group
 _MAX_LINKS = 32
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

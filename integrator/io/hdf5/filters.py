@@ -7,11 +7,13 @@ there by itself. Loaded in this way they can decode but not encode, and may be o
 
 from __future__ import annotations
 
+from typing import Literal
+
 import hdf5plugin
 
 hdf5plugin.register(("bshuf", "lz4", "zstd", "blosc", "bzip2"), force=True)
 
 
-def bitshuffle(codec: str = "lz4") -> dict[str, object]:
+def bitshuffle(codec: Literal["lz4", "zstd"] = "lz4") -> dict[str, object]:
     """Return h5py keyword arguments for bitshuffle with LZ4 (``lz4``) or Zstandard (``zstd``)."""
     return dict(hdf5plugin.Bitshuffle(cname=codec))

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import h5py
 from numpy.typing import NDArray
@@ -53,7 +53,7 @@ class FrameStack:
     def __init__(self, path: str | Path, needed: Sequence[int] | None = None) -> None:
         self.path = Path(path)
         self._files = Hdf5Files()
-        self._block: tuple[str, int, NDArray] | None = None
+        self._block: tuple[str, int, NDArray[Any]] | None = None
         try:
             self.master = self._files.open(self.path)
             self._origins = self._find_frames(None if needed is None else max(needed, default=-1))
@@ -81,7 +81,7 @@ class FrameStack:
         self._files.close()
         self._block = None
 
-    def read(self, number: int) -> NDArray:
+    def read(self, number: int) -> NDArray[Any]:
         """Return frame ``number`` (0-based) as stored.
 
         Chunks that span several frames are kept until another one is needed, so that reading in
@@ -110,7 +110,7 @@ class FrameStack:
             return None
         return self._files.member(group, name)
 
-    def _load(self, dataset: h5py.Dataset, start: int, depth: int) -> NDArray:
+    def _load(self, dataset: h5py.Dataset, start: int, depth: int) -> NDArray[Any]:
         try:
             return dataset[start : start + depth]
         except OSError as error:

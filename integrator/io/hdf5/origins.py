@@ -97,7 +97,7 @@ def _source_frames(
         frames, is_whole = _selected_frames(mapping.source_space, source.shape)
         return [origins[i] for i in frames], mapping.is_whole and is_whole
     # a single image: its rows take the place of frames
-    lost = [origin for origin in origins if isinstance(origin, str)]
+    lost: list[Origin] = [origin for origin in origins if isinstance(origin, str)]
     return lost[:1] * n or [(source, 0)] * n, False
 
 
@@ -111,11 +111,13 @@ def _mappings(dataset: h5py.Dataset) -> Iterator[_Mapping]:
             depth = source.vspace.get_regular_hyperslab()[3][0]
             blocks = np.split(frames, range(depth, len(frames), depth))
         for number, block in enumerate(blocks):
-            file, path = (
-                re.sub("%(b|%)", lambda m, k=number: str(k) if m[1] == "b" else "%", name)
-                for name in names
-            )
+            file, path = (_numbered(name, number) for name in names)
             yield _Mapping(block, is_whole, file, path, source.src_space)
+
+
+def _numbered(name: str, number: int) -> str:
+    """Put a number where a name has %b; %% stands for a percent sign."""
+    return re.sub("%[b%]", lambda found: str(number) if found[0] == "%b" else "%", name)
 
 
 def _written(dataset: h5py.Dataset) -> NDArray[np.bool_]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,8 @@ _LARGEST = int(np.iinfo(np.int32).max)
 _CODES = (-1, -2)  # of signed images: gaps, dead and hot pixels
 _FEW = 9.5  # photons; above, rounding no longer matters
 
-Pixels = NDArray[np.int32] | NDArray[np.floating]
+Pixels = NDArray[np.int32] | NDArray[np.floating[Any]]
+PerPixel = float | NDArray[np.float64]
 
 
 class PhotonScale:
@@ -59,8 +61,8 @@ class PhotonScale:
     def __init__(
         self,
         trusted_range: tuple[float, float],
-        gain: float | NDArray[np.float64] = 1.0,
-        pedestal: float | NDArray[np.float64] = 0.0,
+        gain: PerPixel = 1.0,
+        pedestal: PerPixel = 0.0,
     ) -> None:
         self.low, self.high = low, high = trusted_range
         # of whole numbers: integers compare twice as fast as they do with floating numbers
@@ -118,7 +120,7 @@ class PhotonScale:
         return whole.clip(limits.min, limits.max).astype(np.int32)
 
 
-def rounding_changes_mean(exact: Sequence[NDArray[np.float64]]) -> bool:
+def rounding_changes_mean(exact: Sequence[Pixels]) -> bool:
     """Whether rounding to the nearest whole photon would bias few photons.
 
     It does not where the detector resolves single photons: values then scatter evenly around
