@@ -30,6 +30,13 @@ class IntensityMergeConfig:
     flicker: Literal["auto", "on", "off"] = "auto"
     # Highest order of the spherical harmonics of the absorption surface; 0 for none.
     absorption_order: int = 4
+    # Rotation between knots of the B factor along a sweep [deg].
+    b_factor_spacing_deg: float = 10.0
+    # Rotation between knots of the slow drift of the scale [deg]; frames flicker about it.
+    drift_spacing_deg: float = 2.0
+    # Width of the hidden layer of the response of the detector, a network that sees nothing but
+    # where on it a spot of rotation data lies; 0 for none.
+    detector_network_width: int = 8
     # Columns that the scale network sees beside resolution; when null all known ones, and none
     # (no network) beside a physical scale.
     metadata: tuple[str, ...] | None = None
@@ -115,7 +122,8 @@ class IntensityMergeConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("d_min", "dof", "learning_rate", "network_learning_rate"):
+        positive = ("b_factor_spacing_deg", "drift_spacing_deg")
+        for name in ("d_min", "dof", "learning_rate", "network_learning_rate", *positive):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` must be positive, got {value}")
@@ -123,6 +131,7 @@ class IntensityMergeConfig:
         least |= {"network_width": 0, "network_depth": 1, "embedding_size": 1, "epochs": 1}
         least |= {
             "absorption_order": 0,
+            "detector_network_width": 0,
             "n_reference_shells": 1,
             "stream_above": 0,
             "stream_training": 1,

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from braggflux.merge.engine.config import MergeConfig
-from braggflux.merge.prior.wilson import hat_design
-
-#: Frames on each side of the centroid whose scales are averaged, at most.
-MAX_FRAMES_EACH_SIDE = 11
+from braggflux.merge.scale.terms.absorption import real_harmonics
+from braggflux.merge.scale.terms.b_factor import b_design
+from braggflux.merge.scale.terms.frames import MAX_FRAMES_EACH_SIDE
 
 
 class OnSweeps(Protocol):
@@ -140,7 +139,7 @@ def scale_features(
     spans = [abs(n * width) for n, width in zip(n_frames, frame_width_deg, strict=True)]
     n_knots = tuple(max(2, round(s / config.b_factor_spacing_deg) + 1) for s in spans)
     n_drift_knots = tuple(max(2, round(s / config.drift_spacing_deg) + 1) for s in spans)
-    design = _b_design((z * widths).abs(), experiment, spans, n_knots)
+    design = b_design((z * widths).abs(), experiment, spans, n_knots)
     directions = [-table.s0_crystal.double(), table.s1_crystal.double()]
     harmonics = sum(real_harmonics(v, config.absorption_order) for v in directions) / 2
     inv_d2 = table.d.double() ** -2
@@ -160,17 +159,6 @@ def scale_features(
     )
 
 
-def _b_design(
-    angle: Tensor, experiment: Tensor, spans: list[float], n_knots: tuple[int, ...]
-) -> Tensor:
-    """Interpolation on the B knots of every experiment, (N, sum of n_knots)."""
-    blocks = []
-    for k, (span, n) in enumerate(zip(spans, n_knots, strict=True)):
-        knots = torch.linspace(0, span, n, dtype=torch.float64)
-        blocks.append(torch.where((experiment == k)[:, None], hat_design(angle, knots), 0.0))
-    return torch.cat(blocks, 1)
-
-
 def _centres(table: OnSweeps, inv_d2: Tensor, design: Tensor, harmonics: Tensor) -> Centres:
     xy = table.xyz_mm[:, :2].double()
     low, high = xy.min(0).values, xy.max(0).values
@@ -187,23 +175,3 @@ def _scaled_position(
     xy = (table.xyz_mm[:, :2].double() - centres.position) / centres.half_width
     x, y = xy.unbind(-1)
     return torch.stack([x, y, x**2 + y**2 - 1, scan, resolution], -1)
-
-
-def real_harmonics(directions: Tensor, order: int) -> Tensor:
-    """Real spherical harmonics of orders 1 to ``order`` of unit vectors (N, 3): (N, n_lm)."""
-    if not order:
-        return torch.zeros(len(directions), 0, dtype=torch.float64)
-    # not at the top: sweeps whose directions are not known do without scipy
-    from scipy.special import factorial, lpmv
-
-    v = directions.detach().cpu().numpy()
-    azimuth = np.arctan2(v[:, 1], v[:, 0])
-    columns = []
-    for l in range(1, order + 1):
-        for m in range(-l, l + 1):
-            k = abs(m)
-            norm = np.sqrt((2 * l + 1) / (4 * np.pi) * factorial(l - k) / factorial(l + k))
-            legendre = norm * lpmv(k, l, np.clip(v[:, 2], -1, 1))
-            turn = np.cos(k * azimuth) if m >= 0 else np.sin(k * azimuth)
-            columns.append(legendre * turn * (np.sqrt(2) if m else 1.0))
-    return torch.as_tensor(np.stack(columns, 1))

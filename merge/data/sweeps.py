@@ -12,11 +12,12 @@ from torch import Tensor
 
 from braggflux.integrator.records import TensorRecord
 from braggflux.merge.data.columns import Columns
-from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA
+from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, SWEEP, ZETA
 
 Array = NDArray[np.float64]
 
 MIN_ZETA = 0.05
+MIN_ROCKING = 0.01  # [frames]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class SweepTable(TensorRecord):
         [deg]
     has_beams : bool
         Directions of the beams are known; ``s0_crystal`` and ``s1_crystal`` are 0 otherwise.
+    rocking : Tensor or None
+        Standard deviation of the rocking curve [frames], without the frame's own width, where
+        it is known.
     """
 
     experiment: Tensor
@@ -52,6 +56,7 @@ class SweepTable(TensorRecord):
     n_frames: tuple[int, ...]
     frame_width_deg: tuple[float, ...]
     has_beams: bool = True
+    rocking: Tensor | None = None
 
     @property
     def has_positions(self) -> bool:
@@ -59,14 +64,35 @@ class SweepTable(TensorRecord):
         return bool((self.xyz_px[:, :2] != 0).any())
 
     @property
-    def lp(self) -> Tensor:
-        """1: what is known of the scale is known already."""
-        return torch.ones_like(self.d)
+    def n_frames_each(self) -> Tensor:
+        """Frames of the sweep of each observation, (N,)."""
+        return torch.as_tensor(self.n_frames)[self.experiment]
 
     @property
-    def frame_sigma(self) -> Tensor:
-        """Of a rocking curve within one frame."""
-        return torch.full_like(self.d, 12**-0.5)
+    def spans_deg(self) -> tuple[float, ...]:
+        """Rotation of each sweep [deg]."""
+        both = zip(self.n_frames, self.frame_width_deg, strict=True)
+        return tuple(abs(n * width) for n, width in both)
+
+    @property
+    def angle_deg(self) -> Tensor:
+        """Rotation of each observation from the start of its sweep, (N,) [deg]."""
+        widths = torch.as_tensor(self.frame_width_deg, dtype=torch.float64)
+        return (self.xyz_px[:, 2].double() * widths[self.experiment]).abs()
+
+    def knots_along(self, spacing_deg: float) -> tuple[int, ...]:
+        """Count knots from end to end of each sweep, about so far apart; at least 2."""
+        return tuple(max(2, round(span / spacing_deg) + 1) for span in self.spans_deg)
+
+    def detector_centre(self) -> tuple[Tensor, Tensor]:
+        """Middle of the spots on the detector, and half of the width that they cover, (2,)."""
+        xy = self.xyz_mm[:, :2].double()
+        low, high = xy.min(0).values, xy.max(0).values
+        return (high + low) / 2, ((high - low) / 2).clamp_min(1e-6)
+
+    def scaled_position(self, centre: Tensor, half_width: Tensor) -> Tensor:
+        """Return places on the detector, (N, 2), in units of :meth:`detector_centre`."""
+        return (self.xyz_mm[:, :2].double() - centre) / half_width
 
 
 def sweep_table(
@@ -80,7 +106,8 @@ def sweep_table(
     Parameters
     ----------
     metadata : sequence of mapping
-        With :data:`~braggflux.merge.io.sweep_columns.SWEEP_COLUMNS`.
+        With :data:`~braggflux.merge.io.sweep_columns.SWEEP_COLUMNS`; ``ROCKING`` is used where
+        all have it.
     position : (N0, 2)
         Of the spots on the detector [px].
     inv_d2 : (N0,)
@@ -103,6 +130,9 @@ def sweep_table(
     widths[experiment] = width
     xyz = torch.as_tensor(np.column_stack([position[order], frame]))
     beams = torch.as_tensor(np.stack([joined(name) for name in BEAMS], axis=1))
+    rocking = None
+    if all(ROCKING in d for d in metadata):
+        rocking = torch.as_tensor(np.maximum(joined(ROCKING) / np.abs(width), MIN_ROCKING))
     return SweepTable(
         torch.as_tensor(experiment),
         xyz,
@@ -113,6 +143,7 @@ def sweep_table(
         torch.as_tensor(inv_d2[order] ** -0.5),
         tuple(int(n) for n in np.floor(last) + 1),
         tuple(widths.tolist()),
+        rocking=rocking,
     )
 
 

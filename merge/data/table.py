@@ -113,6 +113,11 @@ class Batch:
         return replace(self, **moved)
 
     @property
+    def term_rows(self) -> Tensor:
+        """Row in the table of the observation of each term, (T,)."""
+        return self.rows[self.terms.observation]
+
+    @property
     def first_rows(self) -> Tensor:
         """Unique reflection of the index that the file gives, (N,)."""
         return self.of_first_terms(self.terms.row)

@@ -26,8 +26,7 @@ def is_in_doubt(
     merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
 ) -> bool:
     """Say whether there is a choice to make."""
-    sweep = merger.scale.sweep
-    if sweep is None or config.flicker != "auto":
+    if merger.scale.frames is None or config.flicker != "auto":
         return False
     count = torch.bincount(table.observations.image)
     return float(count[count > 0].double().median()) < MANY
@@ -62,8 +61,7 @@ def choose_flicker(
     state = {k: v.clone() for k, v in merger.state_dict().items()}
     ratio = merger.log_ratio.clone()
     scores = [log_likelihoods(merger, table, held_out)]
-    sweep = merger.scale.sweep
-    sweep.has_flicker.fill_(False)
+    merger.scale.frames.has_flicker.fill_(False)
     fit(merger, table, config, epochs=epochs)
     scores.append(log_likelihoods(merger, table, held_out))
     on, off = (s[~s.isnan()] for s in scores)

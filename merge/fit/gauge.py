@@ -42,16 +42,15 @@ def settle_falloff(
     if kind == "scale":
         wilson = merger.prior.part(Wilson)
         _move(merger, wilson.log_sigma + 0.5 * config.wilson_b * wilson.knots)
-    elif kind == "sphere" and merger.scale.log_width is not None:
+    elif kind == "sphere" and "partiality" in merger.scale.terms:
         _move(merger, -_scale_on_the_sphere(merger, table))
 
 
 def _move(merger: IntensityMerger, excess: Tensor) -> None:
     """Give ``exp(excess)``, (n_knots,) and up to its mean, from Sigma and F^2 to K."""
-    wilson, scale = merger.prior.part(Wilson), merger.scale
+    wilson = merger.prior.part(Wilson)
     excess = excess - excess.mean()
-    scale.falloff_knots.copy_(wilson.knots)
-    scale.falloff += excess
+    merger.scale.terms["falloff"].add(wilson.knots, excess)
     merger.set_log_spread(merger.log_spread - wilson.design @ excess)
     wilson.log_sigma -= excess
 

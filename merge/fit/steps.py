@@ -56,18 +56,18 @@ def find_steps(problem: MergeProblem, config: IntensityMergeConfig) -> Steps:
     with torch.random.fork_rng(devices=[]):
         merger = IntensityMerger(problem.unique, problem.table, config)
     start(merger, problem.table)
-    sweep = merger.scale.sweep
-    if not bool(sweep.is_odd.any()):
+    frames = merger.scale.frames
+    if not bool(frames.is_odd.any()):
         return nothing
-    frame, image = sweep.centre_frame().numpy(), problem.table.observations.image.numpy()
-    is_odd = sweep.is_odd.numpy()[frame]
-    level = (sweep.log_frame_scale - sweep.slow_drift()).exp().numpy()[frame]
+    frame, image = frames.centre_frame().numpy(), problem.table.observations.image.numpy()
+    is_odd = frames.is_odd.numpy()[frame]
+    level = (frames.log_frame_scale - frames.slow_drift()).exp().numpy()[frame]
     levels = {
         int(k): float(np.median(level[own]))
         for k in np.unique(image[is_odd])
         if is_odd[own := image == k].mean() > 0.5
     }
-    crosses = sweep.crosses_steps().numpy()
+    crosses = frames.crosses_steps().numpy()
     rows = problem.source[crosses] if crosses.mean() < MOST else nothing.rows
     return Steps(levels, rows)
 

@@ -16,7 +16,6 @@ from braggflux.merge.fit.adam import Adam
 from braggflux.merge.fit.mates import confirmed_log_ratio
 from braggflux.merge.fit.newton import RowNewton
 from braggflux.merge.model.merger import Expectation, IntensityMerger
-from braggflux.merge.scale.networks import BLOCK
 
 logger = logging.getLogger(__name__)
 
@@ -49,29 +48,12 @@ def _start(merger: IntensityMerger, table: ObservationTable) -> None:
     everything = table.everything()
     o, terms = everything.observations, everything.terms
     first = _first(everything)
-    row, inv_d2, wavelength = terms.row[first], terms.inv_d2[first], terms.wavelength[first]
-    used = o.is_used.double()
-    scale = merger.scale
+    row, inv_d2, used = terms.row[first], terms.inv_d2[first], o.is_used.double()
     shell = _shells(inv_d2)
     by_shell = _mean(o.intensity, used, shell, int(shell.max()) + 1)
     expected = by_shell.clamp_min(1e-6 * by_shell.max())[shell]
     for _ in range(N_START_ROUNDS):
-        log_k = scale(everything).log_k[first]
-        residual = used * o.intensity / log_k.exp()
-        log_image_scale, image = scale.image_scales(everything)
-        if len(log_image_scale):
-            n = len(log_image_scale)
-            log_image_scale += _log_ratio(residual, used * expected, image, n)
-            log_image_scale -= log_image_scale.mean()
-            if scale.sweep is not None:
-                scale.sweep.start_drift(torch.bincount(image, used, minlength=n))
-            residual = used * o.intensity / scale(everything).log_k[first].exp()
-        if scale.spectrum is not None:
-            knots = scale.spectrum_knots
-            nearest = torch.cat(
-                [(w[:, None] - knots).abs().argmin(1) for w in wavelength.split(BLOCK)]
-            )
-            scale.spectrum += _log_ratio(residual, used * expected, nearest, len(knots))
+        merger.scale.start(everything, used * o.intensity, used * expected)
         expected = _merge_once(merger, table, row, first, expected)[row]
 
 
@@ -159,15 +141,12 @@ def adopt(
     o, row = batch.observations, batch.first_rows
     e = merger.generative(batch, merger.inference())
     known = (merger.n_obs > 0)[row]
-    used = training.observations.is_used
-    scale, image = merger.scale.image_scales(batch)
-    if len(scale) and with_scales:
-        n = len(scale)
-        new = image.new_zeros(n).index_add_(0, image, used.long()) == 0
+    if with_scales:
         precision = known / (e.variance + e.spread)
-        change = _log_ratio(precision * e.mean * o.intensity, precision * e.mean**2, image, n)
-        scale[new] += change[new]
-        e = merger.generative(batch, merger.inference())
+        observed, expected = precision * e.mean * o.intensity, precision * e.mean**2
+        used = training.observations.is_used
+        if merger.scale.start_unseen(batch, used, observed, expected):
+            e = merger.generative(batch, merger.inference())
     n_rows = len(merger.group)
     unseen = (merger.n_obs == 0) & ~merger.prior.rows_with_relatives()
     doubted = _doubted(merger, batch, e)
@@ -343,14 +322,8 @@ def _step(
 
 def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> Adam:
     """Adam for all but the amplitudes, with a rate of its own for each kind of parameter."""
-    scale = merger.scale
-    networks = [
-        p
-        for module in (scale.network, scale.encoder)
-        if module is not None
-        for p in module.parameters()
-    ]
-    networks += [p for p in (scale.embedding, scale.deviation) if p is not None]
+    network = merger.scale.network
+    networks = [] if network is None else list(network.parameters())
     errors = [p for p in merger.likelihood.parameters() if p.requires_grad]
     amplitudes = [merger.log_spread_step, merger.log_concentration]
     known = {id(p) for p in (*networks, *errors, *amplitudes)}
@@ -379,11 +352,3 @@ def _shells(inv_d2: Tensor, n: int = 20) -> Tensor:
 def _mean(value: Tensor, weight: Tensor, index: Tensor, n: int) -> Tensor:
     total = value.new_zeros(n).index_add_(0, index, value * weight)
     return total / torch.zeros_like(total).index_add_(0, index, weight).clamp_min(1e-30)
-
-
-def _log_ratio(above: Tensor, below: Tensor, index: Tensor, n: int) -> Tensor:
-    """Log of the ratio of the sums of each group; 0 where a group has nothing."""
-    a = above.new_zeros(n).index_add_(0, index, above)
-    b = above.new_zeros(n).index_add_(0, index, below)
-    known = (a > 0) & (b > 0)
-    return torch.where(known, a / b.clamp_min(1e-30), torch.ones_like(a)).log().clamp(-5.0, 5.0)

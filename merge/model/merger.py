@@ -26,7 +26,7 @@ from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
 from braggflux.merge.prior.registry import build_prior
 from braggflux.merge.rows import UniqueRows
 from braggflux.merge.scale.base import Scale
-from braggflux.merge.scale.model import ObservationScale
+from braggflux.merge.scale.registry import build_scale
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class IntensityMerger(nn.Module):
         super().__init__()
         self.unique = unique
         self.prior = build_prior(unique, config, f_calc)
-        self.scale = ObservationScale(table, config)
+        self.scale = build_scale(table, config)
         self.likelihood = IntensityLikelihood(
             config.likelihood == "normal",
             config.dof,

@@ -29,12 +29,12 @@ from braggflux.merge.model.merger import IntensityMerger
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "braggflux scale model", 1
+FORMAT, VERSION = "braggflux scale model", 2
 FILE_NAME = "scale_model.pt"
 #: Modules that are saved.
 PARTS = ("scale", "likelihood")
 #: Of single images of stills: any other images have none.
-OF_STILLS = "scale.deviation"
+OF_STILLS = "scale.network.deviation"
 #: Settings that do not shape scales and error model: free to differ.
 FREE = {
     *("anomalous", "d_min", "metadata", "overloads", "pairing", "photon_counts"),
@@ -125,8 +125,6 @@ class SavedScale:
                     k.removeprefix(start): v for k, v in self.state.items() if k.startswith(start)
                 }
                 module = getattr(merger, part)
-                if "sweep.is_odd" in (own := module.state_dict()):  # earlier files lack it
-                    state = {"sweep.is_odd": own["sweep.is_odd"]} | state
                 if self.settings["stills"]:
                     state = module.state_dict() | state
                 module.load_state_dict(state)
@@ -136,8 +134,7 @@ class SavedScale:
                 f"{self.path} does not fit these data or this version ({reason}); fit the scales "
                 "again, without --freeze-scales"
             ) from error
-        if merger.scale.sweep is not None:
-            merger.scale.sweep.restore_centres()
+        merger.scale.restore()
         for name, value in self.error_units.items():
             setattr(merger.likelihood, name, value)
 
@@ -203,6 +200,11 @@ def load_scale(path: Path) -> SavedScale:
                 f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}"
             ) from error
     kind = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
+    if kind == (FORMAT, 1):
+        raise UserError(
+            f"{file} was written by an earlier version of braggflux, whose scale had other terms; "
+            "merge the data of that fit again and give the new folder"
+        )
     if kind != (FORMAT, VERSION):
         raise UserError(f"{file} is not a scale model of version {VERSION}; {remedy}")
     return SavedScale(

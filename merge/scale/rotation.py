@@ -28,20 +28,9 @@ from torch import Tensor, nn
 
 from braggflux.merge.data.scale_features import ScaleFeatures
 from braggflux.merge.engine.config import MergeConfig
+from braggflux.merge.scale.terms.frames import ODD_SD, START_SD, SWEEP_SD, interpolate
 
 N_DETECTOR_FEATURES = 3
-#: Start of the learned standard deviations of flicker and drift, in the log.
-START_SD = 0.03
-SWEEP_SD = 2.0  # of a sweep's log-scale about that of all
-#: Standard deviation about the drift of a frame that no flicker explains.
-ODD_SD = 1.0
-
-
-def interpolate(knots: Tensor, n: int) -> Tensor:
-    """Values at the middles of ``n`` frames, (n,), of a curve with knots from end to end."""
-    x = (torch.arange(n, dtype=knots.dtype, device=knots.device) + 0.5) / n * (len(knots) - 1)
-    left = x.floor().long().clamp_max(len(knots) - 2)
-    return knots[left] + (x - left) * (knots[left + 1] - knots[left])
 
 
 class ScaleModel(nn.Module):

@@ -37,9 +37,12 @@ def _keeps_falloff(a: _Asked) -> bool:
 RULES: tuple[Rule, ...] = (
     (("laue_lp", "n_spectrum_knots"), lambda a: not a.config.laue, "they are for --laue"),
     (
-        ("absorption_order", "flicker"),
+        (
+            *("absorption_order", "flicker"),
+            *("b_factor_spacing_deg", "drift_spacing_deg", "detector_network_width"),
+        ),
         lambda a: not (_is_scan(a) and a.config.physical_scale),
-        "only rotation data with a physical scale have an absorption surface and flicker",
+        "only rotation data with a physical scale have frame scales, B, absorption and response",
     ),
     (("dof",), lambda a: a.config.likelihood == "normal", "a Normal has no degrees of freedom"),
     (
@@ -157,6 +160,11 @@ def say_what_data_leave_idle(
             ("absorption_order",),
             lambda _: sweeps is not None and not (sweeps.has_beams or sweeps.has_positions),
             "the files do not say where observations lie on their sweeps",
+        ),
+        (
+            ("detector_network_width",),
+            lambda _: sweeps is not None and not sweeps.has_positions,
+            "the files do not say where on the detector observations lie",
         ),
         (
             ("photon_counts",),

@@ -267,10 +267,10 @@ def test_an_image_that_was_never_trained_on_has_no_parameters_of_its_own():
     held = torch.unique(o.image[masks.by_image])
     assert len(held) == 2
     with torch.no_grad():
-        assert not scale.deviation[held].any()
-        others = torch.ones(len(scale.deviation), dtype=torch.bool)
+        assert not scale.network.deviation[held].any()
+        others = torch.ones(len(scale.network.deviation), dtype=torch.bool)
         others[held] = False
-        assert scale.deviation[others].any(1).all()
+        assert scale.network.deviation[others].any(1).all()
         before = scale(table.everything()).log_k
         again = scale(table.everything()).log_k
         torch.testing.assert_close(before, again, rtol=0, atol=0)

@@ -9,7 +9,7 @@ import torch
 from scipy import special
 from simulated_merge import DAMAGE, FRAME_WIDTH, simulate
 
-from braggflux.merge.data.scale_features import real_harmonics, scale_features
+from braggflux.merge.data.scale_features import scale_features
 from braggflux.merge.engine.amplitudes import merged_amplitudes
 from braggflux.merge.engine.config import MergeConfig
 from braggflux.merge.scale.rotation import ScaleModel
@@ -84,36 +84,6 @@ def test_reversed_path_has_the_same_absorption(experiment):
         theirs = features(experiment, mate, absorption_order=order).harmonics
         assert torch.equal(ours, theirs)
         assert ours.shape[1] == (order + 1) ** 2 - 1
-
-
-def test_real_harmonics_are_orthonormal():
-    """Gauss-Legendre by uniform azimuth: exact for products up to order 8."""
-    x, w = np.polynomial.legendre.leggauss(12)
-    azimuth = np.arange(24) * 2 * np.pi / 24
-    z = np.repeat(x, 24)
-    rho = np.sqrt(1 - z**2)
-    directions = np.stack(
-        [rho * np.tile(np.cos(azimuth), 12), rho * np.tile(np.sin(azimuth), 12), z], 1
-    )
-    weight = np.repeat(w, 24) * 2 * np.pi / 24
-    y = real_harmonics(torch.as_tensor(directions), 4).numpy()
-    np.testing.assert_allclose(y.T @ (weight[:, None] * y), np.eye(24), atol=1e-12)
-    np.testing.assert_allclose(weight @ y, 0, atol=1e-12)  # order 0 is left to the other terms
-
-
-def test_real_harmonics_equal_scipy():
-    rng = np.random.default_rng(0)
-    v = rng.normal(size=(20, 3))
-    v /= np.linalg.norm(v, axis=1, keepdims=True)
-    y = real_harmonics(torch.as_tensor(v), 3).numpy()
-    theta, phi = np.arctan2(v[:, 1], v[:, 0]), np.arccos(v[:, 2])
-    column = 0
-    for l in range(1, 4):
-        for m in range(-l, l + 1):
-            z = special.sph_harm(abs(m), l, theta, phi)
-            expected = z.real if m == 0 else np.sqrt(2) * (z.real if m > 0 else z.imag)
-            np.testing.assert_allclose(y[:, column], expected, atol=1e-12)
-            column += 1
 
 
 def test_untrained_scale_is_the_lorentz_polarization_factor(experiment):

@@ -145,11 +145,14 @@ def test_what_does_not_fit_is_refused(dark, amplitude, tmp_path):
     with pytest.raises(UserError, match="unknown metadata Y"):
         build_problem([lacking], CONFIG, standard=saved.standard)
     torch.save({"scale.x": torch.zeros(1)}, tmp_path / "old.pt")
+    content = torch.load(dark[0] / FILE_NAME, weights_only=True) | {"version": 1}
+    torch.save(content, tmp_path / "first.pt")
     (tmp_path / "text.pt").write_text("no model\n")
     damaged = (dark[0] / FILE_NAME).read_bytes()
     (tmp_path / "cut.pt").write_bytes(damaged[: len(damaged) // 2])
     for name, words in (
         ("old.pt", "not a scale model"),
+        ("first.pt", "earlier version of braggflux.*merge the data of that fit again"),
         ("text.pt", "not a scale model"),
         ("cut.pt", "not a scale model"),
         ("none.pt", "does not exist"),

@@ -24,6 +24,7 @@ from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.io.sweep_columns import (
     BEAMS,
     FRAME,
+    ROCKING,
     SWEEP,
     SWEEP_COLUMNS,
     ZETA,
@@ -35,7 +36,7 @@ from braggflux.merge.model.merger import IntensityMerger
 from braggflux.merge.model.saved_scale import load_scale, save_scale
 from braggflux.merge.problem import build_problem
 
-ROCKING = 0.4  # frames, of the simulation
+TRUE_ROCKING = 0.4  # frames, of the simulation
 
 
 def observed(experiment, *, zeta=1.0, name="a"):
@@ -79,13 +80,13 @@ def sweep():
 
 def test_frame_scale_is_averaged_over_the_rocking_curve(sweep):
     problem = build_problem([observed(sweep, zeta=0.5)], IntensityMergeConfig(anomalous=True))
-    scale = IntensityMerger(problem.unique, problem.table, IntensityMergeConfig()).scale.sweep
+    scale = IntensityMerger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
     rng = np.random.default_rng(0)
     gamma = rng.normal(size=sweep.n_frames)
     with torch.no_grad():
         scale.log_frame_scale.copy_(torch.as_tensor(gamma))
         scale.log_mosaicity.fill_(np.log(0.2))  # 0.4 frames at this zeta
-        found = scale.log_mean_frame_scale(torch.arange(len(problem.table.observations)))
+        found = scale(problem.table.everything())
     z = problem.table.sweeps.xyz_px[:, 2].numpy()
     edges = special.ndtr((np.arange(sweep.n_frames + 1) - z[:, None]) / 0.4)
     weight = np.diff(edges, axis=1)
@@ -97,9 +98,9 @@ def test_scales_mosaic_spread_and_amplitudes_are_found(sweep):
     config = IntensityMergeConfig(anomalous=True, epochs=60, batch_size=2000)
     data = observed(sweep)
     merger, problem = fitted([data], config)
-    scale = merger.scale.sweep
+    frames = merger.scale.frames
     assert merger.scale.network is None
-    assert float(scale.log_mosaicity.detach().exp()) == pytest.approx(ROCKING, rel=0.25)
+    assert float(frames.log_mosaicity.detach().exp()) == pytest.approx(TRUE_ROCKING, rel=0.25)
     # against all of K; what all share belongs to the amplitudes
     rows = problem.source
     order = np.argsort(np.floor(sweep.table.metadata.xyz_px[:, 2].double().numpy()), kind="stable")
@@ -166,16 +167,42 @@ def test_without_headers_the_scale_goes_by_batches(sweep, missing, caplog):
     assert torch.equal(found.xyz_px[:, 2], torch.as_tensor(np.floor(frame) + 0.5))
     scale = IntensityMerger(problem.unique, problem.table, config).scale
     assert scale.network is None
-    n = {"columns": 5 * 5, "positions": 0}[missing]  # 200 degrees: five waves
-    assert len(scale.sweep.absorption) == n
+    assert ("absorption" in scale.terms) == (missing == "columns")
+    if missing == "columns":  # 200 degrees: five waves
+        assert len(scale.terms["absorption"].absorption) == 5 * 5
 
 
 def test_physical_scales_can_be_switched_off(sweep):
     config = IntensityMergeConfig(physical_scale=False)
     problem = build_problem([observed(sweep)], config)
     scale = IntensityMerger(problem.unique, problem.table, config).scale
-    assert scale.sweep is None
+    assert scale.frames is None
     assert scale.network is not None
+
+
+@pytest.mark.parametrize("known", [(True,), (True, False)], ids=["in the file", "in one of two"])
+def test_a_known_rocking_width_is_kept(sweep, known):
+    data = [observed(sweep, name=name) for name in "ab"[: len(known)]]
+    width = np.linspace(0.2, 0.6, len(data[0]))
+    for d, has_width in zip(data, known, strict=True):
+        if has_width:
+            d.metadata[ROCKING] = width * FRAME_WIDTH
+    problem = build_problem(data, IntensityMergeConfig())
+    frames = IntensityMerger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
+    if not all(known):
+        assert frames.log_mosaicity is not None
+        assert problem.table.sweeps.rocking is None
+        return
+    assert frames.log_mosaicity is None
+    np.testing.assert_allclose(problem.table.sweeps.rocking, width[problem.source])
+    gamma = np.random.default_rng(0).normal(size=sweep.n_frames)
+    with torch.no_grad():
+        frames.log_frame_scale.copy_(torch.as_tensor(gamma))
+        found = frames(problem.table.everything())
+    z = problem.table.sweeps.xyz_px[:, 2].numpy()
+    edges = (np.arange(sweep.n_frames + 1) - z[:, None]) / width[problem.source][:, None]
+    weight = np.diff(special.ndtr(edges), axis=1)
+    np.testing.assert_allclose(found, np.log(weight @ np.exp(gamma) / weight.sum(1)), atol=1e-5)
 
 
 def place(batch, rotation=None, dataset=None):
@@ -221,9 +248,9 @@ def test_a_named_metadata_column_gets_a_network_beside_the_sweep(sweep):
     config = IntensityMergeConfig(metadata=("XDET",))
     problem = build_problem([observed(sweep)], config)
     scale = IntensityMerger(problem.unique, problem.table, config).scale
-    assert scale.sweep is not None
+    assert scale.frames is not None
     assert scale.network is not None
-    assert scale.embedding is None
+    assert scale.network.embedding is None
 
 
 # --- batch headers
