@@ -16,7 +16,7 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import UnmergedData, make_unmerged
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import MergeProblem, build_problem
 
 CELL = gemmi.UnitCell(50, 60, 70, 90, 90, 90)
@@ -96,13 +96,11 @@ def own_rows(problem: MergeProblem, c: Crystal) -> np.ndarray:
     return problem.unique.asus[0].refl_id(c.asu.miller_index)
 
 
-def fitted(
-    data: list[UnmergedData], config: IntensityMergeConfig
-) -> tuple[MergeProblem, IntensityMerger]:
+def fitted(data: list[UnmergedData], config: IntensityMergeConfig) -> tuple[MergeProblem, Merger]:
     """Fit all observations."""
     problem = build_problem(data, config)
     torch.manual_seed(0)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     return problem, merger

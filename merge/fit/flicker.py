@@ -14,7 +14,7 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.held_out import log_likelihoods
 from braggflux.merge.fit.training import fit
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 MANY = 100
 
 
-def is_in_doubt(
-    merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
-) -> bool:
+def is_in_doubt(merger: Merger, table: ObservationTable, config: IntensityMergeConfig) -> bool:
     """Say whether there is a choice to make."""
     if merger.scale.frames is None or config.flicker != "auto":
         return False
@@ -33,7 +31,7 @@ def is_in_doubt(
 
 
 def choose_flicker(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     held_out: torch.Tensor,
     config: IntensityMergeConfig,
@@ -43,7 +41,7 @@ def choose_flicker(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Trained with ``table``, frames flickering; goes on as chosen.
     table : ObservationTable
         With the training mask set.

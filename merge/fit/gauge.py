@@ -19,19 +19,17 @@ from torch import Tensor
 
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior.wilson import Wilson, hat_design
 
 
 @torch.no_grad()
-def settle_falloff(
-    merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
-) -> None:
+def settle_falloff(merger: Merger, table: ObservationTable, config: IntensityMergeConfig) -> None:
     """Move falloff between scale and amplitudes; nothing else changes.
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         After its fit.
     table : ObservationTable
     config : IntensityMergeConfig
@@ -46,7 +44,7 @@ def settle_falloff(
         _move(merger, -_scale_on_the_sphere(merger, table))
 
 
-def _move(merger: IntensityMerger, excess: Tensor) -> None:
+def _move(merger: Merger, excess: Tensor) -> None:
     """Give ``exp(excess)``, (n_knots,) and up to its mean, from Sigma and F^2 to K."""
     wilson = merger.prior.part(Wilson)
     excess = excess - excess.mean()
@@ -55,7 +53,7 @@ def _move(merger: IntensityMerger, excess: Tensor) -> None:
     wilson.log_sigma -= excess
 
 
-def _scale_on_the_sphere(merger: IntensityMerger, table: ObservationTable) -> Tensor:
+def _scale_on_the_sphere(merger: Merger, table: ObservationTable) -> Tensor:
     """Mean of log K at no distance from the sphere, at each knot of Sigma, (n_knots,).
 
     Over the observations as they are otherwise, beside what is known of each image.

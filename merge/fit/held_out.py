@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def split(
 
 
 @torch.no_grad()
-def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Tensor:
+def log_likelihoods(merger: Merger, table: ObservationTable, chosen: Tensor) -> Tensor:
     """Predictive log-density of each cluster that is wholly chosen, (C,); NaN for the others."""
     batch = table.everything()
     density = predictive_density(merger, batch)
@@ -88,7 +88,7 @@ def log_likelihoods(merger: IntensityMerger, table: ObservationTable, chosen: Te
 
 
 @torch.no_grad()
-def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
+def predictive_density(merger: Merger, batch: Batch) -> Tensor:
     """Log-density of each cluster given what q(F) has learned from other observations, (C,).
 
     With the whole width of the amplitudes, in the variance and in <F^2>: from the width given the
@@ -114,7 +114,7 @@ def predictive_density(merger: IntensityMerger, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) -> Prediction:
+def predict(merger: Merger, table: ObservationTable, chosen: Tensor) -> Prediction:
     """Predict the chosen observations, (N,) bool.
 
     ``cc_pred`` is the correlation of measured and expected intensities.
@@ -128,7 +128,7 @@ def predict(merger: IntensityMerger, table: ObservationTable, chosen: Tensor) ->
 
 
 @torch.no_grad()
-def observed_and_expected(merger: IntensityMerger, batch: Batch) -> NDArray:
+def observed_and_expected(merger: Merger, batch: Batch) -> NDArray:
     """Measured and expected intensities and, without clusters, log-densities, (3, N)."""
     e = merger.generative(batch, merger.inference())
     expected = e.mean

@@ -21,7 +21,7 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.held_out import log_likelihoods
 from braggflux.merge.fit.training import fit, pool_trees
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior.double_wilson import DoubleWilson
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ N_ENDS = 61
 
 
 def choose_correlation(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     held_out: Tensor,
     config: IntensityMergeConfig,
@@ -44,7 +44,7 @@ def choose_correlation(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Trained with ``table``; its q(F) is trained again for every r.
     table : ObservationTable
         With the training mask set.

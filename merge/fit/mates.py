@@ -1,6 +1,6 @@
 r"""What scales may know of Bijvoet differences: those that independent halves of the data confirm.
 
-While scales are fitted the mates share one amplitude (:meth:`IntensityMerger.tied`). Large
+While scales are fitted the mates share one amplitude (:meth:`Merger.tied`). Large
 differences would then be errors of the scales. They are taken out as far as they are known,
 
     F(+) - F(-)  ->  V / (V + v) * (F(+) - F(-)),
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import scaled_observations
 from braggflux.merge.prior.mate_correlation import estimate_one_minus_r2, mean_half_set_covariance
 
@@ -30,13 +30,13 @@ MAX_HALF = 0.3  # of the relative difference of amplitudes, halved
 
 @torch.no_grad()
 def confirmed_log_ratio(
-    merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
+    merger: Merger, table: ObservationTable, config: IntensityMergeConfig
 ) -> Tensor:
     """Log of each mate's F^2 over that of both, (R,); 0 where nothing is confirmed.
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         With the amplitudes of the mates apart and scales that have not seen them.
     table : ObservationTable
     config : IntensityMergeConfig

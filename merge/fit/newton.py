@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 
 MAX_STEP = 0.7  # in the log: far from the optimum the information is not to be trusted
 
@@ -23,10 +23,10 @@ class RowNewton:
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
     """
 
-    def __init__(self, merger: IntensityMerger) -> None:
+    def __init__(self, merger: Merger) -> None:
         self.merger = merger
         self.information = torch.zeros_like(merger.log_concentration)
         self.weight = torch.zeros_like(self.information)

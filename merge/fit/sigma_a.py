@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
 from braggflux.merge.prior.reference import Reference
 
@@ -32,7 +32,7 @@ N_ROUNDS = 20
 
 
 @torch.no_grad()
-def set_sigma_a(merger: IntensityMerger, table: ObservationTable) -> list[dict[str, float | None]]:
+def set_sigma_a(merger: Merger, table: ObservationTable) -> list[dict[str, float | None]]:
     """Choose sigma_A of the merger's model from the used observations and the present scales.
 
     See :func:`choose_sigma_a`, whose rows are returned.
@@ -45,7 +45,7 @@ def set_sigma_a(merger: IntensityMerger, table: ObservationTable) -> list[dict[s
 
 @torch.no_grad()
 def set_sigma_a_from_means(
-    merger: IntensityMerger, intensity: Tensor, sigma: Tensor
+    merger: Merger, intensity: Tensor, sigma: Tensor
 ) -> list[dict[str, float | None]]:
     """As :func:`set_sigma_a`, from merged intensities in units of the table, (R,) each."""
     prior = merger.prior

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import start
 from braggflux.merge.io.observations import UnmergedData
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import MergeProblem
 
 #: Share of the observations at steps beyond which these are how the beam is, and stay.
@@ -54,7 +54,7 @@ def find_steps(problem: MergeProblem, config: IntensityMergeConfig) -> Steps:
     if problem.table.sweeps is None:
         return nothing
     with torch.random.fork_rng(devices=[]):
-        merger = IntensityMerger(problem.unique, problem.table, config)
+        merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     frames = merger.scale.frames
     if not bool(frames.is_odd.any()):

@@ -15,7 +15,7 @@ from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.fit.adam import Adam
 from braggflux.merge.fit.mates import confirmed_log_ratio
 from braggflux.merge.fit.newton import RowNewton
-from braggflux.merge.model.merger import Expectation, IntensityMerger
+from braggflux.merge.model.merger import Expectation, Merger
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ Observer = Callable[[int, float], None]
 
 
 @torch.no_grad()
-def start(merger: IntensityMerger, table: ObservationTable) -> None:
+def start(merger: Merger, table: ObservationTable) -> None:
     """Start scales from image and spectrum means, amplitudes from weighted means.
 
     Images are first compared with the mean intensity at their resolutions, then with the merged
@@ -43,7 +43,7 @@ def start(merger: IntensityMerger, table: ObservationTable) -> None:
         _start(merger, tied)
 
 
-def _start(merger: IntensityMerger, table: ObservationTable) -> None:
+def _start(merger: Merger, table: ObservationTable) -> None:
     """Take the steps of :func:`start`, mates tied."""
     everything = table.everything()
     o, terms = everything.observations, everything.terms
@@ -58,7 +58,7 @@ def _start(merger: IntensityMerger, table: ObservationTable) -> None:
 
 
 @torch.no_grad()
-def start_amplitudes(merger: IntensityMerger, table: ObservationTable) -> None:
+def start_amplitudes(merger: Merger, table: ObservationTable) -> None:
     """Start amplitudes and Wilson's Sigma alone: scales come from an earlier fit."""
     everything = table.everything()
     o, first = everything.observations, _first(everything)
@@ -80,7 +80,7 @@ def _first(batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def _merge_once(
-    merger: IntensityMerger, table: ObservationTable, row: Tensor, first: Tensor, expected: Tensor
+    merger: Merger, table: ObservationTable, row: Tensor, first: Tensor, expected: Tensor
 ) -> Tensor:
     """Set q(F) from robust means with the present scales; return <F^2>, (R,).
 
@@ -109,7 +109,7 @@ def _merge_once(
 
 
 @torch.no_grad()
-def pool_trees(merger: IntensityMerger) -> None:
+def pool_trees(merger: Merger) -> None:
     """Set every amplitude of a tree to the tree's mean.
 
     A coupled fit starts here: from separate values an outlier that is alone in its row would be
@@ -126,7 +126,7 @@ def pool_trees(merger: IntensityMerger) -> None:
 
 @torch.no_grad()
 def adopt(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     training: ObservationTable,
     with_scales: bool = True,
@@ -164,7 +164,7 @@ def adopt(
     merger.log_concentration.copy_(torch.where(total > 0, k_start, merger.log_concentration))
 
 
-def _doubted(merger: IntensityMerger, batch: Batch, e: Expectation) -> Tensor:
+def _doubted(merger: Merger, batch: Batch, e: Expectation) -> Tensor:
     """Rows of which no observation is believed to be the spot, nor of a relative's, (R,) bool.
 
     A row that was far off early in the fit may have lost all its observations to the alternatives;
@@ -186,7 +186,7 @@ def _doubted(merger: IntensityMerger, batch: Batch, e: Expectation) -> Tensor:
 
 
 def fit(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     config: IntensityMergeConfig,
     *,
@@ -206,7 +206,7 @@ def fit(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
     table : ObservationTable
     config : IntensityMergeConfig
     epochs : int, optional
@@ -230,7 +230,7 @@ def fit(
 
 
 def _fit_tied(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     config: IntensityMergeConfig,
     epochs: int,
@@ -245,7 +245,7 @@ def _fit_tied(
 
 
 def _fit_scales(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     config: IntensityMergeConfig,
     epochs: int,
@@ -278,7 +278,7 @@ def _fit_scales(
 
 
 def _fit_amplitudes(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     epochs: int,
     optimizer: Adam | None,
@@ -300,7 +300,7 @@ def _fit_amplitudes(
 
 
 def _step(
-    merger: IntensityMerger,
+    merger: Merger,
     batch: Batch,
     optimizer: Adam | None,
     amplitudes: RowNewton,
@@ -320,7 +320,7 @@ def _step(
     return float(terms.elbo.detach())
 
 
-def make_optimizer(merger: IntensityMerger, config: IntensityMergeConfig) -> Adam:
+def make_optimizer(merger: Merger, config: IntensityMergeConfig) -> Adam:
     """Adam for all but the amplitudes, with a rate of its own for each kind of parameter."""
     network = merger.scale.network
     networks = [] if network is None else list(network.parameters())

@@ -27,7 +27,7 @@ from braggflux.merge.indexing.seed import (
     seed_operators,
     standardise,
 )
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import MergeProblem
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ def _like_reference(
 
 
 def refined(
-    merger: IntensityMerger,
+    merger: Merger,
     problem: MergeProblem,
     masks: Split,
     config: IntensityMergeConfig,
@@ -175,9 +175,7 @@ def refined(
     return problem
 
 
-def reassigned(
-    merger: IntensityMerger, problem: MergeProblem, masks: Split | None = None
-) -> MergeProblem:
+def reassigned(merger: Merger, problem: MergeProblem, masks: Split | None = None) -> MergeProblem:
     """Give each image the operator under which it is predicted best.
 
     Held-out observations (``masks``) have no say.
@@ -196,16 +194,14 @@ def reassigned(
 
 
 @torch.no_grad()
-def image_log_likelihoods(
-    merger: IntensityMerger, table: ObservationTable, rows: Tensor
-) -> Tensor:
+def image_log_likelihoods(merger: Merger, table: ObservationTable, rows: Tensor) -> Tensor:
     """Predictive log-likelihood of each image under each operator, the image left out, (G, A).
 
     On the CPU, as the table.
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
     table : ObservationTable
         Under the operators that the merger was trained with.
     rows : Tensor, (N, A)

@@ -75,7 +75,7 @@ class MergeTerms:
         return self.log_likelihood - self.kl_structure_factor - self.scale_penalty
 
 
-class IntensityMerger(nn.Module):
+class Merger(nn.Module):
     """The whole model.
 
     Parameters

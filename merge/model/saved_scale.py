@@ -25,7 +25,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.feature_scaling import Standard
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class SavedScale:
             "and images, or leave --freeze-scales out"
         )
 
-    def load_into(self, merger: IntensityMerger) -> None:
+    def load_into(self, merger: Merger) -> None:
         """Set scales and error model.
 
         Raises
@@ -140,14 +140,14 @@ class SavedScale:
 
 
 def save_scale(
-    path: Path, merger: IntensityMerger, table: ObservationTable, config: IntensityMergeConfig
+    path: Path, merger: Merger, table: ObservationTable, config: IntensityMergeConfig
 ) -> None:
     """Write the scales and the error model of a merger.
 
     Parameters
     ----------
     path : Path
-    merger : IntensityMerger
+    merger : Merger
     table : ObservationTable
         That the merger was made for.
     config : IntensityMergeConfig

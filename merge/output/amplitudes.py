@@ -26,7 +26,7 @@ from torch import Tensor
 
 from braggflux.integrator.distributions.nakagami import Nakagami
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.french_wilson import french_wilson
 from braggflux.merge.prior.reference import Reference
 from braggflux.merge.prior.wilson import Wilson
@@ -63,7 +63,7 @@ class MergedRows:
 
 
 @torch.no_grad()
-def scaled_observations(merger: IntensityMerger, table: ObservationTable) -> ScaledObservations:
+def scaled_observations(merger: Merger, table: ObservationTable) -> ScaledObservations:
     """Divide by K; the variance is the error model's, larger for outliers.
 
     Of a harmonic overlap, the reflection of the file's index takes its expected share.
@@ -102,7 +102,7 @@ def weighted_mean(
 
 @torch.no_grad()
 def merged_rows(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     scaled: ScaledObservations,
     *,
@@ -120,7 +120,7 @@ def merged_rows(
 
 @torch.no_grad()
 def with_amplitudes(
-    merger: IntensityMerger,
+    merger: Merger,
     unit_intensity: float,
     mean: Tensor,
     sigma: Tensor,
@@ -132,7 +132,7 @@ def with_amplitudes(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Fitted.
     unit_intensity : float
         Of the merger, in units of the files.
@@ -165,7 +165,7 @@ def with_amplitudes(
     )
 
 
-def ties_mates_only(merger: IntensityMerger) -> bool:
+def ties_mates_only(merger: Merger) -> bool:
     """Whether the prior couples Bijvoet mates and no datasets."""
     if not merger.prior.is_coupled:
         return False
@@ -173,7 +173,7 @@ def ties_mates_only(merger: IntensityMerger) -> bool:
 
 
 @torch.no_grad()
-def coupled_difference(merger: IntensityMerger, q: Nakagami) -> tuple[Tensor, Tensor]:
+def coupled_difference(merger: Merger, q: Nakagami) -> tuple[Tensor, Tensor]:
     """Posterior mean and spread of |F(+)| - |F(-)| at the rows of F(+), (R,) each.
 
     NaN where the prior does not tie the two; in units of the merger.
@@ -192,7 +192,7 @@ def coupled_difference(merger: IntensityMerger, q: Nakagami) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def own_amplitudes(merger: IntensityMerger, mean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def own_amplitudes(merger: Merger, mean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """<F> and its sigma from mean intensities with the prior of each row for itself, (R,) each.
 
     Wilson's, or that about a model's amplitude; all in units of the merger.
@@ -210,7 +210,7 @@ def own_amplitudes(merger: IntensityMerger, mean: Tensor, sigma: Tensor) -> tupl
 
 @torch.no_grad()
 def amplitudes_of_means(
-    merger: IntensityMerger, unit_intensity: float, mean: Tensor, sigma: Tensor
+    merger: Merger, unit_intensity: float, mean: Tensor, sigma: Tensor
 ) -> tuple[Tensor, Tensor]:
     """<F> and its sigma from mean intensities with Wilson's prior alone, (R,) each."""
     wilson = merger.prior.part(Wilson)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import (
     MergedRows,
     ScaledObservations,
@@ -43,7 +43,7 @@ from braggflux.merge.output.statistics import (
 )
 from braggflux.merge.prior.reference import Reference
 from braggflux.merge.rows import UniqueRows
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.sums import ObservationSums
 
 Array = NDArray[np.float64]
 
@@ -96,7 +96,7 @@ class MergedDataset:
 
 
 def merged_datasets(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     unique: UniqueRows,
     scaled: ScaledObservations,
@@ -109,7 +109,7 @@ def merged_datasets(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Fitted.
     table : ObservationTable
     unique : UniqueRows
@@ -145,10 +145,10 @@ def merged_datasets(
 
 
 def streamed_datasets(
-    merger: IntensityMerger,
+    merger: Merger,
     unit_intensity: float,
     unique: UniqueRows,
-    sums: RowSums,
+    sums: ObservationSums,
     *,
     is_marginal: bool = True,
 ) -> Iterator[MergedDataset]:
@@ -156,12 +156,12 @@ def streamed_datasets(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         On the CPU.
     unit_intensity : float
         Of the merger, in units of the files.
     unique : UniqueRows
-    sums : RowSums
+    sums : ObservationSums
     is_marginal : bool
         See :func:`braggflux.merge.output.amplitudes.with_amplitudes`.
     """
@@ -188,7 +188,7 @@ def streamed_datasets(
         )
 
 
-def what_columns_are(merger: IntensityMerger, is_marginal: bool = True) -> tuple[str, ...]:
+def what_columns_are(merger: Merger, is_marginal: bool = True) -> tuple[str, ...]:
     """Lines for the history of the files."""
     prior = merger.prior
     own = "the prior of a model" if prior.has(Reference) else "Wilson's prior"
@@ -240,7 +240,9 @@ def _evidence(asu: ReciprocalAsu, scaled: ScaledObservations, rows: slice) -> Sc
     )
 
 
-def _sums(asu: ReciprocalAsu, sums: RowSums, merged: MergedRows, rows: slice) -> ReflectionSums:
+def _sums(
+    asu: ReciprocalAsu, sums: ObservationSums, merged: MergedRows, rows: slice
+) -> ReflectionSums:
     """Join the Friedel mates of the sums over the rows of one dataset."""
     plus, minus = friedel_rows(asu)
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 
 Array = NDArray[np.float64]
 
@@ -46,12 +46,12 @@ class OddImages:
 
 
 @torch.no_grad()
-def odd_images(merger: IntensityMerger, table: ObservationTable, is_still: bool) -> OddImages:
+def odd_images(merger: Merger, table: ObservationTable, is_still: bool) -> OddImages:
     """Compare the images of a fitted merge.
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
     table : ObservationTable
     is_still : bool
         Images are not neighbours of each other: their scales say nothing.

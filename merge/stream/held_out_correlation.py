@@ -10,31 +10,31 @@ import torch
 
 from braggflux.merge.fit.held_out import observed_and_expected
 from braggflux.merge.fit.held_out_correlation import GRID, set_best
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.stream.batches import ObservationStream
-from braggflux.merge.stream.solve import solve_rows
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.solve import solve_amplitudes
+from braggflux.merge.stream.sums import ObservationSums
 from braggflux.merge.stream.training import held_out_batches
 
 
 def choose_from_sums(
-    merger: IntensityMerger, stream: ObservationStream, sums: RowSums
+    merger: Merger, stream: ObservationStream, sums: ObservationSums
 ) -> list[dict[str, float]]:
     """Set r of every shell; returns the score of every r in every shell [nats].
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         With a coupled double-Wilson prior.
     stream : ObservationStream
-    sums : RowSums
+    sums : ObservationSums
         Without the held-out observations.
     """
     prior, density = merger.prior.part(DoubleWilson), []
     for r in GRID:
         prior.one_minus_r2.fill_(1 - r**2)
-        solve_rows(merger, sums)
+        solve_amplitudes(merger, sums)
         parts, shell = [], []
         for _, batch in held_out_batches(stream, merger):
             chosen = batch.observations.is_used

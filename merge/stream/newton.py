@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from braggflux.merge.fit.newton import RowNewton
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 
 FORGET = 3.0
 
@@ -24,11 +24,11 @@ class RowFilter(RowNewton):
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Its q(F) says what is known before the first batch.
     """
 
-    def __init__(self, merger: IntensityMerger) -> None:
+    def __init__(self, merger: Merger) -> None:
         super().__init__(merger)
         self.information = merger.log_concentration.detach().exp()
         self.n_batches = 0

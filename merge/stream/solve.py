@@ -16,21 +16,21 @@ from __future__ import annotations
 import torch
 
 from braggflux.merge.fit.newton import RowNewton
-from braggflux.merge.model.merger import IntensityMerger
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.model.merger import Merger
+from braggflux.merge.stream.sums import ObservationSums
 
 N_STEPS = 40
 DAMPING = 0.7
 
 
-def solve_rows(merger: IntensityMerger, sums: RowSums) -> None:
+def solve_amplitudes(merger: Merger, sums: ObservationSums) -> None:
     """Set q(F) to the optimum given ``sums`` and the merger's prior.
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Scales, error model and prior stay as they are.
-    sums : RowSums
+    sums : ObservationSums
         Of all observations that shall count, made with the same scales.
     """
     information = sums["information"]

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from braggflux.merge.data.table import Batch
 from braggflux.merge.likelihood.student_t import NotTheSpot
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 
 COLUMNS = ("n", "weight", "weighted", "intensity", "deviation", "slope", "information")
 
 
-class RowSums:
+class ObservationSums:
     """Sums of each row over the observations of the batches seen.
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Its present scales and q(F) are used for all.
     seed : int
         Of the halves.
@@ -39,14 +39,14 @@ class RowSums:
         log-likelihood against log <F^2>, and its expected curvature.
     """
 
-    def __init__(self, merger: IntensityMerger, seed: int) -> None:
+    def __init__(self, merger: Merger, seed: int) -> None:
         self.merger, self.seed = merger, seed
         q = merger.inference()
         self.spread, self.concentration = q.spread.detach(), q.concentration.detach()
         self.usual = merger.prior.spread().detach()
         self.by_half = self.spread.new_zeros(2, len(self.spread), len(COLUMNS))
 
-    def add(self, batches: Iterable[tuple[int, Batch]]) -> RowSums:
+    def add(self, batches: Iterable[tuple[int, Batch]]) -> ObservationSums:
         """Add the used observations of numbered batches."""
         for number, batch in batches:
             self._add(number, batch)

@@ -21,11 +21,11 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import Batch
 from braggflux.merge.fit.held_out import Prediction, observed_and_expected
 from braggflux.merge.fit.training import Observer, make_optimizer, set_rate
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.newton import RowFilter
 from braggflux.merge.stream.prefetch import read_ahead
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.sums import ObservationSums
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ ROWS_EVERY = 4
 
 
 def fit_stream(
-    merger: IntensityMerger,
+    merger: Merger,
     stream: ObservationStream,
     config: IntensityMergeConfig,
     observer: Observer | None = None,
@@ -46,7 +46,7 @@ def fit_stream(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Started from the stream's sample.
     stream : ObservationStream
     config : IntensityMergeConfig
@@ -95,15 +95,13 @@ def n_training_batches(stream: ObservationStream, config: IntensityMergeConfig) 
     return max(1, min(math.ceil(config.stream_training / mean_size), config.epochs * n_filled))
 
 
-def all_batches(stream: ObservationStream, merger: IntensityMerger) -> Iterator[tuple[int, Batch]]:
+def all_batches(stream: ObservationStream, merger: Merger) -> Iterator[tuple[int, Batch]]:
     """Every batch with its number, in the order of the file."""
     for k, batch in read_ahead(stream.batch, np.flatnonzero(stream.filled).tolist()):
         yield k, batch.to(merger.device)
 
 
-def held_out_batches(
-    stream: ObservationStream, merger: IntensityMerger
-) -> Iterator[tuple[int, Batch]]:
+def held_out_batches(stream: ObservationStream, merger: Merger) -> Iterator[tuple[int, Batch]]:
     """Carriers, with the held-out observations as the used ones."""
     for k in sorted(stream.carriers):
         if stream.filled[k]:
@@ -113,11 +111,11 @@ def held_out_batches(
 
 
 def look_at_all(
-    merger: IntensityMerger, stream: ObservationStream, config: IntensityMergeConfig
-) -> RowSums:
+    merger: Merger, stream: ObservationStream, config: IntensityMergeConfig
+) -> ObservationSums:
     """Gather the sums over all observations that are not held out."""
     began = time.monotonic()
-    sums = RowSums(merger, config.seed).add(all_batches(stream, merger))
+    sums = ObservationSums(merger, config.seed).add(all_batches(stream, merger))
     seconds = time.monotonic() - began
     n = float(sums["n"].sum())
     logger.info("looked at %.3g observations, %.3g per second", n, n / max(seconds, 1e-9))
@@ -125,7 +123,7 @@ def look_at_all(
 
 
 @torch.no_grad()
-def predict_held_out(merger: IntensityMerger, stream: ObservationStream) -> dict[str, Prediction]:
+def predict_held_out(merger: Merger, stream: ObservationStream) -> dict[str, Prediction]:
     """Predict the held-out observations of the carriers, by kind."""
     found: dict[str, list[np.ndarray]] = {"image": [], "observation": []}
     for k in sorted(stream.carriers):

@@ -13,7 +13,7 @@ from braggflux.merge.data.same_photons import SAME_PHOTONS, residual_over_noise
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.steps import Steps
 from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.merged_table import MergedTable
 from braggflux.merge.output.odd_images import odd_images
 from braggflux.merge.prior.reference import Reference
@@ -27,7 +27,7 @@ MOST_NAMED = 10
 
 
 def say_images(
-    merger: IntensityMerger,
+    merger: Merger,
     table: ObservationTable,
     numbers: NDArray,
     names: tuple[str, ...],
@@ -37,7 +37,7 @@ def say_images(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         On the CPU.
     table : ObservationTable
     numbers : (G,)
@@ -90,7 +90,7 @@ def _named(
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
-def model_rows(merger: IntensityMerger, rows: slice) -> tuple[Array, Array]:
+def model_rows(merger: Merger, rows: slice) -> tuple[Array, Array]:
     """Return the expected F^2 of some rows without and with a prior model (NaN for none), (R,)."""
     spread = merger.prior.spread().detach().cpu().numpy()[rows]
     if not merger.prior.has(Reference):

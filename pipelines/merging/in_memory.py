@@ -26,7 +26,7 @@ from braggflux.merge.fit.held_out_correlation import choose_correlation
 from braggflux.merge.fit.sigma_a import set_sigma_a
 from braggflux.merge.fit.training import Observer, adopt, fit, pool_trees, start, start_amplitudes
 from braggflux.merge.indexing.refine import reassigned, refined, seeded
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import SavedScale
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.problem import MergeProblem
@@ -63,7 +63,7 @@ class FittedMerge:
     ``predictions`` is of the held-out observations by kind, ``tables`` rows by name.
     """
 
-    merger: IntensityMerger
+    merger: Merger
     problem: MergeProblem
     predictions: Mapping[str, Any]
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class MergeFit:
         if problem.ambiguity is not None:
             problem = seeded(problem, self.masks, config, known.indexing)
         self.problem = problem
-        merger = IntensityMerger(problem.unique, self.training, config, known.f_calc)
+        merger = Merger(problem.unique, self.training, config, known.f_calc)
         self.merger = merger.to(device)
         self.tables: dict[str, Sequence[Mapping[str, Any]]] = {}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from braggflux.merge.indexing.operators import Ambiguity
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.reference import Reference
 from braggflux.merge.prior.wilson import Wilson
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def write_metrics(
     path: Path,
-    merger: IntensityMerger,
+    merger: Merger,
     predictions: Mapping[str, Any],
     ambiguity: Ambiguity | None = None,
 ) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.io.dataset_labels import DatasetLabels
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import scaled_observations
 from braggflux.merge.output.datasets import MergedDataset, merged_datasets, streamed_datasets
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.merge.problem import MergeProblem
 from braggflux.merge.rows import UniqueRows
 from braggflux.merge.stream.batches import ObservationStream
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.sums import ObservationSums
 from braggflux.pipelines.merging.findings import model_rows, say_of_dataset
 from braggflux.pipelines.workspace.merged_files import HALF_SETS, write_half_sets, write_merged
 
@@ -27,7 +27,7 @@ MEDIAN_ERROR = 1.17
 
 def write_problem(
     problem: MergeProblem,
-    merger: IntensityMerger,
+    merger: Merger,
     config: IntensityMergeConfig,
     out: Path,
     labels: Sequence[DatasetLabels],
@@ -37,7 +37,7 @@ def write_problem(
     Parameters
     ----------
     problem : MergeProblem
-    merger : IntensityMerger
+    merger : Merger
         On the CPU.
     config : IntensityMergeConfig
     out : Path
@@ -57,9 +57,9 @@ def write_problem(
 
 
 def write_stream(
-    merger: IntensityMerger,
+    merger: Merger,
     stream: ObservationStream,
-    sums: RowSums,
+    sums: ObservationSums,
     config: IntensityMergeConfig,
     out: Path,
 ) -> list[Path]:
@@ -81,7 +81,7 @@ def write_stream(
 
 def _write(
     datasets: Iterable[MergedDataset],
-    merger: IntensityMerger,
+    merger: Merger,
     unique: UniqueRows,
     names: Sequence[str],
     labels: Sequence[DatasetLabels],

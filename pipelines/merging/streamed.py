@@ -18,13 +18,13 @@ from braggflux.merge.fit.sigma_a import set_sigma_a_from_means
 from braggflux.merge.fit.training import start, start_amplitudes
 from braggflux.merge.io.stores.observation_store import ObservationStore
 from braggflux.merge.io.stores.unmerged_store import SUFFIX, UnmergedStore
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, save_scale
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.held_out_correlation import choose_from_sums
-from braggflux.merge.stream.solve import solve_rows
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.solve import solve_amplitudes
+from braggflux.merge.stream.sums import ObservationSums
 from braggflux.merge.stream.training import (
     fit_stream,
     held_out_batches,
@@ -96,13 +96,13 @@ def merge_stores(
         # From an untrained start the parabola of one look is not good enough.
         for _ in range(1 if saved is None else 2):
             sums = look_at_all(merger, stream, config)
-            solve_rows(merger, sums)
+            solve_amplitudes(merger, sums)
         if f_calc is not None:
             _choose_sigma_a(merger, sums, inputs.out)
         if couples:
             _choose_correlation(merger, stream, sums, config, inputs.out)
         predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
-        solve_rows(merger, sums.add(held_out_batches(stream, merger)))
+        solve_amplitudes(merger, sums.add(held_out_batches(stream, merger)))
         merger.to("cpu")
         ambiguity = None if indexing is None else indexing.ambiguity
         write_metrics(inputs.out / "metrics.json", merger, predictions, ambiguity)
@@ -130,8 +130,8 @@ def _fit_scales(
     device: torch.device,
     saved: SavedScale | None,
     f_calc: Tensor | None,
-) -> IntensityMerger:
-    merger = IntensityMerger(stream.unique, stream.sample, config, f_calc).to(device)
+) -> Merger:
+    merger = Merger(stream.unique, stream.sample, config, f_calc).to(device)
     merger.scale.forget_images()
     sample = stream.sample.to(device)
     if saved is not None:
@@ -146,16 +146,16 @@ def _fit_scales(
     return merger
 
 
-def _choose_sigma_a(merger: IntensityMerger, sums: RowSums, out: Path) -> None:
+def _choose_sigma_a(merger: Merger, sums: ObservationSums, out: Path) -> None:
     rows = set_sigma_a_from_means(merger, *sums.mean())
     write_rows(out / "sigma_a.csv", rows, rows[0])
-    solve_rows(merger, sums)
+    solve_amplitudes(merger, sums)
 
 
 def _choose_correlation(
-    merger: IntensityMerger,
+    merger: Merger,
     stream: ObservationStream,
-    sums: RowSums,
+    sums: ObservationSums,
     config: IntensityMergeConfig,
     out: Path,
 ) -> None:
@@ -166,4 +166,4 @@ def _choose_correlation(
     else:
         rows = choose_from_sums(merger, stream, sums)
         write_rows(out / "correlation.csv", rows, rows[0])
-    solve_rows(merger, sums)
+    solve_amplitudes(merger, sums)

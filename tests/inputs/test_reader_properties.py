@@ -30,7 +30,7 @@ from braggflux.merge.io.formats.unmerged_data import read_unmerged
 from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.stores.store_conversion import convert_to_store
 from braggflux.merge.io.sweep_columns import SWEEP
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import build_problem
 
 pytestmark = pytest.mark.realdata
@@ -329,7 +329,7 @@ def merged(data: UnmergedData) -> dict[tuple, float]:
     torch.manual_seed(0)
     config = IntensityMergeConfig(anomalous=True, epochs=3, network_width=8, d_min=4.0)
     problem = build_problem([data], config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     mean = merger.inference().mean.detach().numpy()

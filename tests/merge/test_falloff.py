@@ -14,7 +14,7 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.gauge import settle_falloff
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import make_unmerged
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.problem import build_problem
 
@@ -28,7 +28,7 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
     data, *_ = simulated(rng, f=f, asu=asu, wavelength=wavelength)
     config = IntensityMergeConfig(laue=True, epochs=3, anisotropic=False, wilson_b=wilson_b)
     problem = build_problem([data], config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_falloff_of_stills_is_that_of_points_on_the_ewald_sphere():
     config = IntensityMergeConfig(stills=True, epochs=30, batch_size=2000, anisotropic=False)
     torch.manual_seed(0)
     problem = build_problem([data], config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     merger.requires_grad_(False)

@@ -20,7 +20,7 @@ from braggflux.merge.indexing.refine import (
     seeded,
 )
 from braggflux.merge.io.observations import make_unmerged
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import build_problem
 
 HEXAGONAL = (50, 50, 60, 90, 90, 120)
@@ -150,7 +150,7 @@ def test_few_images_and_weak_spots(tmp_path):
 def trained(case, problem, masks, epochs=5):
     torch.manual_seed(0)
     table = problem.table.with_masks(masks.is_used, masks.is_seen)
-    merger = IntensityMerger(problem.unique, table, CONFIG)
+    merger = Merger(problem.unique, table, CONFIG)
     start(merger, table)
     fit(merger, table, CONFIG, epochs=epochs)
     return merger

@@ -13,7 +13,7 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import adopt, fit, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.problem import build_problem
 
@@ -79,7 +79,7 @@ def test_a_shadow_takes_reflections_away_and_spoils_none():
     config = IntensityMergeConfig(laue=True, epochs=40, n_spectrum_knots=4)
     problem = build_problem([data], config)
     torch.manual_seed(0)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     scaled = scaled_observations(merger, problem.table)

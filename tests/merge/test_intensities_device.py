@@ -15,11 +15,11 @@ from braggflux.merge.fit.held_out import log_likelihoods, predict
 from braggflux.merge.fit.newton import RowNewton
 from braggflux.merge.fit.training import fit, pool_trees, start
 from braggflux.merge.io.observations import make_unmerged
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import build_problem
 from braggflux.merge.stream.newton import RowFilter
-from braggflux.merge.stream.solve import solve_rows
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.solve import solve_amplitudes
+from braggflux.merge.stream.sums import ObservationSums
 from braggflux.pipelines.workspace.device import choose_device
 
 CELL = gemmi.UnitCell(30, 35, 40, 90, 90, 90)
@@ -59,7 +59,7 @@ CONFIGS = {
 def made(config):
     torch.manual_seed(0)
     p = problem(config)
-    merger = IntensityMerger(p.unique, p.table, config)
+    merger = Merger(p.unique, p.table, config)
     return merger, p.table
 
 
@@ -97,7 +97,9 @@ def test_training_makes_no_tensor_without_a_device(config):
             terms = merger.loss(table.batch(units[3:9]), merger.inference())
             (-terms.elbo).backward()
             rows.step(terms.information, terms.row_weight, 1.0)
-        solve_rows(merger, RowSums(merger, 0).add([(0, table.everything().to("cpu"))]))
+        solve_amplitudes(
+            merger, ObservationSums(merger, 0).add([(0, table.everything().to("cpu"))])
+        )
         predict(merger, table.to("cpu"), table.observations.is_used)
         log_likelihoods(merger, table, table.observations.is_used)
 

@@ -21,7 +21,7 @@ from braggflux.merge.fit.held_out_correlation import GRID, best_line, bounded_sc
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.likelihood.student_t import IntensityLikelihood
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.wilson import Wilson
@@ -44,7 +44,7 @@ def test_any_batches_add_up_to_the_full_batch(kind):
     table = problem.table
     masks = split(table, 0.1, config.stills, seed=3)
     table = table.with_masks(masks.is_used, masks.is_seen)
-    merger = IntensityMerger(problem.unique, table, config)
+    merger = Merger(problem.unique, table, config)
     merger.prior.couple()
     assert merger.prior.is_coupled == (kind == "paired")
     start(merger, table)
@@ -121,7 +121,7 @@ def test_width_of_a_coupled_pair_is_that_of_the_joint_normal(one_minus_r2):
     config = IntensityMergeConfig(prior="double-wilson")
     data, _, _ = simulated(np.random.default_rng(0), asu=asu)
     problem = build_problem([data, data], config, (None, 0))
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     prior, unique = merger.prior, problem.unique
     prior.couple()
     prior.one_minus_r2.fill_(one_minus_r2)
@@ -224,7 +224,7 @@ def test_sigma_shrinks_with_redundancy_and_truth_is_recovered():
         data, f, asu = simulated(np.random.default_rng(2), 20, n_per_image)
         problem = build_problem([data], config)
         torch.manual_seed(0)
-        merger = IntensityMerger(problem.unique, problem.table, config)
+        merger = Merger(problem.unique, problem.table, config)
         start(merger, problem.table)
         fit(merger, problem.table, config)
         rows = merged_rows(merger, problem.table, scaled_observations(merger, problem.table))
@@ -260,7 +260,7 @@ def test_an_image_that_was_never_trained_on_has_no_parameters_of_its_own():
     problem = build_problem([data], config)
     masks = split(problem.table, 0.1, True, seed=0)
     table = problem.table.with_masks(masks.is_used, masks.is_seen)
-    merger = IntensityMerger(problem.unique, table, config)
+    merger = Merger(problem.unique, table, config)
     start(merger, table)
     fit(merger, table, config)
     scale, o = merger.scale, table.observations

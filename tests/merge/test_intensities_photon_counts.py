@@ -24,7 +24,7 @@ from braggflux.merge.likelihood.photon_counts import (
     skew_factor,
 )
 from braggflux.merge.likelihood.student_t import IntensityLikelihood
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.problem import build_problem
 
@@ -157,7 +157,7 @@ def merged(data, asu, **changes):
     )
     problem = build_problem([data], config)
     torch.manual_seed(0)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     rows = merged_rows(merger, problem.table, scaled_observations(merger, problem.table))

@@ -19,7 +19,7 @@ from braggflux.merge.fit.sigma_a import (
     smooth,
 )
 from braggflux.merge.fit.training import fit, start
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.reference import Reference
@@ -205,7 +205,7 @@ def merged_with(c, model, noise, sigma_a2=None):
     if model is not None:
         f_calc = torch.full((len(problem.unique),), torch.nan, dtype=torch.float64)
         f_calc[own] = torch.as_tensor(model)
-    merger = IntensityMerger(problem.unique, problem.table, FAST, f_calc)
+    merger = Merger(problem.unique, problem.table, FAST, f_calc)
     start(merger, problem.table)
     fit(merger, problem.table, FAST)
     if model is not None:

@@ -14,12 +14,12 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
 from braggflux.merge.problem import build_problem
 from braggflux.merge.stream.batches import ObservationStream, joined
-from braggflux.merge.stream.solve import solve_rows
-from braggflux.merge.stream.sums import RowSums
+from braggflux.merge.stream.solve import solve_amplitudes
+from braggflux.merge.stream.sums import ObservationSums
 from braggflux.merge.stream.training import (
     all_batches,
     fit_stream,
@@ -70,7 +70,7 @@ def whole_table(stream):
 
 def started(stream, table):
     torch.manual_seed(0)
-    merger = IntensityMerger(stream.unique, table, CONFIG)
+    merger = Merger(stream.unique, table, CONFIG)
     start(merger, table)
     merger.set_counts(torch.as_tensor(stream.n_obs))
     return merger
@@ -159,7 +159,7 @@ def test_one_look_gives_the_amplitudes_of_the_full_elbo(stream):
         merger.log_spread_step += 0.5 * sigma / mean * torch.randn_like(mean)
     off = ((merger.inference().mean.detach() - mean) / sigma)[seen].abs().median()
     for _ in range(2):
-        solve_rows(merger, look_at_all(merger, stream, config))
+        solve_amplitudes(merger, look_at_all(merger, stream, config))
     got = merger.inference()
     z = ((got.mean.detach() - mean) / sigma)[seen].abs()
     assert off > 0.1
@@ -173,12 +173,12 @@ def test_less_than_a_pass_recovers_the_truth(simulation, stream):
     store, experiment = simulation
     config = replace(CONFIG, stream_training=len(store) * 3 // 4)
     torch.manual_seed(0)
-    merger = IntensityMerger(stream.unique, stream.sample, config)
+    merger = Merger(stream.unique, stream.sample, config)
     start(merger, stream.sample)
     steps = []
     fit_stream(merger, stream, config, lambda step, _: steps.append(step))
     assert 0.7 < len(steps) / stream.n_batches < 0.8
-    solve_rows(merger, RowSums(merger, 0).add(all_batches(stream, merger)))
+    solve_amplitudes(merger, ObservationSums(merger, 0).add(all_batches(stream, merger)))
     truth, asu = experiment.truth, stream.unique.asus[0]
     index, square = truth.expand()
     row = asu.refl_id(index)
@@ -197,10 +197,10 @@ def test_less_than_a_pass_recovers_the_truth(simulation, stream):
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, simulation):
     def merge(store):
         stream = ObservationStream([store], replace(CONFIG, stream_training=3000))
-        merger = IntensityMerger(stream.unique, stream.sample, CONFIG)
+        merger = Merger(stream.unique, stream.sample, CONFIG)
         start(merger, stream.sample)
         fit_stream(merger, stream, replace(CONFIG, stream_training=3000))
-        solve_rows(merger, look_at_all(merger, stream, CONFIG))
+        solve_amplitudes(merger, look_at_all(merger, stream, CONFIG))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
 
     write(tmp_path / "more.h5", 640)

@@ -13,7 +13,7 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.mates import confirmed_log_ratio
 from braggflux.merge.fit.training import fit, start
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import build_problem
 
 CONFIG = IntensityMergeConfig(anomalous=True, network_width=8, epochs=20, held_out=0.0)
@@ -40,7 +40,7 @@ def anomalous_problem(difference, n_images=40, seed=0, config=CONFIG):
 
 def fitted(problem, config=CONFIG):
     torch.manual_seed(0)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     return merger
@@ -48,7 +48,7 @@ def fitted(problem, config=CONFIG):
 
 def test_tied_mates_share_a_row_and_part_with_its_amplitude():
     problem, _ = anomalous_problem(0.1)
-    merger = IntensityMerger(problem.unique, problem.table, CONFIG)
+    merger = Merger(problem.unique, problem.table, CONFIG)
     start(merger, problem.table)
     merger.count(problem.table)
     joined = merger.joined
@@ -94,6 +94,6 @@ def test_differences_that_halves_confirm_are_known_and_noise_is_not():
 def test_merging_without_mates_ties_nothing():
     config = replace(CONFIG, anomalous=False)
     problem, _ = anomalous_problem(0.1, n_images=10, config=config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     assert not merger.has_mates
     assert torch.equal(merger.joined, torch.arange(len(merger.joined)))

@@ -14,7 +14,7 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.distributions.nakagami import Nakagami
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import fit, start
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior import registry
 from braggflux.merge.prior.base import PriorOver
 from braggflux.merge.prior.double_wilson import DoubleWilson
@@ -139,7 +139,7 @@ def test_a_merge_with_the_toy_prior_believes_it_as_far_as_the_data_allow():
         problem = build_problem([observe(c, noise, n_obs=4, flicker=0.0)], CONFIG)
         config = replace(CONFIG, prior="known-intensity")
         torch.manual_seed(0)
-        merger = IntensityMerger(problem.unique, problem.table, config)
+        merger = Merger(problem.unique, problem.table, config)
         start(merger, problem.table)
         elbo = [fit(merger, problem.table, config, epochs=n) for n in (60, 20)]
         assert np.isfinite(elbo).all()

@@ -14,7 +14,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import fit, start, start_amplitudes
 from braggflux.merge.io.observations import make_unmerged
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import FILE_NAME, load_scale, save_scale
 from braggflux.merge.problem import build_problem
 
@@ -56,7 +56,7 @@ def fitted(data, config, saved=None):
     torch.manual_seed(0)
     standard = None if saved is None else saved.standard
     problem = build_problem([data], config, standard=standard)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     if saved is None:
         start(merger, problem.table)
     else:
@@ -159,6 +159,6 @@ def test_what_does_not_fit_is_refused(dark, amplitude, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             load_scale(tmp_path / name)
-    other = IntensityMerger(fewer.unique, fewer.table, CONFIG)
+    other = Merger(fewer.unique, fewer.table, CONFIG)
     with pytest.raises(UserError, match="does not fit these data"):
         saved.load_into(other)

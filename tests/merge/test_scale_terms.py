@@ -14,7 +14,7 @@ from simulated_intensities import simulated
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.fit.training import fit, start
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import load_scale, save_scale
 from braggflux.merge.problem import build_problem
 from braggflux.merge.scale.model import ScaleModel
@@ -283,7 +283,7 @@ def test_a_new_term_is_a_class_and_a_line_in_the_registry(monkeypatch, tmp_path)
     config = IntensityMergeConfig(physical_scale=False, network_width=0, epochs=30)
     torch.manual_seed(0)
     problem = build_problem([data], config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     assert list(merger.scale.terms)[-1] == "tilt"
     start(merger, problem.table)
     fit(merger, problem.table, config)
@@ -294,7 +294,7 @@ def test_a_new_term_is_a_class_and_a_line_in_the_registry(monkeypatch, tmp_path)
     assert np.corrcoef(found[seen], true[seen])[0, 1] > 0.99
     # it is saved and used again like every other
     save_scale(tmp_path / "m.pt", merger, problem.table, config)
-    again = IntensityMerger(problem.unique, problem.table, config)
+    again = Merger(problem.unique, problem.table, config)
     load_scale(tmp_path / "m.pt").load_into(again)
     assert torch.equal(again.scale.terms["tilt"].slope, merger.scale.terms["tilt"].slope)
 

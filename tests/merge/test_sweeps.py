@@ -32,7 +32,7 @@ from braggflux.merge.io.sweep_columns import (
 from braggflux.merge.io.sweep_columns import (
     FRAME_WIDTH as WIDTH,
 )
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import load_scale, save_scale
 from braggflux.merge.problem import build_problem
 
@@ -67,7 +67,7 @@ def observed(experiment, *, zeta=1.0, name="a"):
 def fitted(data, config):
     torch.manual_seed(0)
     problem = build_problem(data, config)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     fit(merger, problem.table, config)
     return merger, problem
@@ -80,7 +80,7 @@ def sweep():
 
 def test_frame_scale_is_averaged_over_the_rocking_curve(sweep):
     problem = build_problem([observed(sweep, zeta=0.5)], IntensityMergeConfig(anomalous=True))
-    scale = IntensityMerger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
+    scale = Merger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
     rng = np.random.default_rng(0)
     gamma = rng.normal(size=sweep.n_frames)
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_batches_of_a_sweep_add_up_and_held_out_frames_are_interpolated(sweep):
     problem = build_problem([observed(sweep)], config)
     masks = split(problem.table, 0.1, False, seed=1)
     table = problem.table.with_masks(masks.is_used, masks.is_seen)
-    merger = IntensityMerger(problem.unique, table, config)
+    merger = Merger(problem.unique, table, config)
     start(merger, table)
     fit(merger, table, config)
     merger.requires_grad_(False)
@@ -165,7 +165,7 @@ def test_without_headers_the_scale_goes_by_batches(sweep, missing, caplog):
     assert found.frame_width_deg == pytest.approx((FRAME_WIDTH,), rel=0.02)
     frame = data.metadata[FRAME][problem.source]
     assert torch.equal(found.xyz_px[:, 2], torch.as_tensor(np.floor(frame) + 0.5))
-    scale = IntensityMerger(problem.unique, problem.table, config).scale
+    scale = Merger(problem.unique, problem.table, config).scale
     assert scale.network is None
     assert ("absorption" in scale.terms) == (missing == "columns")
     if missing == "columns":  # 200 degrees: five waves
@@ -175,7 +175,7 @@ def test_without_headers_the_scale_goes_by_batches(sweep, missing, caplog):
 def test_physical_scales_can_be_switched_off(sweep):
     config = IntensityMergeConfig(physical_scale=False)
     problem = build_problem([observed(sweep)], config)
-    scale = IntensityMerger(problem.unique, problem.table, config).scale
+    scale = Merger(problem.unique, problem.table, config).scale
     assert scale.frames is None
     assert scale.network is not None
 
@@ -188,7 +188,7 @@ def test_a_known_rocking_width_is_kept(sweep, known):
         if has_width:
             d.metadata[ROCKING] = width * FRAME_WIDTH
     problem = build_problem(data, IntensityMergeConfig())
-    frames = IntensityMerger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
+    frames = Merger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
     if not all(known):
         assert frames.log_mosaicity is not None
         assert problem.table.sweeps.rocking is None
@@ -247,7 +247,7 @@ def test_rotation_tells_sweeps_apart():
 def test_a_named_metadata_column_gets_a_network_beside_the_sweep(sweep):
     config = IntensityMergeConfig(metadata=("XDET",))
     problem = build_problem([observed(sweep)], config)
-    scale = IntensityMerger(problem.unique, problem.table, config).scale
+    scale = Merger(problem.unique, problem.table, config).scale
     assert scale.frames is not None
     assert scale.network is not None
     assert scale.network.embedding is None
@@ -371,7 +371,7 @@ def test_saved_scale_means_the_same_for_other_observations(sweep, tmp_path):
     part = data.select(rows)
     other = build_problem([part], config, standard=saved.standard)
     saved.check(other.table)
-    again = IntensityMerger(other.unique, other.table, config)
+    again = Merger(other.unique, other.table, config)
     saved.load_into(again)
     with torch.no_grad():
         whole = merger.scale(problem.table.everything()).log_k.numpy()
