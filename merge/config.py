@@ -43,8 +43,8 @@ class IntensityMergeConfig:
     # Spots above the level where sigma / I rises again, which only saturation explains: auto
     # leaves them out.
     overloads: Literal["auto", "keep"] = "auto"
-    # Distribution of the errors: studentt forgives outliers.
-    likelihood: Literal["studentt", "normal"] = "studentt"
+    # Distribution of the errors: studentt forgives outliers; normal.
+    likelihood: str = "studentt"
     # Degrees of freedom of Student's t; learned when null.
     dof: float | None = None
     # Photon counts where the input carries them: variance and skew of the expected count; false
@@ -119,6 +119,11 @@ class IntensityMergeConfig:
     seed: int = 0
     # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
     device: str = "auto"
+
+    @property
+    def has_alternatives(self) -> bool:
+        """Spots may be blank or stray."""
+        return self.alternatives == "on" or (self.alternatives == "auto" and self.laue)
 
     def __post_init__(self) -> None:
         """Check ranges."""

@@ -24,6 +24,7 @@ from braggflux.merge.data.harmonics import (
     log_laue_factor,
     single_terms,
 )
+from braggflux.merge.data.measurement import measurement_of, observed_sigma
 from braggflux.merge.data.metadata import features, measure_standard, metadata_columns
 from braggflux.merge.data.overloads import is_overloaded
 from braggflux.merge.data.pairing import paired_clusters
@@ -33,7 +34,6 @@ from braggflux.merge.data.table import Observations, ObservationTable, Terms
 from braggflux.merge.indexing.operators import Ambiguity, alternative_rows
 from braggflux.merge.io.observations import UnmergedData, check_one_crystal_form
 from braggflux.merge.io.sweep_columns import has_sweeps
-from braggflux.merge.likelihood.photon_counts import observed_sigma
 from braggflux.merge.rows import UniqueRows
 
 logger = logging.getLogger(__name__)
@@ -231,8 +231,7 @@ def _table(
     n = len(order)
     is_used = torch.ones(n, dtype=torch.bool)
     observations = Observations(
-        torch.as_tensor(intensity),
-        torch.as_tensor(sigma),
+        measurement_of(intensity, sigma, counted),
         torch.as_tensor(image),
         torch.as_tensor(c.dataset[order]),
         torch.as_tensor(unit),
@@ -240,7 +239,6 @@ def _table(
         is_used,
         is_used.clone(),
         torch.as_tensor(signal, dtype=torch.float32),
-        None if counted is None else torch.as_tensor(counted),
     )
     sums = harmonics(c, order, unique) if config.laue else single_terms(c, order)
     terms = _terms(c, order, sums, base, given, standard, config.laue and config.laue_lp)

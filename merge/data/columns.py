@@ -12,9 +12,9 @@ from braggflux.integrator.crystal.cell import inv_d2
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.grouping import MEMBER
+from braggflux.merge.data.measurement import counted_sigma
 from braggflux.merge.io.missing_values import POSITIONS
 from braggflux.merge.io.observations import UnmergedData
-from braggflux.merge.likelihood.photon_counts import counted_sigma
 from braggflux.merge.rows import UniqueRows
 
 Array = NDArray[np.float64]
@@ -48,7 +48,7 @@ class Columns:
     row : (N,)
         Unique reflection, -1 for none.
     photon_variance : (N,) or None
-        See :mod:`braggflux.merge.likelihood.photon_counts`.
+        See :mod:`braggflux.merge.data.measurement`.
     """
 
     miller_index: NDArray[np.int32]

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
+from braggflux.merge.data.measurement import PHOTON_VARIANCE
 from braggflux.merge.io.observations import (
     CrystalForm,
     UnmergedData,
@@ -25,7 +26,6 @@ from braggflux.merge.io.observations import (
 )
 from braggflux.merge.io.stores.observation_store import ObservationStore, StoreView
 from braggflux.merge.io.sweep_columns import SWEEP
-from braggflux.merge.likelihood.photon_counts import PHOTON_VARIANCE
 
 Array = NDArray[np.float64]
 

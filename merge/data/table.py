@@ -15,6 +15,7 @@ from torch import Tensor
 
 from braggflux.integrator.records import TensorRecord
 from braggflux.merge.data.feature_scaling import Standard
+from braggflux.merge.data.measurement import Measurement
 from braggflux.merge.data.sweeps import SweepTable
 
 MIN_BATCHES = 8
@@ -26,7 +27,7 @@ class Observations(TensorRecord):
 
     Parameters
     ----------
-    intensity, sigma : Tensor
+    measured : Measurement
         In units of the table's ``unit_intensity``.
     image : Tensor, int64
         Counted through all datasets.
@@ -38,12 +39,9 @@ class Observations(TensorRecord):
         The image encoder may look at it.
     signal : Tensor, (N, 2) float32
         What the encoder sees of the intensity.
-    photon_variance : Tensor or None
-        Of photon counts: see :mod:`braggflux.merge.likelihood.photon_counts`.
     """
 
-    intensity: Tensor
-    sigma: Tensor
+    measured: Measurement
     image: Tensor
     dataset: Tensor
     unit: Tensor
@@ -51,7 +49,16 @@ class Observations(TensorRecord):
     is_used: Tensor
     is_seen: Tensor
     signal: Tensor
-    photon_variance: Tensor | None = None
+
+    @property
+    def intensity(self) -> Tensor:
+        """Maximum-likelihood intensity, (N,)."""
+        return self.measured.mode
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation of the intensity as it was observed, (N,)."""
+        return self.measured.observed_variance.sqrt()
 
 
 @dataclass(frozen=True)
@@ -193,6 +200,22 @@ class ObservationTable:
         terms = Terms(**values | {"observation": position})
         return self._batch(self.observations[rows], terms, rows)
 
+    def rows(self, index: Tensor, measured: Measurement | None = None) -> Batch:
+        """Batch of any observations, (B,), each once; their ``measured`` may be another one.
+
+        Raises
+        ------
+        ValueError
+            Observations have clusters or harmonics, which only whole units keep together.
+        """
+        if self.has_clusters or self.has_harmonics:
+            raise ValueError("observations with clusters or harmonics are not taken one by one")
+        observations = self.observations[index]
+        if measured is not None:
+            observations = replace(observations, measured=measured)
+        number = torch.arange(len(index), device=index.device)
+        return self._batch(observations, replace(self.terms[index], observation=number), index)
+
     def unit_batches(self, batch_size: int | None, generator: torch.Generator) -> list[Tensor]:
         """Random units of at most about ``batch_size`` observations each; every unit once.
 
@@ -210,10 +233,8 @@ class ObservationTable:
 
     def with_masks(self, is_used: Tensor, is_seen: Tensor) -> ObservationTable:
         """Copy with other held-out observations."""
-        values = {f.name: getattr(self.observations, f.name) for f in fields(Observations)}
-        values |= {"is_used": is_used, "is_seen": is_seen}
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return ObservationTable(**own | {"observations": Observations(**values)})
+        observations = replace(self.observations, is_used=is_used, is_seen=is_seen)
+        return replace(self, observations=observations)
 
     def with_rows(self, row: Tensor, log_ratio: Tensor) -> ObservationTable:
         """Copy whose terms are of other unique reflections, times a known factor, (T,) each."""

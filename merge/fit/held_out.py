@@ -10,7 +10,7 @@ predicting one from the other would reward memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -108,9 +108,9 @@ def predictive_density(merger: Merger, batch: Batch) -> Tensor:
     shared = slope * width.shared[row]
     if batch.cluster is None:  # nobody shares it
         variance, shared = variance + shared**2, None
-    normal = merger.as_normal(batch, mean, torch.zeros_like(e.spread), variance)
-    residual, spread, variance = normal
-    return merger.likelihood(residual, e.common, spread, variance, batch.cluster, e.other, shared)
+    nothing = torch.zeros_like(e.spread)
+    e = replace(e, mean=mean, spread=nothing, variance=variance, shared=shared)
+    return merger.likelihood(batch, e)
 
 
 @torch.no_grad()
@@ -132,8 +132,8 @@ def observed_and_expected(merger: Merger, batch: Batch) -> NDArray:
     """Measured and expected intensities and, without clusters, log-densities, (3, N)."""
     e = merger.generative(batch, merger.inference())
     expected = e.mean
-    if e.other is not None:
-        expected = torch.sigmoid(-e.other.blank_log_odds) * expected
+    if e.alternatives is not None:
+        expected = torch.sigmoid(-e.alternatives.blank_log_odds) * expected
     density = torch.full_like(expected, torch.nan)
     if batch.cluster is None:
         density = predictive_density(merger, batch)

@@ -15,7 +15,9 @@ from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.fit.adam import Adam
 from braggflux.merge.fit.mates import confirmed_log_ratio
 from braggflux.merge.fit.newton import RowNewton
-from braggflux.merge.model.merger import Expectation, Merger
+from braggflux.merge.likelihood.expectation import Expectation
+from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.objective import elbo
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ def _merge_once(
     o = table.observations
     k = merger.scale(table.everything()).log_k[first].exp()
     value = o.intensity / k
-    variance = (o.sigma / k) ** 2 + (START_ERROR * expected) ** 2
+    variance = (o.measured.background_sigma / k) ** 2 + (START_ERROR * expected) ** 2
     variance = variance + (0.1 * START_ERROR * value.abs().median()) ** 2
     weight = o.is_used / (variance + (value - expected) ** 2 / START_DOF)
     n_rows = len(merger.group)
@@ -151,10 +153,11 @@ def adopt(
     unseen = (merger.n_obs == 0) & ~merger.prior.rows_with_relatives()
     doubted = _doubted(merger, batch, e)
     # an intensity that is not there says nothing of a doubted amplitude
-    chosen = unseen[row] | (doubted[row] & (o.intensity > 3 * o.sigma))
+    sigma = o.measured.background_sigma
+    chosen = unseen[row] | (doubted[row] & (o.intensity > 3 * sigma))
     value = o.intensity / e.scale
     # a wide q(F) would be doubted again: it expects no intensity in particular
-    weight = chosen / ((o.sigma / e.scale) ** 2 + (0.25 * START_ERROR * value) ** 2)
+    weight = chosen / ((sigma / e.scale) ** 2 + (0.25 * START_ERROR * value) ** 2)
     total = value.new_zeros(n_rows).index_add_(0, row, weight)
     mean = torch.zeros_like(total).index_add_(0, row, weight * value) / total.clamp_min(1e-30)
     noise = total.clamp_min(1e-30) ** -0.5
@@ -170,14 +173,7 @@ def _doubted(merger: Merger, batch: Batch, e: Expectation) -> Tensor:
     A row that was far off early in the fit may have lost all its observations to the alternatives;
     there no gradient leads back.
     """
-    share = merger.likelihood.share_of_spots(
-        batch.observations.intensity - e.mean,
-        e.common,
-        e.spread,
-        e.variance,
-        batch.cluster,
-        e.other,
-    )
+    share = merger.likelihood.share_of_spots(batch, e)
     own = torch.arange(len(merger.group), device=merger.device)
     group = merger.group if merger.prior.is_coupled else own
     believed = share.new_zeros(int(group.max()) + 1)
@@ -308,16 +304,17 @@ def _step(
 ) -> float:
     """Move scales and amplitudes by one batch; returns its part of the ELBO."""
     terms = merger.loss(batch, merger.inference())
+    value = elbo(terms)
     parameters = [merger.log_spread_step, merger.log_concentration]
     if optimizer is None:
-        (-terms.elbo).backward(inputs=parameters)
+        (-value).backward(inputs=parameters)
     else:
         set_rate(optimizer, share)
         optimizer.zero_grad()
-        (-terms.elbo).backward()
+        (-value).backward()
         optimizer.step()
     amplitudes.step(terms.information, terms.row_weight, DAMPING)
-    return float(terms.elbo.detach())
+    return float(value.detach())
 
 
 def make_optimizer(merger: Merger, config: IntensityMergeConfig) -> Adam:

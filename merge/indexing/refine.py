@@ -226,6 +226,6 @@ def image_log_likelihoods(merger: Merger, table: ObservationTable, rows: Tensor)
             spread=torch.zeros_like(e.spread),
             variance=e.variance + e.spread / left,
         )
-        density = merger.log_density(moved, e)
+        density = merger.likelihood(moved, e)
         score[:, a].index_add_(0, batch.image, density * scored)
     return score.cpu()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,58 +20,13 @@ from torch import Tensor, nn
 from braggflux.integrator.distributions.nakagami import Nakagami
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.likelihood.photon_counts import as_deviance, expected_sigma
-from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
+from braggflux.merge.likelihood.expectation import Expectation
+from braggflux.merge.likelihood.registry import build_likelihood
+from braggflux.merge.model.objective import MergeTerms
 from braggflux.merge.prior.registry import build_prior
 from braggflux.merge.rows import UniqueRows
 from braggflux.merge.scale.base import Scale
 from braggflux.merge.scale.registry import build_scale
-
-
-@dataclass(frozen=True)
-class Expectation:
-    """What the model expects of each observation, (N,).
-
-    Parameters
-    ----------
-    mean, spread : Tensor
-        Of K F^2 under q(F).
-    variance : Tensor
-        Error model's D.
-    scale : Tensor
-        K; with harmonics, ``mean`` over <F^2> of the first.
-    common : Tensor
-        Error that the observations of a cluster share.
-    other : NotTheSpot or None
-        What else may have been measured.
-    """
-
-    mean: Tensor
-    spread: Tensor
-    variance: Tensor
-    scale: Tensor
-    common: Tensor
-    other: NotTheSpot | None
-
-
-@dataclass(frozen=True)
-class MergeTerms:
-    """Terms of the ELBO of one batch [nats], summed with their weights.
-
-    ``information`` is the data's expected information of log <F^2> of each row and ``row_weight``
-    the weight of its divergence, (R,) each, without gradients.
-    """
-
-    log_likelihood: Tensor
-    kl_structure_factor: Tensor
-    scale_penalty: Tensor
-    information: Tensor
-    row_weight: Tensor
-
-    @property
-    def elbo(self) -> Tensor:
-        """The objective, higher is better."""
-        return self.log_likelihood - self.kl_structure_factor - self.scale_penalty
 
 
 class Merger(nn.Module):
@@ -98,13 +52,7 @@ class Merger(nn.Module):
         self.unique = unique
         self.prior = build_prior(unique, config, f_calc)
         self.scale = build_scale(table, config)
-        self.likelihood = IntensityLikelihood(
-            config.likelihood == "normal",
-            config.dof,
-            config.error_model,
-            table.has_clusters and config.error_model,
-            float(table.observations.sigma.median()),
-        )
+        self.likelihood = build_likelihood(table, config)
         self.register_buffer("group", torch.as_tensor(unique.group))
         self.register_buffer("joined", torch.as_tensor(unique.joined), persistent=False)
         self.has_mates = bool((unique.joined != np.arange(len(unique))).any())
@@ -228,16 +176,10 @@ class Merger(nn.Module):
             mean = mean.new_zeros(n).index_add(0, into, mean)
             spread = spread.new_zeros(n).index_add(0, into, spread)
             row = batch.first_rows
-        o = batch.observations
-        sigma = o.sigma
-        if o.photon_variance is not None:
-            sigma = expected_sigma(mean, o.sigma, o.photon_variance)
-        variance = self.likelihood.variance(sigma, mean, known.relative_error)
-        common = self.likelihood.common(mean, known.log_common)
-        scale = mean / q.spread[row]
-        usual = scale.detach() * self.prior.spread().detach()[row]
-        other = NotTheSpot.of(o.intensity, o.sigma, known.blank_log_odds, usual)
-        return Expectation(mean, spread, variance, scale, common, other)
+        k = mean / q.spread[row]
+        usual = k.detach() * self.prior.spread().detach()[row]
+        measured = batch.observations.measured
+        return self.likelihood.expectation(measured, mean, spread, k, known, usual)
 
     def loss(self, batch: Batch, q: Nakagami, with_prior: bool = True) -> MergeTerms:
         """Terms of the ELBO that this batch contributes.
@@ -247,7 +189,7 @@ class Merger(nn.Module):
         """
         used = batch.observations.is_used
         e = self.generative(batch, q)
-        log_density = self.log_density(batch, e)
+        log_density = self.likelihood(batch, e)
         if batch.cluster is not None:  # a cluster is used or held out as a whole
             used = used.new_zeros(len(log_density)).index_put((batch.cluster,), used)
         rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
@@ -266,29 +208,7 @@ class Merger(nn.Module):
     @torch.no_grad()
     def _information(self, batch: Batch, e: Expectation) -> Tensor:
         """Sum of w m^2 / D over the used observations of each row, (R,)."""
-        o = batch.observations
-        residual = o.intensity - e.mean
-        robust = self.likelihood.weight(residual, e.variance)
-        robust = robust * self.likelihood.share_of_spots(
-            residual, e.common, e.spread, e.variance, batch.cluster, e.other
-        )
-        term = o.is_used * robust * e.mean**2 / e.variance
+        robust = self.likelihood.weight(batch, e) * self.likelihood.share_of_spots(batch, e)
+        term = batch.observations.is_used * robust * e.mean**2 / e.variance
         rows = batch.first_rows
         return term.new_zeros(len(self.group)).index_add_(0, rows, term)
-
-    def log_density(self, batch: Batch, e: Expectation) -> Tensor:
-        """Bound the log-density of each cluster (or observation), (C,)."""
-        residual, spread, variance = self.as_normal(batch, e.mean, e.spread, e.variance)
-        return self.likelihood(residual, e.common, spread, variance, batch.cluster, e.other)
-
-    def as_normal(
-        self, batch: Batch, mean: Tensor, spread: Tensor, variance: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Residual, spread and variance for the likelihood, (N,) each.
-
-        Of photon counts they are those that give the shifted Poisson.
-        """
-        o = batch.observations
-        if o.photon_variance is None:
-            return o.intensity - mean, spread, variance
-        return as_deviance(o.intensity, mean, spread, variance, o.sigma, o.photon_variance)

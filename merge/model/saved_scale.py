@@ -57,8 +57,6 @@ class SavedScale:
         Of :class:`IntensityMergeConfig`, without :data:`FREE`.
     standard : Standard
     images_of_dataset : tuple of int
-    error_units : dict
-        Attributes of the likelihood that are no parameters.
     state : dict of str to Tensor
     """
 
@@ -66,7 +64,6 @@ class SavedScale:
     settings: dict[str, Any]
     standard: Standard
     images_of_dataset: tuple[int, ...]
-    error_units: dict[str, Any]
     state: dict[str, Tensor]
 
     def configured(self, config: IntensityMergeConfig) -> IntensityMergeConfig:
@@ -135,8 +132,6 @@ class SavedScale:
                 "again, without --freeze-scales"
             ) from error
         merger.scale.restore()
-        for name, value in self.error_units.items():
-            setattr(merger.likelihood, name, value)
 
 
 def save_scale(
@@ -158,17 +153,12 @@ def save_scale(
         for k, v in getattr(merger, part).state_dict().items()
         if not (config.stills and f"{part}.{k}" == OF_STILLS)
     }
-    likelihood = merger.likelihood
     content = {
         "format": FORMAT,
         "version": VERSION,
         "settings": {k: v for k, v in asdict(config).items() if k not in FREE},
         "standard": table.standard.mapping,
         "images_of_dataset": list(table.images_of_dataset),
-        "error_units": {
-            "sigma_unit": likelihood.sigma_unit,
-            "has_common_error": likelihood.has_common_error,
-        },
         "state": state,
     }
     with replacing(path) as temporary:
@@ -212,7 +202,6 @@ def load_scale(path: Path) -> SavedScale:
         content["settings"],
         Standard.of(content["standard"]),
         tuple(content["images_of_dataset"]),
-        content["error_units"],
         content["state"],
     )
 

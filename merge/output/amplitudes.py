@@ -70,19 +70,13 @@ def scaled_observations(merger: Merger, table: ObservationTable) -> ScaledObserv
     """
     batch = table.everything()
     e = merger.generative(batch, merger.inference())
-    residual = batch.observations.intensity - e.mean
-    variance = e.variance
-    variance = variance + e.common**2
-    weight = merger.likelihood.weight(residual, variance)
-    share = merger.likelihood.share_of_spots(
-        residual, e.common, e.spread, e.variance, batch.cluster, e.other
-    )
-    weight = weight * share.clamp_min(1e-9)
+    share = merger.likelihood.share_of_spots(batch, e)
+    weight = merger.likelihood.weight(batch, e.alone) * share.clamp_min(1e-9)
     unit = table.unit_intensity
     return ScaledObservations(
         batch.first_rows,
         batch.observations.intensity / e.scale * unit,
-        variance / weight / e.scale**2 * unit**2,
+        e.alone.variance / weight / e.scale**2 * unit**2,
         share > 0.5,
     )
 

@@ -64,7 +64,7 @@ def odd_images(merger: Merger, table: ObservationTable, is_still: bool) -> OddIm
     starts = np.flatnonzero(np.diff(image[order], prepend=-1))
     known = batch.of_first_terms(batch.terms.base_log_scale)
     log_scale = (e.scale.log() - known).numpy()
-    chi2 = ((o.intensity - e.mean) ** 2 / (e.variance + e.common**2)).numpy() / MEDIAN_CHI2
+    chi2 = ((o.intensity - e.mean) ** 2 / e.alone.variance).numpy() / MEDIAN_CHI2
     enough = np.diff(np.append(starts, len(order))) >= MIN_OBSERVATIONS
     misfit = np.array([np.median(part) for part in np.split(chi2[order], starts[1:])])
     usual = max(LEAST_MISFIT, N_TIMES * float(np.median(misfit)))

@@ -58,9 +58,7 @@ class MetadataNetwork(nn.Module):
         # A still's partiality, and at low angle a Laue spot's wavelength, are uncertain: the error
         # depends on where the reflection lies. A sweep has no such error.
         self.has_relative = config.stills or config.laue
-        self.has_blanks = config.alternatives == "on" or (
-            config.alternatives == "auto" and config.laue
-        )
+        self.has_blanks = config.has_alternatives
         self.has_common = self.has_relative and table.has_clusters and config.error_model
         n_out = 1 + self.has_relative + self.has_blanks + self.has_common
         self.network = ResidualNetwork(n_features + size, width, depth, n_out)

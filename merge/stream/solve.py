@@ -17,6 +17,7 @@ import torch
 
 from braggflux.merge.fit.newton import RowNewton
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.objective import MergeTerms, elbo
 from braggflux.merge.stream.sums import ObservationSums
 
 N_STEPS = 40
@@ -44,7 +45,8 @@ def solve_amplitudes(merger: Merger, sums: ObservationSums) -> None:
     for _ in range(N_STEPS):
         q = merger.inference()
         square = (q.spread - target) ** 2 + q.spread**2 / q.concentration
-        loss = 0.5 * (precision * square).sum() + merger.prior.kl(q).sum()
-        loss.backward(inputs=parameters)
+        log_likelihood, kl = -0.5 * (precision * square).sum(), merger.prior.kl(q).sum()
+        terms = MergeTerms(log_likelihood, kl, torch.zeros_like(kl), information, weight)
+        (-elbo(terms)).backward(inputs=parameters)
         newton.move(precision * q.spread.detach() ** 2, weight, DAMPING)
     merger.information = precision * merger.inference().spread.detach() ** 2

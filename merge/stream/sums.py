@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from braggflux.merge.data.table import Batch
-from braggflux.merge.likelihood.student_t import NotTheSpot
 from braggflux.merge.model.merger import Merger
 
 COLUMNS = ("n", "weight", "weighted", "intensity", "deviation", "slope", "information")
@@ -79,19 +78,15 @@ class ObservationSums:
             known = self.merger.scale(batch)
             scale = known.log_k.exp()
             mean = scale * self.spread[row]
-            spread, alone = mean**2 / self.concentration[row], torch.zeros_like(mean)
-            usual = scale * self.usual[row]
-            other = NotTheSpot.of(o.intensity, o.sigma, known.blank_log_odds, usual)
+            spread, usual = mean**2 / self.concentration[row], scale * self.usual[row]
         mean.requires_grad_()
         with torch.enable_grad():
-            variance = likelihood.variance(o.sigma, mean, known.relative_error)
-            density = likelihood(o.intensity - mean, alone, spread, variance, None, other)
-            (slope,) = torch.autograd.grad(density.sum(), mean)
+            expected = likelihood.expectation(o.measured, mean, spread, scale, known, usual)
+            (slope,) = torch.autograd.grad(likelihood(batch, expected).sum(), mean)
         with torch.no_grad():
-            mean, variance = mean.detach(), variance.detach()
-            residual = o.intensity - mean
-            share = likelihood.share_of_spots(residual, alone, spread, variance, None, other)
-            robust = likelihood.weight(residual, variance) * share
+            mean, variance = mean.detach(), expected.variance.detach()
+            share = likelihood.share_of_spots(batch, expected)
+            robust = likelihood.weight(batch, expected) * share
             is_spot = (share > 0.5).double()
             value, weight = o.intensity / scale, is_spot * robust / variance * scale**2
             return [

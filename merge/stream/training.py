@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from braggflux.merge.data.table import Batch
 from braggflux.merge.fit.held_out import Prediction, observed_and_expected
 from braggflux.merge.fit.training import Observer, make_optimizer, set_rate
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.objective import elbo
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.newton import RowFilter
 from braggflux.merge.stream.prefetch import read_ahead
@@ -69,10 +71,10 @@ def fit_stream(
         pending = [
             p + t for p, t in zip(pending, (terms.information, terms.row_weight), strict=True)
         ]
-        loss = -terms.elbo
         if is_row_step:
-            loss = loss + (pending[1] * merger.prior.kl(q)).sum()
-        loss.backward()
+            divergence = (pending[1] * merger.prior.kl(q)).sum()
+            terms = replace(terms, kl_structure_factor=divergence)
+        (-elbo(terms)).backward()
         set_rate(optimizer, step / n_steps)
         optimizer.step()
         if is_row_step:

@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import IntensityMergeConfig
-from braggflux.merge.data.same_photons import SAME_PHOTONS, residual_over_noise
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.steps import Steps
 from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.merged_table import MergedTable
 from braggflux.merge.output.odd_images import odd_images
+from braggflux.merge.output.same_photons import SAME_PHOTONS, residual_over_noise
 from braggflux.merge.prior.reference import Reference
 
 logger = logging.getLogger(__name__)

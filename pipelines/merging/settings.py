@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.measurement import PHOTON_VARIANCE
 from braggflux.merge.io.observations import UnmergedData
-from braggflux.merge.likelihood.photon_counts import PHOTON_VARIANCE
+from braggflux.merge.likelihood.registry import likelihood_class
 from braggflux.merge.problem import MergeProblem
 from braggflux.pipelines.config.idle_options import Rule, say_idle
 
@@ -115,8 +116,9 @@ def settled(
     Raises
     ------
     UserError
-        Parents or r are given together with Wilson's prior.
+        Parents or r are given together with Wilson's prior, or an unknown likelihood.
     """
+    likelihood_class(config.likelihood)
     has_parents = any(parent is not None for parent in parents or ())
     asked = ["--parents"] * has_parents + ["--correlation"] * (config.correlation is not None)
     if config.prior == "wilson" and asked:

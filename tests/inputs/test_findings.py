@@ -10,9 +10,9 @@ import pytest
 from simulated_unmerged import write_mtz
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.data.same_photons import SAME_PHOTONS, residual_over_noise
 from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
 from braggflux.merge.output.odd_images import against_neighbours
+from braggflux.merge.output.same_photons import SAME_PHOTONS, residual_over_noise
 from braggflux.pipelines import cli
 
 CELL = gemmi.UnitCell(60, 60, 60, 90, 90, 120)

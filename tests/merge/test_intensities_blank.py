@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import gemmi
 import numpy as np
 import pytest
@@ -10,12 +13,17 @@ from scipy import stats
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.measurement import GaussianMeasurement
 from braggflux.merge.fit.training import adopt, fit, start
 from braggflux.merge.io.observations import make_unmerged
-from braggflux.merge.likelihood.student_t import IntensityLikelihood, NotTheSpot
+from braggflux.merge.likelihood.alternatives import WithAlternatives
+from braggflux.merge.likelihood.common_error import CommonError
+from braggflux.merge.likelihood.error_model import ErrorModel
+from braggflux.merge.likelihood.student_t import StudentT
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.problem import build_problem
+from braggflux.merge.scale.base import Scale
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
@@ -26,17 +34,21 @@ def test_density_is_a_mixture_and_the_spots_of_a_cluster_are_blank_together():
     intensity, expected = rng.normal(5, 3, 3), rng.uniform(4, 6, 3)
     sigma, variance = rng.uniform(0.5, 2, 3), rng.uniform(1, 3, 3)
     log_odds = np.array([-1.0, -0.4, 0.3])
-    model = IntensityLikelihood(False, 5.0, True, True, 1.0)
+    model = WithAlternatives(StudentT(ErrorModel(True, 1.0), CommonError(True), 5.0))
     s2 = model.error_parameters["common_error"] ** 2
     tensor = torch.as_tensor
     usual = rng.uniform(2, 9, 3)
-    blank = NotTheSpot.of(*(tensor(x) for x in (intensity, sigma, log_odds, usual)))
     odds_stray = float(model.stray_log_odds.detach().exp())
     cluster = torch.tensor([0, 0, 1])
-    s = s2**0.5 * expected
-    given = [tensor(x) for x in (intensity - expected, s, np.zeros(3), variance)]
-    density = model(*given, cluster, blank).detach().numpy()
-    share = model.share_of_spots(*given, cluster, blank).numpy()
+    measured = GaussianMeasurement(tensor(intensity), tensor(sigma))
+    batch = SimpleNamespace(observations=SimpleNamespace(measured=measured), cluster=cluster)
+    nothing = torch.zeros(3, dtype=torch.float64)
+    given = measured, tensor(expected), nothing, nothing
+    place = Scale(nothing, blank_log_odds=tensor(log_odds))
+    e = model.expectation(*given, place, tensor(usual))
+    e = replace(e, variance=tensor(variance))
+    density = model(batch, e).detach().numpy()
+    share = model.share_of_spots(batch, e).numpy()
     for c, rows in ((0, [0, 1]), (1, [2])):
         shape = np.diag(variance[rows]) + s2 * np.outer(expected[rows], expected[rows])
         spot = stats.multivariate_t(shape=shape, df=5.0).pdf(intensity[rows] - expected[rows])
@@ -47,7 +59,10 @@ def test_density_is_a_mixture_and_the_spots_of_a_cluster_are_blank_together():
         wanted = np.log(total / (1 + odds + odds_stray))
         assert density[c] == pytest.approx(wanted, rel=1e-10)
         np.testing.assert_allclose(share[rows], spot / total, rtol=1e-10)
-    assert NotTheSpot.of(tensor(intensity), tensor(sigma), None, tensor(usual)) is None
+    # without odds every observation is its spot
+    e = replace(model.expectation(*given, Scale(nothing), tensor(usual)), variance=e.variance)
+    np.testing.assert_array_equal(model.share_of_spots(batch, e), 1.0)
+    torch.testing.assert_close(model(batch, e), model.spots(batch, e), rtol=0, atol=0)
 
 
 def test_a_shadow_takes_reflections_away_and_spoils_none():

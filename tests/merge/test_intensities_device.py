@@ -16,6 +16,7 @@ from braggflux.merge.fit.newton import RowNewton
 from braggflux.merge.fit.training import fit, pool_trees, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.objective import elbo
 from braggflux.merge.problem import build_problem
 from braggflux.merge.stream.newton import RowFilter
 from braggflux.merge.stream.solve import solve_amplitudes
@@ -95,7 +96,7 @@ def test_training_makes_no_tensor_without_a_device(config):
         pool_trees(merger)
         for rows in (RowNewton(merger), RowFilter(merger)):
             terms = merger.loss(table.batch(units[3:9]), merger.inference())
-            (-terms.elbo).backward()
+            (-elbo(terms)).backward()
             rows.step(terms.information, terms.row_weight, 1.0)
         solve_amplitudes(
             merger, ObservationSums(merger, 0).add([(0, table.everything().to("cpu"))])

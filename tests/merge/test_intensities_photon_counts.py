@@ -1,4 +1,4 @@
-"""Photon-count likelihood of the intensity merge against the exact shifted Poisson."""
+"""Merging photon counts: weak intensities without bias."""
 
 from __future__ import annotations
 
@@ -6,108 +6,18 @@ from dataclasses import replace
 
 import gemmi
 import numpy as np
-import pytest
 import torch
-from scipy import integrate
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.integrator.distributions.nakagami import Nakagami
-from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.data.measurement import PHOTON_VARIANCE, counted_sigma
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import make_unmerged
-from braggflux.merge.likelihood.photon_counts import (
-    PHOTON_VARIANCE,
-    as_deviance,
-    counted_sigma,
-    expected_sigma,
-    skew_factor,
-)
-from braggflux.merge.likelihood.student_t import IntensityLikelihood
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.problem import build_problem
 
 CELL, SPACE_GROUP = gemmi.UnitCell(40, 50, 60, 90, 90, 90), gemmi.SpaceGroup("P 21 21 21")
-
-
-def f64(values):
-    return torch.as_tensor(np.asarray(values, dtype=float))
-
-
-def test_skew_factor_by_its_definition():
-    delta = torch.tensor(
-        [-1.0, -0.9, -0.03, -0.019, -1e-9, 0.0, 1e-6, 0.019, 0.03, 2.0, 50.0]
-    ).double()
-    x = delta.numpy()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wanted = np.where(np.abs(x) < 1e-4, 1 - x / 3, 2 * (np.log1p(x) * (1 + x) - x) / x**2)
-    wanted[0] = 2.0
-    np.testing.assert_allclose(skew_factor(delta), wanted, rtol=1e-9)
-    delta = delta[1:].requires_grad_()
-    assert torch.autograd.gradcheck(skew_factor, delta)
-
-
-def counts(rng, n):
-    """Counts, backgrounds, exposures; some without a photon."""
-    beta, t = rng.uniform(0.2, 30, n), rng.uniform(0.3, 1.0, n)
-    true = rng.exponential(8.0, n)
-    a = rng.poisson(t * (true + beta)).astype(float)
-    a[:3] = 0.0
-    return true, f64(a), f64(beta), f64(t)
-
-
-def density(a, beta, t, mean, spread, is_normal=True):
-    """The merge's log-density of the maximum, without an error model."""
-    model = IntensityLikelihood(is_normal, 8.0, False, False, 1.0)
-    intensity, sigma, share = a / t - beta, (beta / t).sqrt(), 1 / t
-    variance = model.variance(expected_sigma(mean, sigma, share), mean, None)
-    residual, spread, variance = as_deviance(intensity, mean, spread, variance, sigma, share)
-    return model(residual, mean, spread, variance, None)
-
-
-def test_it_is_the_shifted_poisson():
-    rng = np.random.default_rng(0)
-    true, a, beta, t = counts(rng, 200)
-    exact = ShiftedPoisson(a, beta, t)
-    mean = f64(true * rng.uniform(0.2, 3, 200)).requires_grad_()
-    given = density(a, beta, t, mean, torch.zeros_like(mean))
-    wanted = exact.log_prob(mean) - exact.log_maximum
-    wanted = wanted - 0.5 * torch.log(2 * torch.pi * exact.observed_variance)
-    torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
-    slopes = [torch.autograd.grad(x.sum(), mean, retain_graph=True)[0] for x in (given, wanted)]
-    torch.testing.assert_close(*slopes, rtol=1e-7, atol=1e-9)
-
-
-def test_mean_under_q_against_quadrature():
-    """Second order: good where q is narrow, a few hundredths of a nat where it is Wilson's."""
-    rng = np.random.default_rng(1)
-    for k, tolerance in ((50.0, 0.01), (4.0, 0.1)):
-        for _ in range(6):
-            _, a, beta, t = counts(rng, 4)
-            a, beta, t = a[3:], beta[3:], t[3:]
-            m = float(rng.exponential(8.0)) + 0.5
-            exact = ShiftedPoisson(a, beta, t)
-            q = Nakagami(f64([k]), f64([m]))
-
-            def integrand(f, exact=exact, q=q):
-                value = f64([f])
-                log_l = exact.log_prob(value**2) - exact.log_maximum
-                return float(q.log_prob(value).exp() * log_l)
-
-            wanted, _ = integrate.quad(integrand, 1e-9, 6 * m**0.5, limit=200)
-            given = density(a, beta, t, f64([m]), f64([m**2 / k]))
-            given = float(given + 0.5 * torch.log(2 * torch.pi * exact.observed_variance))
-            assert given == pytest.approx(wanted, abs=tolerance * (1 + 0.1 * abs(wanted)))
-
-
-def test_what_is_no_count_stays_as_it_is():
-    rng = np.random.default_rng(0)
-    i, m, v, d, s = (f64(rng.uniform(1, 5, 20)) for _ in range(5))
-    changed = as_deviance(i, m, v, d, s, torch.zeros(20).double())
-    for got, wanted in zip(changed, (i - m, v, d), strict=True):
-        torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(expected_sigma(m, s, torch.zeros(20).double()), s)
 
 
 WEAK, BACKGROUND = 1.5, 2.0  # photons

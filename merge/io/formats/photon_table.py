@@ -13,11 +13,11 @@ from braggflux.integrator.io.dials import read_experiments
 from braggflux.integrator.io.dials.sweeps import describe_experiment, sweeps_of
 from braggflux.integrator.io.intensity_file import read_experiment_records, read_intensities
 from braggflux.integrator.types import Flag
+from braggflux.merge.data.measurement import PHOTON_VARIANCE
 from braggflux.merge.io.dataset_split import cell_groups, check_one_form, split_by_sweep
 from braggflux.merge.io.formats.unmerged_mtz import BATCH_STEP
 from braggflux.merge.io.observations import UnmergedData, make_unmerged, typical_cell
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, SWEEP, ZETA
-from braggflux.merge.likelihood.photon_counts import PHOTON_VARIANCE
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def read_photon_table(
 
     Intensities are maximum-likelihood photons (before Lorentz and polarization factors), sigmas
     those of their background, and the metadata ``photon_variance`` what each expected photon adds:
-    :mod:`braggflux.merge.likelihood.photon_counts`. Other metadata: ``BATCH XDET YDET ROT LP`` and
+    :mod:`braggflux.merge.data.measurement`. Other metadata: ``BATCH XDET YDET ROT LP`` and
     :data:`~braggflux.merge.io.sweep_columns.SWEEP_COLUMNS` with
     :data:`~braggflux.merge.io.sweep_columns.ROCKING`.
 
