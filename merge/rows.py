@@ -61,9 +61,10 @@ class UniqueRows:
             rows = slice(self.first[k], self.first[k + 1])
             is_minus = asu.friedel_sign < 0
             self.joined[rows][is_minus] = asu.friedel_mate[is_minus] + self.first[k]
-            if parents[k] is not None:
-                found = asus[parents[k]].refl_id(asu.miller_index)
-                self.parent[rows] = np.where(found >= 0, found + self.first[parents[k]], -1)
+            above = parents[k]
+            if above is not None:
+                found = asus[above].refl_id(asu.miller_index)
+                self.parent[rows] = np.where(found >= 0, found + self.first[above], -1)
             elif couple_mates:
                 self.parent[rows] = np.where(is_minus, asu.friedel_mate + self.first[k], -1)
         self.depth, root = self._climb()
@@ -111,7 +112,8 @@ def check_parents(parents: Sequence[int | None], n_datasets: int) -> list[int | 
                 f"--parents {given}: dataset {parent} does not exist; "
                 f"allowed are none and 0 to {n_datasets - 1}"
             )
-        seen, step = set(), child
+        seen: set[int] = set()
+        step: int | None = child
         while step is not None:
             if step in seen:
                 raise UserError(

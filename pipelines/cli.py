@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"braggflux.pipelines.commands.{name}")
         command = commands.add_parser(
             name,
-            help=module.__doc__.splitlines()[0],
+            help=(module.__doc__ or "").partition("\n")[0],
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -10,6 +10,8 @@ count without background.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
@@ -75,7 +77,7 @@ class Nakagami(Distribution):
             - rate * value**2
         )
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparameterised samples through torch's implicit Gamma gradients."""
         shape = self._extended_shape(torch.Size(sample_shape))
         k = self.concentration.expand(shape)
@@ -119,7 +121,6 @@ def _half_moment_ratio(k: Tensor) -> Tensor:
     return torch.where(k > 30, series, exact)
 
 
-@register_kl(Nakagami, Nakagami)
 def _kl_nakagami(q: Nakagami, p: Nakagami) -> Tensor:
     """Divergence of the squares: it does not change under F -> F^2."""
     k, k0 = q.concentration, p.concentration
@@ -131,3 +132,6 @@ def _kl_nakagami(q: Nakagami, p: Nakagami) -> Tensor:
         + k0 * (rate.log() - rate0.log())
         + k * (rate0 / rate - 1)
     )
+
+
+register_kl(Nakagami, Nakagami)(_kl_nakagami)

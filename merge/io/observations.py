@@ -229,9 +229,17 @@ def _why_unusable(source: str, intensity: Array, sigma: Array) -> str:
 class CrystalForm(Protocol):
     """What tells crystal forms apart: of observations in memory or on disk."""
 
-    name: str
-    cell: gemmi.UnitCell
-    space_group: gemmi.SpaceGroup
+    @property
+    def name(self) -> str:
+        """Of the dataset, for messages."""
+
+    @property
+    def cell(self) -> gemmi.UnitCell:
+        """Typical of its images."""
+
+    @property
+    def space_group(self) -> gemmi.SpaceGroup:
+        """Of the crystal."""
 
 
 def check_one_crystal_form(

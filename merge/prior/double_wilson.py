@@ -49,6 +49,13 @@ class DoubleWilson(PriorOver):
         Resolution shells of r, equally many rows each.
     """
 
+    is_centric: Tensor
+    child: Tensor
+    parent: Tensor
+    shell: Tensor
+    shell_inv_d2: Tensor
+    one_minus_r2: Tensor
+
     def __init__(self, below: AmplitudePrior, rows: UniqueRows, n_shells: int) -> None:
         super().__init__(below)
         self.register_buffer("is_centric", torch.as_tensor(rows.is_centric))

@@ -42,6 +42,13 @@ class Reference(PriorOver):
         Resolution shells of sigma_A^2, which is linear in 1/d^2 between their centres.
     """
 
+    design: Tensor
+    shell: Tensor
+    is_centric: Tensor
+    e_calc: Tensor
+    rows: Tensor
+    sigma_a2: Tensor
+
     def __init__(self, below: AmplitudePrior, f_calc: Tensor, n_shells: int) -> None:
         super().__init__(below)
         wilson = below.part(Wilson)

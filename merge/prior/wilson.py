@@ -39,6 +39,14 @@ class Wilson(AmplitudePrior):
         Unit tensors B that ``tensor_design`` is of, Cartesian.
     """
 
+    epsilon: Tensor
+    is_centric: Tensor
+    inv_d2: Tensor
+    knots: Tensor
+    design: Tensor
+    tensors: Tensor
+    tensor_design: Tensor
+
     def __init__(
         self,
         inv_d2: Tensor,

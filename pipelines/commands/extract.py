@@ -40,13 +40,13 @@ def run(args: argparse.Namespace) -> None:
     """Check the input and extract."""
     fixed = {"expt": str(args.expt), "refl": str(args.refl)}
     config = config_from_args(RunConfig, args, FLAGS, fixed)
-    config.require("expt", "refl")
+    expt, refl = config.require("expt", "refl")
 
     from braggflux.pipelines.integration.checks import check_pair
     from braggflux.pipelines.integration.extraction import extract
     from braggflux.pipelines.workspace.outputs import require_free_file
 
     require_free_file(args.out)
-    check_pair(config.expt, config.refl)
+    check_pair(expt, refl)
     extract(config, args.out)
     logger.info("wrote %s", args.out)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def neighbour_distance(xyz: Array) -> Array:
     return cKDTree(points).query(points, k=2)[0][:, 1]
 
 
-def _measured(hkl: NDArray, xyz: Array, table: ReflectionTable, kind: str) -> Measured:
+def _measured(hkl: NDArray[Any], xyz: Array, table: ReflectionTable, kind: str) -> Measured:
     bit = DialsFlag.INTEGRATED_PRF if kind == "prf" else DialsFlag.INTEGRATED_SUM
     value, variance = (table[f"intensity.{kind}.{k}"] for k in ("value", "variance"))
     chosen = np.flatnonzero(table.has_flag(bit) & (variance > 0))

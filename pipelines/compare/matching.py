@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
@@ -16,7 +18,12 @@ _KEY_SPACING = 1.0e5
 
 
 def match_observations(
-    miller_a: NDArray, xyz_a: Array, miller_b: NDArray, xyz_b: Array, *, sweeps=(None, None)
+    miller_a: NDArray[Any],
+    xyz_a: Array,
+    miller_b: NDArray[Any],
+    xyz_b: Array,
+    *,
+    sweeps: tuple[NDArray[Any] | None, NDArray[Any] | None] = (None, None),
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Pair rows of two tables.
 
@@ -46,7 +53,7 @@ def match_observations(
     return rows_a, nearest[rows_a]
 
 
-def _points(miller: NDArray, xyz: Array, sweep: NDArray | None) -> Array:
+def _points(miller: NDArray[Any], xyz: Array, sweep: NDArray[Any] | None) -> Array:
     keys = [np.asarray(miller, float)]
     if sweep is not None:
         keys.append(np.asarray(sweep, float)[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -133,7 +134,7 @@ def _common(files: list[MergedMtz]) -> list[NDArray[np.int64]]:
     return [np.array([r[h] for h in shared], dtype=np.int64) for r in rows]
 
 
-def _shells(file: MergedMtz, hkl: NDArray) -> Iterable[tuple[str, NDArray[np.bool_]]]:
+def _shells(file: MergedMtz, hkl: NDArray[Any]) -> Iterable[tuple[str, NDArray[np.bool_]]]:
     d = file.cell.calculate_d_array(hkl)
     for high, low in pairwise(SHELL_EDGES):
         q = (d <= high) & (d > low)
@@ -142,7 +143,7 @@ def _shells(file: MergedMtz, hkl: NDArray) -> Iterable[tuple[str, NDArray[np.boo
     yield "all", np.ones(len(d), bool)
 
 
-def _is_centric(file: MergedMtz, hkl: NDArray) -> NDArray[np.bool_]:
+def _is_centric(file: MergedMtz, hkl: NDArray[Any]) -> NDArray[np.bool_]:
     return np.asarray(file.space_group.operations().centric_flag_array(hkl), bool)
 
 

@@ -148,10 +148,11 @@ class RunConfig:
         images = {f"image {i + 1}": path for i, path in enumerate(self.dials.images)}
         return {k: v for k, v in (named | images).items() if v is not None}
 
-    def require(self, *names: str) -> None:
-        """Raise :class:`UserError` unless the named paths are given and every file exists."""
-        for name in names:
-            if getattr(self, name) is None:
+    def require(self, *names: str) -> tuple[Path, ...]:
+        """Paths of these names; :class:`UserError` unless they are given and every file exists."""
+        given = {name: getattr(self, name) for name in names}
+        for name, path in given.items():
+            if path is None:
                 raise UserError(
                     f"{name} is not given; put it on the command line or as `{name}:` in --config"
                 )
@@ -159,6 +160,7 @@ class RunConfig:
             if not path.is_file():
                 problem = "is a folder, not a file" if path.is_dir() else "does not exist"
                 raise UserError(f"{what}: {path} {problem}")
+        return tuple(given.values())
 
 
 def reference_text() -> str:

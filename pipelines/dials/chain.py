@@ -17,6 +17,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
@@ -215,7 +216,7 @@ class DialsChain:
                     process.terminate()
                     process.wait()
 
-    def _state(self, inputs: list[str]) -> list[list]:
+    def _state(self, inputs: list[str]) -> list[list[Any]]:
         """Name, size and modification time of input files; missing ones have neither."""
         state = []
         for name in inputs:
@@ -224,7 +225,7 @@ class DialsChain:
             state.append([name, found and found.st_size, found and found.st_mtime_ns])
         return state
 
-    def _is_done(self, stamp_file: Path, stamp: dict, outputs: list[str]) -> bool:
+    def _is_done(self, stamp_file: Path, stamp: dict[str, Any], outputs: list[str]) -> bool:
         if not stamp_file.is_file():
             return False
         before = json.loads(stamp_file.read_text())

@@ -52,11 +52,11 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
         if not truth.is_file():
             raise UserError(f"--truth {truth} does not exist; give an MTZ file with F(+), F(-)")
         read_merged_mtz(truth)
-    config.require("out")
+    [out] = config.require("out")
     choose_device(config.training.device)
     check_images(config.dials.images)
     check_known_crystal(config.dials, config.model, config.extraction.d_min)
-    directory = RunDirectory(config.out)
+    directory = RunDirectory(out)
     directory.check_free(resume=resume)
     chain = DialsChain(directory.dials, config.dials, config.extraction.d_min)
     log.attach_file(directory.log_file)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -116,7 +117,7 @@ class AnomalousModel:
         found = inside & (self._sorted_key[row] == key)
         return np.where(found, self._phase[row], np.nan)
 
-    def _key(self, hkl: NDArray[np.integer]) -> NDArray[np.int64]:
+    def _key(self, hkl: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
         n = 2 * self._limit + 1
         h, k, l = np.asarray(hkl, dtype=np.int64).T + self._limit
         return (h * n + k) * n + l

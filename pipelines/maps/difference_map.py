@@ -101,8 +101,8 @@ class DifferenceMap:
                 for x in site.fractional
             ]
             distance, label = min(distances, default=(float("inf"), ""))
-            where = cell.fractionalize(blob.peak_pos).tolist()
-            peaks.append(MapPeak(float(blob.peak_value), tuple(where), label, distance))
+            at = cell.fractionalize(blob.peak_pos)
+            peaks.append(MapPeak(float(blob.peak_value), (at.x, at.y, at.z), label, distance))
         return peaks
 
 

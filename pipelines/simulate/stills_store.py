@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from braggflux.integrator.atomic import replacing
 from braggflux.merge.io.observations import UnmergedData
@@ -45,7 +46,7 @@ def write_stills(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     files = StillsFiles(*(folder / n for n in ("stills.h5", "truth.mtz", "truth_images.npz")))
-    truth: dict[str, list[np.ndarray]] = {}
+    truth: dict[str, list[NDArray[Any]]] = {}
 
     def recorded() -> Iterator[Any]:
         for chunk in experiment.chunks():

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = "braggflux"
+#: Name of the handlers that :func:`configure` sets.
+_TERMINAL = "braggflux-terminal"
 _FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _PLAIN_FORMAT = "%(asctime)s %(message)s"
 #: A queue's log gets a progress line at most this often, and at most every tenth of the way.
@@ -24,10 +26,10 @@ logger = logging.getLogger(__name__)
 def configure(*, verbose: bool = False) -> None:
     """Send the messages of our packages to stderr; other packages only from WARNING up."""
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if getattr(h, "is_terminal_of_braggflux", False)]:
+    for handler in [h for h in root.handlers if h.name == _TERMINAL]:
         root.removeHandler(handler)
     for handler in (_terminal_handler(), _Early()):
-        handler.is_terminal_of_braggflux = True
+        handler.set_name(_TERMINAL)
         root.addHandler(handler)
     logging.captureWarnings(True)
     logging.getLogger(PACKAGE).setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from braggflux.integrator.errors import UserError
 
@@ -66,7 +67,7 @@ def holds_merge(folder: Path) -> bool:
     return "ended" in _provenance(folder)
 
 
-def _provenance(folder: Path) -> dict:
+def _provenance(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

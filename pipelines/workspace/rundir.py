@@ -22,7 +22,7 @@ import csv
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,7 +30,8 @@ import yaml
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
-from braggflux.pipelines.config.run import RunConfig, schema
+from braggflux.pipelines.config import schema
+from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.workspace import log, provenance
 from braggflux.pipelines.workspace.outputs import holds_merge
 
@@ -57,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_rows(path: Path, rows: list[Mapping[str, Any]], columns: Iterable[str]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str]) -> None:
     """Replace a CSV file atomically; None becomes an empty field."""
     with replacing(path) as temporary, temporary.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
@@ -114,8 +115,8 @@ class RunDirectory:
         """
         if config.out is None:
             raise UserError("out is not given; put it on the command line as --out DIR")
+        run = cls(config.out.absolute())
         config = config.resolved()
-        run = cls(config.out)
         run.check_free(resume=resume)
         inputs = provenance.input_records(config.input_files())
         sessions: list[dict[str, Any]] = []

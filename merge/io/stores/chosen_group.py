@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -75,7 +76,7 @@ class StoreInGroup(StoreView):
         data = self._source.read(first, last)
         return replace(data, cell=self.cell, space_group=self.space_group)
 
-    def column(self, name: str, rows: slice) -> NDArray:
+    def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column, as :meth:`ObservationStore.column`."""
         return self._source.column(name, rows)
 

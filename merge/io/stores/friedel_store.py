@@ -6,6 +6,7 @@ Memory is that of the range that is read, and some bytes per image.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,7 @@ class FriedelStore(StoreView):
             raise IndexError(f"images {first} to {last} of {self.n_images}")
         return join_halves(*(half.read(first, last) for half in self._halves))
 
-    def column(self, name: str, rows: slice) -> NDArray:
+    def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column of both, as :meth:`ObservationStore.column`."""
         first = int(np.searchsorted(self.image_starts, rows.start, "right")) - 1
         last = int(np.searchsorted(self.image_starts, rows.stop))
@@ -118,7 +119,7 @@ class _Half:
         index = -data.miller_index if self.is_mate else data.miller_index
         return replace(data, miller_index=index, image=image)
 
-    def column(self, name: str, first: int, last: int) -> tuple[NDArray[np.int64], NDArray]:
+    def column(self, name: str, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[Any]]:
         """Read a column of the same images, with the number of each row's image among both."""
         low, high = self._range(first, last)
         starts = self.store.image_starts

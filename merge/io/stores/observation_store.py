@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -71,7 +72,7 @@ class ObservationStore(ABC):
         """
 
     @abstractmethod
-    def column(self, name: str, rows: slice) -> NDArray:
+    def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column under its name in the file, e.g. ``metadata/BATCH``."""
 
     def blocks(self, n_images: int) -> Iterator[tuple[int, UnmergedData]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,7 @@ class ReindexedStore(StoreView):
         index = self._turned(data.miller_index, self._choice[first + data.image])
         return replace(data, miller_index=index, cell=self.cell)
 
-    def column(self, name: str, rows: slice) -> NDArray:
+    def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column, as :meth:`ObservationStore.column`."""
         values = self._source.column(name, rows)
         if name != "miller_index":

@@ -120,10 +120,11 @@ def _mtz_chunks(path: Path, folder: Path, rows_at_a_time: int) -> Iterator[Unmer
             with (folder / str(number)).open("ab") as file:
                 rows[part].astype(np.float32).tofile(file)
     for number in np.unique(bucket_of_batch):
-        part = _header(path)  # anew: one whose indices are the original ones stays so
-        part.set_data(np.fromfile(folder / str(number), np.float32).reshape(-1, len(mtz.columns)))
+        values = np.fromfile(folder / str(number), np.float32)
+        piece = _header(path)  # anew: one whose indices are the original ones stays so
+        piece.set_data(values.reshape(-1, len(mtz.columns)))
         (folder / str(number)).unlink()
-        yield from observations_of(tidied(part), path)
+        yield from observations_of(tidied(piece), path)
 
 
 def _header(path: Path) -> gemmi.Mtz:

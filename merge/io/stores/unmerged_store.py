@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import gemmi
 import numpy as np
@@ -111,9 +111,12 @@ def _read_labels(file: h5py.File) -> DatasetLabels:
     )
 
 
-def _columns(data: UnmergedData) -> dict[str, NDArray]:
-    columns = {"miller_index": data.miller_index, "intensity": data.intensity}
-    columns["sigma"] = data.sigma
+def _columns(data: UnmergedData) -> dict[str, NDArray[Any]]:
+    columns: dict[str, NDArray[Any]] = {
+        "miller_index": data.miller_index,
+        "intensity": data.intensity,
+        "sigma": data.sigma,
+    }
     if data.wavelength is not None:
         columns["wavelength"] = data.wavelength
     return columns | {f"metadata/{name}": column for name, column in data.metadata.items()}
@@ -220,6 +223,6 @@ class UnmergedStore(ObservationStore):
             labels=self.labels,
         )
 
-    def column(self, name: str, rows: slice) -> NDArray:
+    def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column as they are stored."""
         return self._file[name][rows]
