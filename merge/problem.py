@@ -13,6 +13,7 @@ from torch import Tensor
 
 from braggflux.integrator.crystal.ambiguity import IndexingOperators
 from braggflux.integrator.crystal.cell import inv_d2
+from braggflux.integrator.crystal.forms import check_one_crystal_form
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
@@ -32,7 +33,7 @@ from braggflux.merge.data.resolution_limit import end_of_data
 from braggflux.merge.data.sweeps import SweepTable, plain_sweep_table, sweep_table
 from braggflux.merge.data.table import Observations, ObservationTable, Terms
 from braggflux.merge.indexing.operators import Ambiguity, alternative_rows
-from braggflux.merge.io.observations import UnmergedData, check_one_crystal_form
+from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.sweep_columns import has_sweeps
 from braggflux.merge.rows import UniqueRows
 

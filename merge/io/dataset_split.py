@@ -16,9 +16,10 @@ import gemmi
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from braggflux.integrator.crystal.forms import CELL_TOLERANCE, cell_text, typical_cell
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.dataset_labels import DatasetLabels
-from braggflux.merge.io.observations import CELL_TOLERANCE, UnmergedData, cell_text, typical_cell
+from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.sweep_columns import SWEEP
 
 Array = NDArray[np.float64]

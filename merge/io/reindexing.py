@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.cell import reciprocal_metric
+from braggflux.integrator.crystal.forms import CrystalForm, cell_of_metric, cell_text
 from braggflux.integrator.crystal.lattice import TOLERANCE, lattice_misfit
 from braggflux.integrator.crystal.symmetry import is_absent, rotations
 from braggflux.integrator.errors import UserError
-from braggflux.merge.io.observations import CrystalForm, UnmergedData, cell_of_metric, cell_text
+from braggflux.merge.io.observations import UnmergedData
 
 
 def reindex(data: UnmergedData, operator: str) -> UnmergedData:

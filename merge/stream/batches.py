@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.cell import inv_d2
+from braggflux.integrator.crystal.forms import check_one_crystal_form
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
@@ -30,7 +31,7 @@ from braggflux.merge.data.resolution_limit import end_of_data
 from braggflux.merge.data.table import MIN_BATCHES, Batch, ObservationTable
 from braggflux.merge.fit.held_out import Split, split
 from braggflux.merge.io.dataset_labels import DatasetLabels
-from braggflux.merge.io.observations import UnmergedData, check_one_crystal_form
+from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.stores.observation_store import ObservationStore
 from braggflux.merge.problem import build_problem
 from braggflux.merge.rows import UniqueRows

@@ -11,18 +11,14 @@ from pathlib import Path
 
 import gemmi
 
+from braggflux.integrator.crystal.forms import CELL_TOLERANCE, cell_text
 from braggflux.integrator.crystal.lattice import check_lattice
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.file_kinds import DATA_FILE, MASTER, MODEL, SHOEBOXES, file_kind
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.grouping import GroupStore, combine_group
 from braggflux.merge.io.formats.dials import read_inputs
-from braggflux.merge.io.observations import (
-    CELL_TOLERANCE,
-    UnmergedData,
-    cell_text,
-    combine_friedel,
-)
+from braggflux.merge.io.observations import UnmergedData, combine_friedel
 from braggflux.merge.io.reindexing import reindex
 from braggflux.merge.io.screening import screened
 from braggflux.merge.io.stores.chosen_group import StoreInGroup, in_group

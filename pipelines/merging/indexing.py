@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from braggflux.integrator.crystal.ambiguity import IndexingOperators, indexing_operators
+from braggflux.integrator.crystal.forms import CrystalForm
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.indexing.operators import Ambiguity
-from braggflux.merge.io.observations import CrystalForm, UnmergedData
+from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.problem import MergeProblem
 from braggflux.pipelines.merging.reference import reference_intensities
 from braggflux.pipelines.workspace.rundir import write_rows

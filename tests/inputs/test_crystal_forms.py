@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from simulated_unmerged import FAST, observed, write_mtz
 
+from braggflux.integrator.crystal.forms import typical_cell
 from braggflux.integrator.crystal.lattice import check_lattice, lattice_misfit
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.io.observations import typical_cell
 from braggflux.pipelines import cli
 
 FITTING = {

@@ -18,10 +18,11 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.crystal.forms import typical_cell
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.dataset_split import check_images
 from braggflux.merge.io.formats.text_files import open_binary, stem_of
-from braggflux.merge.io.observations import UnmergedData, make_unmerged, typical_cell
+from braggflux.merge.io.observations import UnmergedData, make_unmerged
 
 Array = NDArray[np.float64]
 

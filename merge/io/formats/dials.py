@@ -10,6 +10,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.crystal.forms import typical_cell
 from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import (
@@ -31,7 +32,7 @@ from braggflux.merge.io.dataset_split import (
 from braggflux.merge.io.formats.unmerged_data import read_unmerged
 from braggflux.merge.io.integrated_twice import check_integrated_once
 from braggflux.merge.io.mtz import batch_offsets
-from braggflux.merge.io.observations import UnmergedData, make_unmerged, typical_cell
+from braggflux.merge.io.observations import UnmergedData, make_unmerged
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA, zeta
 
 Array = NDArray[np.float64]

@@ -8,6 +8,7 @@ from pathlib import Path
 import gemmi
 import numpy as np
 
+from braggflux.integrator.crystal.forms import typical_cell
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import read_experiments
 from braggflux.integrator.io.dials.sweeps import describe_experiment, sweeps_of
@@ -16,7 +17,7 @@ from braggflux.integrator.types import Flag
 from braggflux.merge.data.measurement import PHOTON_VARIANCE
 from braggflux.merge.io.dataset_split import cell_groups, check_one_form, split_by_sweep
 from braggflux.merge.io.formats.unmerged_mtz import BATCH_STEP
-from braggflux.merge.io.observations import UnmergedData, make_unmerged, typical_cell
+from braggflux.merge.io.observations import UnmergedData, make_unmerged
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, SWEEP, ZETA
 
 logger = logging.getLogger(__name__)

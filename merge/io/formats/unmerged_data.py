@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import gemmi
 
+from braggflux.integrator.crystal.forms import CELL_TOLERANCE, check_one_crystal_form, typical_cell
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.dataset_split import split_by_wavelength
 from braggflux.merge.io.formats.crystfel_stream import read_stream
@@ -20,14 +21,7 @@ from braggflux.merge.io.formats.mtz_observations import read_mtz, read_mtz_datas
 from braggflux.merge.io.formats.scalepack import is_scalepack, read_scalepack
 from braggflux.merge.io.formats.text_files import head_of
 from braggflux.merge.io.formats.xds import INTEGRATE, XDS_ASCII, read_xds
-from braggflux.merge.io.observations import (
-    CELL_TOLERANCE,
-    UnmergedData,
-    check_one_crystal_form,
-    combine_friedel,
-    make_unmerged,
-    typical_cell,
-)
+from braggflux.merge.io.observations import UnmergedData, combine_friedel, make_unmerged
 from braggflux.merge.io.reindexing import reindex
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore
 

@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.cell import inv_d2
+from braggflux.integrator.crystal.forms import CrystalForm, typical_cell
 from braggflux.integrator.crystal.lattice import TOLERANCE, check_lattice, lattice_misfit
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.crystal.symmetry import rotations
 from braggflux.integrator.errors import UserError
-from braggflux.merge.io.observations import CrystalForm, UnmergedData, typical_cell
+from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.stores.observation_store import ObservationStore, StoreView
 
 Array = NDArray[np.float64]

@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.crystal.forms import check_one_crystal_form
 from braggflux.integrator.errors import UserError
-from braggflux.merge.io.observations import (
-    UnmergedData,
-    check_one_crystal_form,
-    common_name,
-    is_other_half,
-    join_halves,
-)
+from braggflux.merge.io.observations import UnmergedData, common_name, is_other_half, join_halves
 from braggflux.merge.io.stores.observation_store import ObservationStore, StoreView
 
 ROWS_AT_A_TIME = 1 << 20
