@@ -1,7 +1,9 @@
 """Anomalous peak heights at the sites of a model, as CSV on standard output.
 
-Anomalous difference Fourier with phases of the model, coefficients w (|F+| - |F-|)
-exp(i (phi - 90 deg)), in units of the map's rms; the maximum within 1 A of each site.
+Anomalous difference Fourier with phases of the model, in units of the map's rms; the maximum
+within 1 A of each site. Coefficients are DANO exp(i (phi - 90 deg)) where the file has the coupled
+difference of a double-Wilson merge (difference: coupled), else w (|F+| - |F-|) exp(i (phi - 90
+deg)) with weights from the errors (own), whose height is in peak_sigma_own in any case.
 
 Examples
 --------
@@ -36,6 +38,6 @@ def run(args: argparse.Namespace) -> None:
     from braggflux.pipelines.report.terminal import write_csv
 
     peaks = peak_heights_from_mtz(args.mtz, args.model, d_min=d_min, elements=elements or None)
-    columns = ("chain", "seqid", "residue", "atom", "peak_sigma")
+    columns = ("chain", "seqid", "residue", "atom", "peak_sigma", "difference", "peak_sigma_own")
     rows = [[getattr(peak, column) for column in columns] for peak in peaks]
     write_csv(columns, rows)

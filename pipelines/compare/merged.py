@@ -11,7 +11,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.merge.io.mtz import MergedMtz, read_merged_mtz
+from braggflux.merge.io.mtz import MergedMtz, MergedTable, read_merged_mtz
 from braggflux.pipelines.compare.rows import (
     BOTH,
     MIN_PAIRS,
@@ -27,6 +27,8 @@ from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 #: Relative difference of cell parameters within which indices mean the same reflections.
 CELL_TOLERANCE = 0.02
+#: Differences of the mates: each from its own observations, and as the prior has coupled them.
+KINDS = ("Bijvoet", "DANO")
 SHELL_EDGES = (np.inf, 5.0, 3.5, 3.0, 2.5, 2.2, 2.0, 1.8, 1.6, 1.4, 1.2, 1.0, 0.8, 0.0)  # d [A]
 
 
@@ -107,24 +109,35 @@ def _merged_against_truth(tables: dict[str, MergedMtz], truth: MergedMtz) -> lis
     for name, q in _shells(truth, hkl):
         q = q & usable
         n = int(q.sum())
-        for subject, values in zip(tables, mates[1:], strict=True):
+        for subject, values, at in zip(tables, mates[1:], common[1:], strict=True):
             if n < MIN_PAIRS:
                 rows.append(missing_row(title, "cc F", subject, TOO_FEW, name, n))
                 continue
             f, true = values[q], mates[0][q]
             mean, true_mean = f.mean(1), true.mean(1)
             scale = (mean @ true_mean) / (mean @ mean)
-            delta, true_delta = scale * (f[:, 0] - f[:, 1]), true[:, 0] - true[:, 1]
             metrics = {
                 "cc F": correlation(mean, true_mean),
                 "R F": float(np.abs(scale * mean - true_mean).sum() / true_mean.sum()),
-                "cc Bijvoet": correlation(delta, true_delta),
-                "rms error Bijvoet": float(np.sqrt(np.mean((delta - true_delta) ** 2))),
             }
+            true_delta = true[:, 0] - true[:, 1]
+            for kind, delta in _differences(tables[subject].table).items():
+                error = scale * delta[at][q] - true_delta
+                metrics[f"cc {kind}"] = correlation(delta[at][q], true_delta)
+                metrics[f"rms error {kind}"] = float(np.sqrt(np.mean(error**2)))
             rows += [make_row(title, name, k, subject, v, n) for k, v in metrics.items()]
     # Ours and the reference side by side, metric by metric.
-    order = ["cc F", "R F", "cc Bijvoet", "rms error Bijvoet"]
+    order = ["cc F", "R F", *(f"{m} {k}" for k in KINDS for m in ("cc", "rms error"))]
     return sorted(rows, key=lambda r: order.index(r["metric"]))
+
+
+def _differences(table: MergedTable) -> dict[str, NDArray]:
+    """Differences of the mates by kind, (R,) each; pairs that no prior ties have their own."""
+    own = table.f_plus - table.f_minus
+    if not table.has_coupled_differences:
+        return {KINDS[0]: own}
+    coupled = np.where(np.isfinite(table.difference), table.difference, own)
+    return dict(zip(KINDS, (own, coupled), strict=True))
 
 
 def _common(files: list[MergedMtz]) -> list[NDArray[np.int64]]:

@@ -215,6 +215,9 @@ def _compare_peaks(run: RunDirectory, dials_missing: str) -> list[Row]:
         for p in found:
             site = f"{p['residue']} {p['chain']}{p['seqid']} {p['atom']}"
             rows.append(make_row(title, site, "height", subject, p["peak_sigma"], 1))
+            if p["difference"] == "coupled":
+                own = p["peak_sigma_own"]
+                rows.append(make_row(title, site, "height of F(+) - F(-)", subject, own, 1))
         if not found:
             rows.append(missing_row(title, "height", subject, dials_missing))
     return rows

@@ -19,7 +19,7 @@ from braggflux.merge.output.half_sets import HalfSet, ScaledReflections, split_h
 from braggflux.merge.output.merged_table import MergedTable, merged_table
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.pipelines.integration.trainer import EpochResult, Trainer
-from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel, SitePeak, amplitudes
+from braggflux.pipelines.maps.anomalous_peaks import COUPLED, AnomalousModel, SitePeak
 from braggflux.pipelines.workspace.merged_files import write_half_sets, write_merged
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
@@ -108,7 +108,7 @@ class EpochWriter:
     def _peaks(self, table: MergedTable) -> list[SitePeak]:
         if self.anomalous is None:
             return []
-        return self.anomalous.peak_heights(table.miller_index, *amplitudes(table))
+        return self.anomalous.score(table)
 
     def _metrics(self, result: EpochResult, rows: list[dict], peaks: list[SitePeak]) -> dict:
         overall, outer = rows[-1], rows[-2]
@@ -126,6 +126,8 @@ class EpochWriter:
             metrics[f"peak_sigma/{peak.label}"] = peak.peak_sigma
             if peak.peak_sigma is None:
                 reasons[f"peak_sigma/{peak.label}"] = peak.reason
+            if peak.difference == COUPLED:
+                metrics[f"peak_sigma_own/{peak.label}"] = peak.peak_sigma_own
         for row in self.directory.read_peaks():
             if row["epoch"] == "DIALS":
                 label = f"{row['chain']}/{row['residue']}{row['seqid']}:{row['atom']}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,26 @@ Array = NDArray[np.float64]
 logger = logging.getLogger(__name__)
 
 
+OWN, COUPLED = "own", "coupled"
+
+
 @dataclass(frozen=True)
 class SitePeak:
-    """Height of the map at a site; ``peak_sigma`` is None for the ``reason`` given."""
+    """Height of the map at a site.
+
+    Parameters
+    ----------
+    chain, seqid, residue, atom : str
+    peak_sigma : float or None
+        In the map of the coupled differences where there are any, else as ``peak_sigma_own``; None
+        for the ``reason`` given.
+    reason : str
+    difference : str
+        What ``peak_sigma`` is of. ``coupled``: DANO, the posterior of mates that a prior ties, as
+        it is; ``own``: F(+) - F(-), each from its own observations, weighted by their errors.
+    peak_sigma_own : float or None
+        In the map of the weighted F(+) - F(-).
+    """
 
     chain: str
     seqid: str
@@ -42,6 +59,13 @@ class SitePeak:
     atom: str
     peak_sigma: float | None
     reason: str = ""
+    difference: str = OWN
+    peak_sigma_own: float | None = None
+
+    def __post_init__(self) -> None:
+        """Where there is one height only, it is the own one."""
+        if self.difference == OWN:
+            object.__setattr__(self, "peak_sigma_own", self.peak_sigma)
 
     @property
     def label(self) -> str:
@@ -148,17 +172,73 @@ class AnomalousModel:
         NoMapError
             Too few pairs, or no differences at all.
         """
-        index, phase = as_miller_index(hkl), self.phases(hkl)
         columns = (np.asarray(x, dtype=float) for x in (f_plus, sigma_plus, f_minus, sigma_minus))
         f_plus, sigma_plus, f_minus, sigma_minus = columns
         difference, variance = f_plus - f_minus, sigma_plus**2 + sigma_minus**2
-        ok = np.isfinite(difference) & np.isfinite(variance) & np.isfinite(phase)
-        ok &= (sigma_plus > 0) & (sigma_minus > 0) & ~is_centric(index, self.space_group)
+        is_known = np.isfinite(variance) & (sigma_plus > 0) & (sigma_minus > 0)
+        difference = np.where(is_known, difference, np.nan)
+        return self._map(hkl, difference, variance, d_min)
+
+    def coupled_map(
+        self, hkl: ArrayLike, difference: ArrayLike, d_min: float | None = None
+    ) -> DifferenceMap:
+        """Compute the map of differences that a prior has shrunk already, without weights.
+
+        Parameters
+        ----------
+        hkl, d_min
+            As :meth:`difference_map`.
+        difference : array_like, (N,)
+            ``|F+| - |F-|``; NaN is left out.
+
+        Raises
+        ------
+        NoMapError
+            Too few pairs, or no differences at all.
+        """
+        return self._map(hkl, np.asarray(difference, dtype=float), None, d_min)
+
+    def _map(
+        self, hkl: ArrayLike, difference: Array, variance: Array | None, d_min: float | None
+    ) -> DifferenceMap:
+        index, phase = as_miller_index(hkl), self.phases(hkl)
+        ok = np.isfinite(difference) & np.isfinite(phase)
+        ok &= ~is_centric(index, self.space_group)
         if d_min is not None:
             ok &= inv_d2(index, self.cell) * d_min**2 <= 1 + 1e-6
+        variance = None if variance is None else variance[ok]
         return difference_map(
-            self.cell, self.space_group, index[ok], difference[ok], variance[ok], phase[ok]
+            self.cell, self.space_group, index[ok], difference[ok], variance, phase[ok]
         )
+
+    def score(self, table: MergedTable, d_min: float | None = None) -> list[SitePeak]:
+        """Score the sites in a merged table, by its coupled differences where it has any.
+
+        Parameters
+        ----------
+        table : MergedTable
+        d_min : float, optional
+            Leave out finer reflections [A].
+        """
+        own = self.peak_heights(table.miller_index, *amplitudes(table), d_min=d_min)
+        if not own or not table.has_coupled_differences:
+            return own
+        try:
+            density = self.coupled_map(table.miller_index, table.difference, d_min)
+        except NoMapError as error:
+            return [
+                replace(p, peak_sigma=None, reason=str(error), difference=COUPLED) for p in own
+            ]
+        return [
+            replace(
+                p,
+                peak_sigma=coupled.peak_sigma,
+                reason="",
+                difference=COUPLED,
+                peak_sigma_own=p.peak_sigma,
+            )
+            for p, coupled in zip(own, self.peaks_in(density), strict=True)
+        ]
 
     def peak_heights(
         self,
@@ -169,7 +249,7 @@ class AnomalousModel:
         sigma_minus: ArrayLike,
         d_min: float | None = None,
     ) -> list[SitePeak]:
-        """Score the sites; parameters as :meth:`difference_map`.
+        """Score the sites by F(+) - F(-); parameters as :meth:`difference_map`.
 
         Data that give no map give peaks without a height, with the reason. A model without sites
         gives an empty list.
@@ -212,7 +292,7 @@ def peak_heights_from_mtz(
     d_min: float | None = None,
     elements: Collection[str] | None = None,
 ) -> list[SitePeak]:
-    """Score a merged MTZ file against a model.
+    """Score a merged MTZ file against a model, by its coupled differences where it has any.
 
     Raises
     ------
@@ -229,4 +309,4 @@ def peak_heights_from_mtz(
     if d_min is not None and d_min > 0:
         finest = max(finest, d_min)
     model = AnomalousModel(model_path, merged.cell, merged.space_group, finest, elements)
-    return model.peak_heights(merged.table.miller_index, *amplitudes(merged.table), d_min=d_min)
+    return model.score(merged.table, d_min)

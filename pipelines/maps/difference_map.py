@@ -4,7 +4,8 @@ The coefficients are ``w (|F+| - |F-|) exp(i (phi - 90 deg))`` over acentric ref
 imaginary part of the scattering of an atom turns the phase of its contribution by 90 degrees, so
 that a map of the differences peaks at the anomalous scatterers (Strahs & Kraut 1968). The weight
 is that of the linear estimate with least mean square error, ``w = S^2 / (S^2 + sigma^2)``, with
-the mean square ``S^2`` of the true differences estimated shell by shell.
+the mean square ``S^2`` of the true differences estimated shell by shell. A difference that a prior
+has shrunk already (DANO of a coupled merge) is such an estimate itself and has the weight 1.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def difference_map(
     space_group: gemmi.SpaceGroup,
     hkl: NDArray[np.int32],
     difference: Array,
-    variance: Array,
+    variance: Array | None,
     phase: Array,
 ) -> DifferenceMap:
     """Compute the map of Bijvoet differences of acentric reflections.
@@ -144,7 +145,8 @@ def difference_map(
     hkl : (N, 3) int32
         Acentric, in the CCP4 asymmetric unit.
     difference, variance : (N,)
-        ``|F+| - |F-|`` and its variance > 0.
+        ``|F+| - |F-|`` and its variance > 0; without variance the differences are neither weighted
+        nor clipped.
     phase : (N,)
         Of F+ of the model, without anomalous scattering [rad].
 
@@ -158,7 +160,9 @@ def difference_map(
     if not np.any(difference):
         raise NoMapError("all Bijvoet differences are zero")
     s2 = inv_d2(hkl, cell)
-    amplitude = weighted_differences(difference, variance, s2)
+    amplitude = difference
+    if variance is not None:
+        amplitude = weighted_differences(difference, variance, s2)
     coefficient = (amplitude * np.exp(1j * (phase - np.pi / 2))).astype(np.complex64)
     data = gemmi.ComplexAsuData(cell, space_group, np.ascontiguousarray(hkl), coefficient)
     grid = data.transform_f_phi_to_map(sample_rate=3.0)

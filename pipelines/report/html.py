@@ -87,7 +87,7 @@ def _last_epoch(metrics: list[dict[str, Any]]) -> dict[str, str]:
     reasons = metrics[-1].get("reasons", {})
     shown = {}
     for key, value in metrics[-1].items():
-        if key == "reasons" or key.startswith("peak_sigma/"):
+        if key == "reasons" or key.startswith("peak_sigma"):
             continue
         missing = f"missing: {reasons.get(key, 'not computed')}"
         shown[key] = missing if value is None else _entry(np.asarray(value))

@@ -84,13 +84,30 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
         [str(e), *(_height([p for p in column if p["epoch"] == e]) for _, column in columns)]
         for e in epochs
     ]
-    notes = []
+    notes = _which_differences(columns)
     reasons = run.read_provenance()["notes"]
     if (reason := reasons.get("peaks")) is not None:
         notes.append(f"no peaks: {reason}")
     if (reason := reasons.get("reference")) is not None:
         notes.append(f"no {REFERENCE} row: {reason}")
     return ["epoch", *(name for name, _ in columns)], rows, notes
+
+
+def _which_differences(columns: Sequence[tuple[str, list[dict]]]) -> list[str]:
+    """Say what the heights are of, where not all are of F(+) - F(-)."""
+    peaks = [p for _, entries in columns for p in entries]
+    coupled = {p["epoch"] for p in peaks if p["difference"] == "coupled"}
+    if not coupled:
+        return []
+    note = "heights in the map of DANO, the coupled difference, unweighted"
+    if own := [str(e) for e in dict.fromkeys(p["epoch"] for p in peaks) if e not in coupled]:
+        note += f"; {', '.join(own)}: of F(+) - F(-), weighted by their errors"
+    last = max(e for e in coupled if e != REFERENCE)
+    shown = []
+    for name, entries in columns[:MAX_SINGLE_SITES]:
+        of_last = [p | {"peak_sigma": p["peak_sigma_own"]} for p in entries if p["epoch"] == last]
+        shown.append(f"{name} {_height(of_last)}")
+    return [note, f"epoch {last} by F(+) - F(-), weighted: {', '.join(shown)}"]
 
 
 def _columns(group: list[dict]) -> list[tuple[str, list[dict]]]:

@@ -4,7 +4,8 @@
 
     config.yaml  config.diff.yaml  provenance.json  run.log
     metrics.jsonl     one row per epoch
-    peaks.csv         epoch,chain,seqid,residue,atom,peak_sigma (the reference has epoch DIALS)
+    peaks.csv         epoch,chain,seqid,residue,atom,peak_sigma,difference,peak_sigma_own (the
+                      reference has epoch DIALS)
     peaks_by_epoch.csv   epochs 1, 3, 5, ..., last, DIALS and the gain; sites across
     statistics.csv  compare.csv
     checkpoints/epoch_0007.pt  latest  mtz/epoch_0007.mtz
@@ -38,7 +39,10 @@ from braggflux.pipelines.workspace.outputs import holds_merge
 if TYPE_CHECKING:
     from braggflux.pipelines.maps.anomalous_peaks import SitePeak
 
-PEAK_COLUMNS = ("epoch", "chain", "seqid", "residue", "atom", "peak_sigma")
+PEAK_COLUMNS = (
+    *("epoch", "chain", "seqid", "residue", "atom"),
+    *("peak_sigma", "difference", "peak_sigma_own"),
+)
 REFERENCE = "DIALS"
 #: What `process` may leave in a run directory before training starts.
 _PREPARED = {"dials", "run.log"}
@@ -223,15 +227,18 @@ class RunDirectory:
         write_rows(self.peaks_file, rows, PEAK_COLUMNS)
 
     def read_peaks(self) -> list[dict[str, Any]]:
-        """Rows of peaks.csv: epoch int or ``"DIALS"``, peak_sigma float or None."""
-        return [
-            row
-            | {
-                "epoch": row["epoch"] if row["epoch"] == REFERENCE else int(row["epoch"]),
-                "peak_sigma": float(row["peak_sigma"]) if row["peak_sigma"] else None,
-            }
-            for row in read_rows(self.peaks_file)
-        ]
+        """Rows of peaks.csv: epoch int or ``"DIALS"``, heights float or None.
+
+        Files of earlier versions have the heights of the own differences alone.
+        """
+        rows = []
+        for row in read_rows(self.peaks_file):
+            row = {"difference": "own", "peak_sigma_own": row["peak_sigma"]} | row
+            epoch = row["epoch"] if row["epoch"] == REFERENCE else int(row["epoch"])
+            names = ("peak_sigma", "peak_sigma_own")
+            heights = {name: float(row[name]) if row[name] else None for name in names}
+            rows.append(row | heights | {"epoch": epoch})
+        return rows
 
     def rewind(self, epoch: int) -> None:
         """Forget what was written after ``epoch`` (the checkpoint that a run resumes from)."""

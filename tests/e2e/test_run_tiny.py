@@ -176,7 +176,8 @@ def test_unmerged_observations_agree_with_the_merged(straight, rs):
 
 def test_peaks_and_metrics_have_a_row_per_epoch(straight):
     rows = read_rows(straight.peaks_file)
-    assert list(rows[0]) == ["epoch", "chain", "seqid", "residue", "atom", "peak_sigma"]
+    columns = ["epoch", "chain", "seqid", "residue", "atom", "peak_sigma"]
+    assert list(rows[0]) == [*columns, "difference", "peak_sigma_own"]
     assert [int(e) for e in dict.fromkeys(r["epoch"] for r in rows)] == list(range(EPOCHS + 1))
     labels = {f"{r['chain']}/{r['residue']}{r['seqid']}:{r['atom']}" for r in rows}
     assert labels >= SITE_LABELS

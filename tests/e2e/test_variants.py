@@ -95,7 +95,7 @@ def test_without_a_model_there_are_no_peaks_and_the_report_says_why(configure, t
     directory = finish(run(config))
     assert read_rows(directory.peaks_file) == []
     header = directory.peaks_file.read_text().strip()
-    assert header == "epoch,chain,seqid,residue,atom,peak_sigma"
+    assert header == "epoch,chain,seqid,residue,atom,peak_sigma,difference,peak_sigma_own"
     assert "F(+)" in gemmi.read_mtz_file(str(directory.merged)).column_labels()
     reason = "no peaks: they need the phases of a model, and none was given"
     assert reason in capsys.readouterr().out

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import gemmi
 import numpy as np
 import pytest
 
 from braggflux.integrator.errors import UserError
+from braggflux.merge.io.mtz import read_merged_mtz, write_merged_mtz
+from braggflux.merge.output.merged_table import DIFFERENCE
 from braggflux.pipelines.maps import anomalous_peaks as anomalous
 from braggflux.pipelines.maps import atomic_model
 from braggflux.pipelines.maps.difference_map import NoMapError, weighted_differences
@@ -223,6 +226,55 @@ def test_agrees_with_the_independent_scorer(shared, name, d_min, tolerance):
     sulfurs = [site for site in ours if not site.startswith("IOD")]
     difference = np.mean([ours[s] - theirs[s] for s in sulfurs])
     assert abs(difference) < 0.3
+
+
+def coupled_file(shared, path):
+    """DIALS' file with a DANO as a coupled merge would have it: shrunk, noise and all."""
+    merged = read_merged_mtz(shared / "data/hewl_nai/dials_merged.mtz")
+    table = merged.table
+    difference = table.f_plus - table.f_minus
+    variance = table.sigma_f_plus**2 + table.sigma_f_minus**2
+    shrunk = difference * 30.0 / (30.0 + variance)
+    table = replace(table, difference=shrunk, sigma_difference=np.sqrt(variance))
+    crystal = merged.cell, merged.space_group, merged.wavelength
+    write_merged_mtz(path, table, *crystal, history=DIFFERENCE)
+    return path
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("d_min", [None, 2.5])
+def test_coupled_differences_are_used_as_they_are(shared, tmp_path, d_min):
+    mtz, pdb = coupled_file(shared, tmp_path / "coupled.mtz"), shared / "data/hewl_nai/9b7c.pdb"
+    command = [sys.executable, str(shared / "tools/anomalous_peaks.py"), str(mtz), str(pdb)]
+    command += ["--json", "--dano", *(() if d_min is None else ("--d-min", str(d_min)))]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    theirs = json.loads(run.stdout)["peaks"]
+    peaks = anomalous.peak_heights_from_mtz(mtz, pdb, d_min=d_min)
+    assert {p.difference for p in peaks} == {anomalous.COUPLED}
+    ours = heights(peaks)
+    for site in ("IOD204:I", "IOD205:I", "IOD206:I"):
+        assert ours[site] == pytest.approx(theirs[site], rel=0.02), site  # place of the maximum
+    plain = anomalous.peak_heights_from_mtz(
+        shared / "data/hewl_nai/dials_merged.mtz", pdb, d_min=d_min
+    )
+    assert {p.difference for p in plain} == {anomalous.OWN}, "the DANO of DIALS is not coupled"
+    own = {p.label: p.peak_sigma_own for p in peaks}
+    assert own == pytest.approx({p.label: p.peak_sigma for p in plain})
+
+
+def test_without_weights_and_clipping_a_map_is_its_coefficients(toy, model):
+    f_plus, _, f_minus, _ = toy["data"]
+    difference = f_plus - f_minus
+    once = model.peaks_in(model.coupled_map(toy["hkl"], difference))
+    assert heights(once)["IOD204:I"] > 15
+    assert heights(model.peaks_in(model.coupled_map(toy["hkl"], 3 * difference))) == pytest.approx(
+        heights(once), rel=1e-4
+    )
+    gaps = np.where(np.arange(len(difference)) % 2, np.nan, difference)
+    halved = model.coupled_map(toy["hkl"], gaps)
+    assert halved.n_pairs < 0.6 * model.coupled_map(toy["hkl"], difference).n_pairs
+    with pytest.raises(NoMapError):
+        model.coupled_map(toy["hkl"], 0 * difference)
 
 
 @pytest.mark.realdata

@@ -186,7 +186,7 @@ def test_peaks_writes_csv(shared, capsys):
     argv = ["peaks", str(data / "dials_merged.mtz"), str(data / "9b7c.pdb"), "--elements", "I"]
     assert cli.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "chain,seqid,residue,atom,peak_sigma"
+    assert lines[0] == "chain,seqid,residue,atom,peak_sigma,difference,peak_sigma_own"
     heights = {line.split(",")[1]: float(line.split(",")[4]) for line in lines[1:]}
     # Published with the data, scored independently on a grid of another fineness.
     for seqid, expected in (("204", 23.60), ("205", 18.57), ("206", 20.63)):

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import gemmi
 import numpy as np
@@ -18,6 +19,8 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, write_reflections
 from braggflux.integrator.io.intensity_file import write_intensities
 from braggflux.integrator.types import Flag, IntensityTable
+from braggflux.merge.io.mtz import read_merged_mtz, write_merged_mtz
+from braggflux.merge.output.merged_table import DIFFERENCE
 from braggflux.pipelines.compare.counts import PIXELS_PER_FRAME, neighbour_distance
 from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.compare.run import BOTH, OURS, compare, show
@@ -257,6 +260,24 @@ def test_bijvoet_differences_agree_with_the_independent_scorer(run, shared, tmp_
     assert value(rows, title, "> 5", "cc Bijvoet", REFERENCE) == pytest.approx(0.782, abs=1e-3)
     assert value(rows, title, "2.2-2", "cc Bijvoet", REFERENCE) == pytest.approx(0.259, abs=1e-3)
     assert value(rows, "merged by resolution [A]", "all", "cc I", BOTH) > 0.999
+
+
+@pytest.mark.realdata
+def test_coupled_differences_are_scored_beside_the_own(run, shared):
+    data = shared / "data" / "hewl_nai"
+    merged = read_merged_mtz(data / "dials_merged.mtz")
+    own = merged.table.f_plus - merged.table.f_minus
+    table = replace(merged.table, difference=own / 2, sigma_difference=abs(own))
+    crystal = merged.cell, merged.space_group, merged.wavelength
+    write_merged_mtz(run.merged, table, *crystal, history=DIFFERENCE)
+    rows = compare(run, merged=data / "dials_merged.mtz", truth=data / "truth.mtz")
+    title = "merged against the truth by resolution [A]"
+    for shell in ("> 5", "2.2-2", "all"):
+        cc = value(rows, title, shell, "cc Bijvoet", OURS)
+        assert value(rows, title, shell, "cc DANO", OURS) == pytest.approx(cc, abs=1e-6)
+        error = value(rows, title, shell, "rms error Bijvoet", OURS)
+        assert value(rows, title, shell, "rms error DANO", OURS) < error
+    assert not any(r["metric"] == "cc DANO" and r["subject"] == REFERENCE for r in rows)
 
 
 @pytest.mark.realdata

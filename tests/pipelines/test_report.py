@@ -11,7 +11,7 @@ import pytest
 
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.pipelines.config.run import RunConfig
-from braggflux.pipelines.maps.anomalous_peaks import SitePeak
+from braggflux.pipelines.maps.anomalous_peaks import COUPLED, SitePeak
 from braggflux.pipelines.report import terminal
 from braggflux.pipelines.report.epochs import published_table, show_peaks
 from braggflux.pipelines.report.html import write_report
@@ -122,6 +122,19 @@ def test_peaks_table_groups_sites(run):
     assert header == ["epoch", "IOD A204", "IOD B204"]
     assert rows == [["1", "3.00", "5.00"]]
     assert notes == []
+
+
+def test_tables_say_which_differences_they_used(run, capsys):
+    run.write_peaks("DIALS", [SitePeak("A", "204", "IOD", "I", 9.0)])
+    run.write_peaks(1, [SitePeak("A", "204", "IOD", "I", 17.0, "", COUPLED, 16.0)])
+    header, rows, notes = peaks_table(run)
+    assert (header, rows) == (["epoch", "IOD 204"], [["1", "17.00"], ["DIALS", "9.00"]])
+    said = "heights in the map of DANO, the coupled difference, unweighted; DIALS: of F(+) - F(-)"
+    assert notes[0].startswith(said)
+    assert notes[1] == "epoch 1 by F(+) - F(-), weighted: IOD 204 16.00"
+    show_peaks(run)
+    assert said in capsys.readouterr().out
+    assert said in write_report(run).read_text(encoding="utf-8")
 
 
 def test_peak_without_height_is_a_dash(run):

@@ -10,7 +10,7 @@ import yaml
 
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.run import RunConfig, schema
-from braggflux.pipelines.maps.anomalous_peaks import SitePeak
+from braggflux.pipelines.maps.anomalous_peaks import COUPLED, SitePeak
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
@@ -173,7 +173,21 @@ def test_peaks_keep_the_reference_on_top_and_replace_an_epoch(config):
     rows = [(p["epoch"], p["seqid"], p["peak_sigma"]) for p in run.read_peaks()]
     assert rows == [("DIALS", "204", 9.0), (1, "204", 4.0), (1, "205", None), (2, "204", 6.0)]
     head = run.peaks_file.read_text().splitlines()[0]
-    assert head == "epoch,chain,seqid,residue,atom,peak_sigma"
+    assert head == "epoch,chain,seqid,residue,atom,peak_sigma,difference,peak_sigma_own"
+
+
+def test_coupled_and_own_heights_come_back_and_old_files_have_own_ones(config):
+    run = RunDirectory.create(config)
+    coupled = SitePeak("A", "204", "IOD", "I", 17.0, "", COUPLED, 16.0)
+    nothing = SitePeak("A", "205", "IOD", "I", None, "too few pairs", COUPLED, None)
+    run.write_peaks("DIALS", [peak("204", 9.0)])
+    run.write_peaks(1, [coupled, nothing])
+    found = [(p["peak_sigma"], p["difference"], p["peak_sigma_own"]) for p in run.read_peaks()]
+    assert found == [(9.0, "own", 9.0), (17.0, "coupled", 16.0), (None, "coupled", None)]
+    old = "epoch,chain,seqid,residue,atom,peak_sigma\nDIALS,A,204,IOD,I,9.0\n1,A,204,IOD,I,\n"
+    run.peaks_file.write_text(old)
+    found = [(p["peak_sigma"], p["difference"], p["peak_sigma_own"]) for p in run.read_peaks()]
+    assert found == [(9.0, "own", 9.0), (None, "own", None)]
 
 
 def test_rewind_forgets_later_epochs(config):
