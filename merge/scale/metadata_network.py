@@ -101,12 +101,12 @@ class MetadataNetwork(nn.Module):
 
     def describe(self, batch: Batch) -> Tensor:
         """Describe the image of each observation, (N, size)."""
-        if self.encoder is None:
+        if self.embedding is not None and self.deviation is not None:
             o = batch.observations
             return self.embedding[o.unit] + self.deviation[o.image]
         features = batch.terms.features
-        if batch.observation_of_term is not None:
-            raise ValueError("stills have no harmonics")
+        if self.encoder is None or batch.observation_of_term is not None:
+            raise ValueError("reflections describe the images of stills, which have no harmonics")
         signal = torch.cat([features, batch.observations.signal], -1)
         seen = batch.observations.is_seen
         described = self.encoder(signal, batch.image, seen, batch.n_images)[batch.image]

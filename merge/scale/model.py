@@ -6,8 +6,9 @@ Gaussian priors; K is positive by construction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,16 @@ class ScaleModel(nn.Module):
         self.terms = nn.ModuleDict(terms)
         self.network = network
 
+    def __iter__(self) -> Iterator[ScaleTerm]:
+        """Terms in the order of their sum."""
+        return iter(cast(Iterable[ScaleTerm], self.terms.values()))
+
     def forward(self, batch: Batch, described_by: Batch | None = None) -> Scale:
         """Scale of each term of the observations, and what the network says of the errors.
 
         ``described_by`` is the batch whose reflections describe the images, if not ``batch``.
         """
-        first, *rest = self.terms.values()
+        first, *rest = self
         log_k = first(batch)
         for term in rest:
             log_k = log_k + term(batch)
@@ -53,13 +58,16 @@ class ScaleModel(nn.Module):
 
     def penalty(self) -> Tensor:
         """Minus the log-prior of all parameters, up to a constant, () [nats]."""
-        total = sum(term.penalty() for term in self.terms.values())
+        first, *rest = self
+        total = first.penalty()
+        for term in rest:
+            total = total + term.penalty()
         return total if self.network is None else total + self.network.penalty()
 
     @property
     def frames(self) -> FrameScale | None:
         """Scale of the frames of rotation data, if that is how they are scaled."""
-        return next((t for t in self.terms.values() if isinstance(t, FrameScale)), None)
+        return next((t for t in self if isinstance(t, FrameScale)), None)
 
     @torch.no_grad()
     def start(self, batch: Batch, observed: Tensor, expected: Tensor) -> None:
@@ -73,7 +81,7 @@ class ScaleModel(nn.Module):
             Intensities as measured, and those of the amplitudes; 0 where not used.
         """
         k = self._scale_of_first_terms(batch)
-        for term in self.terms.values():
+        for term in self:
             if term.start(batch, observed / k, expected):
                 k = self._scale_of_first_terms(batch)
 
@@ -86,17 +94,17 @@ class ScaleModel(nn.Module):
     ) -> bool:
         """Start what no observation in use determined; see :meth:`ScaleTerm.start_unseen`."""
         given = batch, was_used, observed, expected
-        changed = [term.start_unseen(*given) for term in self.terms.values()]
+        changed = [term.start_unseen(*given) for term in self]
         return any(changed)
 
     @property
     def newton_parameters(self) -> tuple[nn.Parameter, ...]:
         """Parameters that :meth:`newton_step` can move in place of Adam."""
-        return tuple(p for term in self.terms.values() for p in term.newton_parameters)
+        return tuple(p for term in self for p in term.newton_parameters)
 
     def newton_step(self, batch: Batch, information: Tensor) -> None:
         """Take the Newton steps of all terms; see :meth:`ScaleTerm.newton_step`."""
-        for term in self.terms.values():
+        for term in self:
             term.newton_step(batch, information)
 
     def fresh_crystal_factor(self, inv_d2: Tensor) -> Tensor:
@@ -109,7 +117,7 @@ class ScaleModel(nn.Module):
         inv_d2 : Tensor, (R,)
             [1/A^2]
         """
-        for term in self.terms.values():
+        for term in self:
             if isinstance(term, BFactor):
                 return term.fresh_crystal_factor(inv_d2)
         return torch.ones_like(inv_d2)
@@ -133,5 +141,5 @@ class ScaleModel(nn.Module):
 
     def restore(self) -> None:
         """Compute anew what depends on buffers that were loaded from a file."""
-        for term in self.terms.values():
+        for term in self:
             term.restore()

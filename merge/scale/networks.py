@@ -10,7 +10,7 @@ BLOCK = 8192  # observations that pass the networks together where nothing is le
 
 def blocks(x: Tensor) -> tuple[Tensor, ...]:
     """Split rows, (N, ...), where nothing is learned: each part fits the cache."""
-    return (x,) if torch.is_grad_enabled() else x.split(BLOCK)
+    return (x,) if torch.is_grad_enabled() else torch.split(x, BLOCK)
 
 
 class ResidualNetwork(nn.Module):
@@ -24,13 +24,12 @@ class ResidualNetwork(nn.Module):
     def __init__(self, n_in: int, width: int, depth: int, n_out: int) -> None:
         super().__init__()
         self.first = nn.Linear(n_in, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-            for _ in range(depth)
-        )
-        for block in self.blocks:
-            nn.init.zeros_(block[-1].weight)
-            nn.init.zeros_(block[-1].bias)
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            inner, outer = nn.Linear(width, width), nn.Linear(width, width)
+            nn.init.zeros_(outer.weight)
+            nn.init.zeros_(outer.bias)
+            self.blocks.append(nn.Sequential(nn.SiLU(), inner, nn.SiLU(), outer))
         self.last = nn.Linear(width, n_out)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)

@@ -97,6 +97,11 @@ class ScaleTerm(nn.Module, ABC):
         """Compute anew what depends on buffers that were loaded from a file."""
 
 
+def parts(values: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Split what all sweeps or datasets have one after the other."""
+    return torch.split(values, list(counts))
+
+
 def log_ratio(above: Tensor, below: Tensor, index: Tensor, n: int) -> Tensor:
     """Log of the ratio of the sums of each group, (n,); 0 where a group has nothing.
 

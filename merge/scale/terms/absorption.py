@@ -37,6 +37,11 @@ class Absorption(ScaleTerm):
         Highest order of the harmonics.
     """
 
+    position: Tensor
+    half_width: Tensor
+    centre: Tensor
+    harmonics: Tensor
+
     def __init__(self, sweeps: SweepTable, order: int = 4) -> None:
         super().__init__()
         self.sweeps, self.order = sweeps, order
@@ -78,8 +83,8 @@ class Absorption(ScaleTerm):
         if not s.has_beams:
             xy = s.scaled_position(self.position.cpu(), self.half_width.cpu())
             return _moving_response(s, xy, self.order)
-        directions = [-s.s0_crystal.double(), s.s1_crystal.double()]
-        return sum(real_harmonics(v, self.order) for v in directions) / 2
+        of_s0, of_s1 = -s.s0_crystal.double(), s.s1_crystal.double()
+        return (real_harmonics(of_s0, self.order) + real_harmonics(of_s1, self.order)) / 2
 
 
 def _moving_response(sweeps: SweepTable, position: Tensor, order: int) -> Tensor:

@@ -16,7 +16,7 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.prior.wilson import hat_design
-from braggflux.merge.scale.term import ScaleTerm
+from braggflux.merge.scale.term import ScaleTerm, parts
 
 B_SD = 3.0  # prior standard deviation of B [A^2]
 START_BEND = 0.1  # of B from knot to knot [A^2]; learned. Damage is smooth, one knot is noisy.
@@ -32,6 +32,10 @@ class BFactor(ScaleTerm):
     spacing_deg : float
         Rotation between knots.
     """
+
+    centre: Tensor
+    centre_inv_d2: Tensor
+    design: Tensor
 
     def __init__(self, sweeps: SweepTable, spacing_deg: float = 10.0) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class BFactor(ScaleTerm):
         """Minus the log-prior, () [nats]."""
         total = 0.5 * (self.b_factor**2).sum() / B_SD**2
         bend = self.log_b_bend.clamp(-7.0, 2.0)
-        for knots in self.b_factor.split(self.n_knots):
+        for knots in parts(self.b_factor, self.n_knots):
             change = knots.diff(n=2)
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * bend) + len(change) * bend
         return total + 0.5 * ((bend - np.log(START_BEND)) / 1.0) ** 2

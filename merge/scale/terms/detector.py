@@ -30,12 +30,17 @@ class DetectorResponse(ScaleTerm):
         Of the hidden layer.
     """
 
+    centre: Tensor
+    half_width: Tensor
+    position: Tensor
+
     def __init__(self, sweeps: SweepTable, width: int = 8) -> None:
         super().__init__()
         self.sweeps = sweeps
-        self.network = nn.Sequential(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1)).double()
-        nn.init.zeros_(self.network[-1].weight)
-        nn.init.zeros_(self.network[-1].bias)
+        hidden, last = nn.Linear(3, width), nn.Linear(width, 1)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.network = nn.Sequential(hidden, nn.Tanh(), last).double()
         # what positions are centred and scaled by is part of the meaning: saved with the weights
         centre, half_width = sweeps.detector_centre()
         self.register_buffer("centre", centre)

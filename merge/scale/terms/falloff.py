@@ -22,6 +22,9 @@ class Falloff(ScaleTerm):
         Of the prior's mean intensity, from which the falloff is taken.
     """
 
+    knots: Tensor
+    log_scale: Tensor
+
     def __init__(self, n_knots: int) -> None:
         super().__init__()
         self.register_buffer("knots", torch.zeros(n_knots).double())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.scale.term import ScaleTerm, log_ratio, start_unseen_groups
+from braggflux.merge.scale.term import ScaleTerm, log_ratio, parts, start_unseen_groups
 
 #: Start of the learned standard deviations of flicker and drift, in the log.
 START_SD = 0.03
@@ -64,6 +64,15 @@ class FrameScale(ScaleTerm):
     has_flicker : bool
         False leaves the drift alone.
     """
+
+    is_odd: Tensor
+    has_flicker: Tensor
+    z: Tensor
+    degrees: Tensor
+    rocking: Tensor
+    first_frame: Tensor
+    last_frame: Tensor
+    log_mosaicity: nn.Parameter | None
 
     def __init__(
         self, sweeps: SweepTable, drift_spacing_deg: float = 2.0, has_flicker: bool = True
@@ -126,7 +135,7 @@ class FrameScale(ScaleTerm):
 
     def slow_drift(self) -> Tensor:
         """Log-scale of every frame without its flicker, (F,)."""
-        drifts = zip(self.drift.split(self.n_drift_knots), self.n_frames, strict=True)
+        drifts = zip(parts(self.drift, self.n_drift_knots), self.n_frames, strict=True)
         return torch.cat([interpolate(knots, n) for knots, n in drifts])
 
     @torch.no_grad()
@@ -162,8 +171,8 @@ class FrameScale(ScaleTerm):
     def start(self, batch: Batch, observed: Tensor, expected: Tensor) -> bool:
         """Take the mean ratio of each frame, and from these the drift."""
         frame, n = self.centre_frame()[batch.rows], len(self.log_frame_scale)
-        self.log_frame_scale += log_ratio(observed, expected, frame, n)
-        self.log_frame_scale -= self.log_frame_scale.mean()
+        self.log_frame_scale.add_(log_ratio(observed, expected, frame, n))
+        self.log_frame_scale.sub_(self.log_frame_scale.mean())
         self.start_drift(torch.bincount(frame, batch.observations.is_used.double(), minlength=n))
         return True
 
@@ -189,7 +198,7 @@ class FrameScale(ScaleTerm):
         if bool(enough.any()):
             # the fewer observations, the less the first scale of a frame says
             fewer = (count[enough].double().median() / count.clamp_min(1)).clamp_min(1.0).sqrt()
-            frames, known = (v.split(self.n_frames) for v in (self.log_frame_scale, enough))
+            frames, known = (parts(v, self.n_frames) for v in (self.log_frame_scale, enough))
             near = torch.cat([_running_median(*part) for part in zip(frames, known, strict=True)])
             self._find_odd(near, enough, fewer)
             self._set_drift()
@@ -205,14 +214,17 @@ class FrameScale(ScaleTerm):
 
     def _set_drift(self) -> None:
         """Medians of the frames near each knot that are not odd."""
-        frames = self.log_frame_scale.split(self.n_frames)
-        drifts, odds = self.drift.split(self.n_drift_knots), self.is_odd.split(self.n_frames)
+        frames = parts(self.log_frame_scale, self.n_frames)
+        drifts, odds = (
+            parts(self.drift, self.n_drift_knots),
+            parts(self.is_odd, self.n_frames),
+        )
         for gamma, drift, odd in zip(frames, drifts, odds, strict=True):
             ends = torch.linspace(0, len(gamma), len(drift) + 1, device=gamma.device)
-            parts = ends.long().tolist()
+            first = ends.long().tolist()
             lost = []
             for k in range(len(drift)):
-                span = slice(parts[k], max(parts[k + 1], parts[k] + 1))
+                span = slice(first[k], max(first[k + 1], first[k] + 1))
                 usual = gamma[span][~odd[span]]
                 if len(usual):
                     drift[k] = usual.median()
@@ -220,15 +232,16 @@ class FrameScale(ScaleTerm):
                     lost.append(k)
             known = [k for k in range(len(drift)) if k not in lost]
             for k in lost if known else []:
-                drift[k] = drift[min(known, key=lambda other, k=k: abs(other - k))]
+                _, nearest = min((abs(other - k), other) for other in known)
+                drift[k] = drift[nearest]
 
     def penalty(self) -> Tensor:
         """Minus the log-prior, () [nats]."""
         flicker, step = self.log_flicker.clamp(-7.0, 0.0), self.log_drift_step.clamp(-7.0, 0.0)
-        drifts, scales = self.drift.split(self.n_drift_knots), self.frame_scales()
+        drifts, scales = parts(self.drift, self.n_drift_knots), self.frame_scales()
         # the mean of all belongs to the amplitudes; sweeps may differ by any factor
         total = 0.5 * (scales.mean() / MEAN_SD) ** 2
-        frames, odds = scales.split(self.n_frames), self.is_odd.split(self.n_frames)
+        frames, odds = parts(scales, self.n_frames), parts(self.is_odd, self.n_frames)
         for gamma, drift, odd in zip(frames, drifts, odds, strict=True):
             about = gamma - interpolate(drift, len(gamma))
             usual = about[~odd]
@@ -268,7 +281,7 @@ class FrameScale(ScaleTerm):
         bound.index_add_(0, frame.flatten(), (information[:, None] * share).flatten())
         bound = bound + batch.share * self._prior_bound()
         change = self.log_frame_scale.grad / bound
-        self.log_frame_scale -= DAMPING * change.clamp(-MAX_STEP, MAX_STEP)
+        self.log_frame_scale.sub_(DAMPING * change.clamp(-MAX_STEP, MAX_STEP))
 
     def _prior_bound(self) -> Tensor:
         """Bound of the curvature of the prior of each frame's scale, ()."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.scale.term import ScaleTerm, log_ratio, start_unseen_groups
+from braggflux.merge.scale.term import ScaleTerm, log_ratio, parts, start_unseen_groups
 
 SCALE_SD = 1.0  # prior of a mean log-scale
 STEP = 0.1  # start of its change from image to image
@@ -53,8 +53,8 @@ class ImageScale(ScaleTerm):
     def start(self, batch: Batch, observed: Tensor, expected: Tensor) -> bool:
         """Take the mean ratio of each image."""
         image, n = batch.observations.image, len(self.log_image_scale)
-        self.log_image_scale += log_ratio(observed, expected, image, n)
-        self.log_image_scale -= self.log_image_scale.mean()
+        self.log_image_scale.add_(log_ratio(observed, expected, image, n))
+        self.log_image_scale.sub_(self.log_image_scale.mean())
         return True
 
     def start_unseen(
@@ -69,7 +69,7 @@ class ImageScale(ScaleTerm):
         """Minus the log-prior, () [nats]."""
         step = self.log_step.clamp(-7.0, 1.0)
         total = 0.5 * (step - math.log(STEP)) ** 2
-        for g in self.log_image_scale.split(self.images_of_dataset):
+        for g in parts(self.log_image_scale, self.images_of_dataset):
             total = total + 0.5 * (g.diff() ** 2).sum() * (-2 * step).exp() + (len(g) - 1) * step
             total = total + 0.5 * (g.mean() / SCALE_SD) ** 2
         return total
@@ -102,6 +102,6 @@ class ImageBFactor(ScaleTerm):
     def penalty(self) -> Tensor:
         """Minus the log-prior, () [nats]."""
         total = self.b_factor.new_zeros(())
-        for b in self.b_factor.split(self.images_of_dataset):
+        for b in parts(self.b_factor, self.images_of_dataset):
             total = total + 0.5 * (b.diff() ** 2).sum() / B_STEP**2 + 0.5 * (b.mean() / B_SD) ** 2
         return total

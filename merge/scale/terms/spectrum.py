@@ -31,6 +31,8 @@ class Spectrum(ScaleTerm):
     n_knots : int
     """
 
+    knots: Tensor
+
     def __init__(self, wavelength: Tensor, n_knots: int) -> None:
         super().__init__()
         knots = torch.linspace(float(wavelength.min()), float(wavelength.max()), n_knots)
@@ -51,9 +53,9 @@ class Spectrum(ScaleTerm):
         """Take the mean ratio near each knot."""
         wavelength = batch.of_first_terms(batch.terms.wavelength)
         nearest = torch.cat(
-            [(w[:, None] - self.knots).abs().argmin(1) for w in wavelength.split(BLOCK)]
+            [(w[:, None] - self.knots).abs().argmin(1) for w in torch.split(wavelength, BLOCK)]
         )
-        self.log_intensity += log_ratio(observed, expected, nearest, len(self.knots))
+        self.log_intensity.add_(log_ratio(observed, expected, nearest, len(self.knots)))
         return True
 
     def penalty(self) -> Tensor:
