@@ -18,7 +18,7 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.columns import Columns, check_mates, is_kept, join_columns
-from braggflux.merge.data.feature_scaling import Standard
+from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.harmonics import (
     Harmonics,
     harmonics,
@@ -26,7 +26,7 @@ from braggflux.merge.data.harmonics import (
     single_terms,
 )
 from braggflux.merge.data.measurement import measurement_of, observed_sigma
-from braggflux.merge.data.metadata import features, measure_standard, metadata_columns
+from braggflux.merge.data.metadata import features, measure_feature_scaling, metadata_columns
 from braggflux.merge.data.overloads import is_overloaded
 from braggflux.merge.data.pairing import paired_clusters
 from braggflux.merge.data.resolution_limit import end_of_data
@@ -76,7 +76,7 @@ def build_problem(
     config: IntensityMergeConfig,
     parents: Sequence[int | None] | None = None,
     operators: IndexingOperators | None = None,
-    standard: Standard | None = None,
+    feature_scaling: FeatureScaling | None = None,
     unique: UniqueRows | None = None,
 ) -> MergeProblem:
     """Bind observations to unique rows and sort them by image.
@@ -91,7 +91,7 @@ def build_problem(
     operators : IndexingOperators, optional
         Ways in which each image may be indexed; observations that one of them takes out of the
         asymmetric unit are left out.
-    standard : Standard, optional
+    feature_scaling : FeatureScaling, optional
         Units of an earlier fit, instead of those of these data.
     unique : UniqueRows, optional
         When ``data`` are a part of what is merged.
@@ -109,7 +109,7 @@ def build_problem(
     columns = join_columns(data, unique, config)
     if config.anomalous:
         check_mates(columns.row, unique)
-    given = metadata_columns(data, columns, config, standard)
+    given = metadata_columns(data, columns, config, feature_scaling)
     kept = is_kept(columns.row, columns.intensity, columns.sigma)
     if config.overloads == "auto":
         kept &= ~is_overloaded(data)
@@ -125,8 +125,8 @@ def build_problem(
     group = (columns.dataset, cluster, unit) if len(data) > 1 else (unit,)
     keys = (columns.sigma, columns.intensity, *columns.miller_index.T[::-1], *group)
     order = order[np.lexsort([key[order] for key in keys])]
-    standard = standard or measure_standard(columns, given, order)
-    table = _table(columns, given, standard, unit, cluster, order, unique, config)
+    feature_scaling = feature_scaling or measure_feature_scaling(columns, given, order)
+    table = _table(columns, given, feature_scaling, unit, cluster, order, unique, config)
     table = replace(table, sweeps=_sweeps(data, columns, order, config))
     problem = MergeProblem(unique, table, tuple(d.name for d in data), order)
     if alternatives is None:
@@ -211,7 +211,7 @@ def _sweeps(
 def _table(
     columns: Columns,
     given: Mapping[str, Array],
-    standard: Standard,
+    feature_scaling: FeatureScaling,
     unit: NDArray[np.int64],
     cluster: NDArray[np.int64],
     order: NDArray[np.int64],
@@ -219,7 +219,7 @@ def _table(
     config: IntensityMergeConfig,
 ) -> ObservationTable:
     c = columns
-    scale = standard.unit_intensity
+    scale = feature_scaling.unit_intensity
     intensity, sigma = c.intensity[order] / scale, c.sigma[order] / scale
     units, unit = np.unique(unit[order], return_inverse=True)
     _, first_row, image = np.unique(c.image[order], return_index=True, return_inverse=True)
@@ -242,7 +242,7 @@ def _table(
         torch.as_tensor(signal, dtype=torch.float32),
     )
     sums = harmonics(c, order, unique) if config.laue else single_terms(c, order)
-    terms = _terms(c, order, sums, base, given, standard, config.laue and config.laue_lp)
+    terms = _terms(c, order, sums, base, given, feature_scaling, config.laue and config.laue_lp)
     first = np.searchsorted(unit, np.arange(len(units) + 1))
     first_term = np.searchsorted(unit[sums.observation], np.arange(len(units) + 1))
     # images that are neighbours: of one dataset, and of one member where it is a group
@@ -256,8 +256,8 @@ def _table(
         torch.as_tensor(first_term),
         tuple(images),
         scale,
-        standard.names,
-        standard,
+        feature_scaling.names,
+        feature_scaling,
     )
 
 
@@ -273,12 +273,12 @@ def _terms(
     sums: Harmonics,
     base: Array,
     given: Mapping[str, Array],
-    standard: Standard,
+    feature_scaling: FeatureScaling,
     is_raw_laue: bool,
 ) -> Terms:
     source = order[sums.observation]
     inv, wavelength = c.inv_d2[source] * sums.ratio**2, c.wavelength[source] / sums.ratio
-    seen, offset = features(given, standard, source, inv, wavelength)
+    seen, offset = features(given, feature_scaling, source, inv, wavelength)
     known = base[sums.observation]
     if is_raw_laue:
         known = known + log_laue_factor(inv, wavelength)

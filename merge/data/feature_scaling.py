@@ -20,7 +20,7 @@ LOW_ANGLE = "log d"
 
 
 @dataclass(frozen=True)
-class Standard:
+class FeatureScaling:
     """Mean and spread of everything the networks see.
 
     Parameters
@@ -51,7 +51,7 @@ class Standard:
         return {"unit_intensity": self.unit_intensity, "columns": columns}
 
     @classmethod
-    def of(cls, mapping: Mapping[str, Any]) -> Standard:
+    def of(cls, mapping: Mapping[str, Any]) -> FeatureScaling:
         """From :attr:`mapping`."""
         columns = {name: (float(m), float(s)) for name, (m, s) in mapping["columns"].items()}
         return cls(float(mapping["unit_intensity"]), columns)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.columns import Columns
-from braggflux.merge.data.feature_scaling import LOW_ANGLE, Standard, mean_and_spread
+from braggflux.merge.data.feature_scaling import LOW_ANGLE, FeatureScaling, mean_and_spread
 from braggflux.merge.io.observations import UnmergedData
 
 Array = NDArray[np.float64]
@@ -28,13 +28,13 @@ def metadata_columns(
     data: Sequence[UnmergedData],
     columns: Columns,
     config: IntensityMergeConfig,
-    standard: Standard | None,
+    feature_scaling: FeatureScaling | None,
 ) -> dict[str, Array]:
     """Columns that the networks see, (N,) each, resolution first."""
     common = set.intersection(*(set(d.metadata) for d in data))
     has_wavelength = all(d.wavelength is not None for d in data)
     allowed = sorted(common | {RESOLUTION} | ({"Wavelength"} if has_wavelength else set()))
-    wanted = config.metadata if standard is None else standard.names
+    wanted = config.metadata if feature_scaling is None else feature_scaling.names
     if wanted is None:
         wanted = [n for n in KNOWN_METADATA if n in allowed]
         if not config.laue and "Wavelength" in wanted:
@@ -63,12 +63,12 @@ def _check_complete(name: str, column: Array) -> None:
         )
 
 
-def measure_standard(
+def measure_feature_scaling(
     columns: Columns, given: Mapping[str, Array], order: NDArray[np.int64]
-) -> Standard:
+) -> FeatureScaling:
     """Measure the units in these data."""
     low_angle = _low_angle(columns.inv_d2[order])
-    return Standard(
+    return FeatureScaling(
         float(np.mean(np.abs(columns.intensity[order]))),
         {name: mean_and_spread(column) for name, column in given.items()}
         | {LOW_ANGLE: mean_and_spread(low_angle)},
@@ -82,7 +82,7 @@ def _low_angle(inv: Array) -> Array:
 
 def features(
     given: Mapping[str, Array],
-    standard: Standard,
+    feature_scaling: FeatureScaling,
     source: NDArray[np.int64],
     inv: Array,
     wavelength: Array,
@@ -93,7 +93,7 @@ def features(
     ----------
     given : mapping of str to (N,)
         Of :func:`metadata_columns`.
-    standard : Standard
+    feature_scaling : FeatureScaling
     source : (T,)
         Observation of each term.
     inv, wavelength : (T,)
@@ -101,10 +101,10 @@ def features(
     """
     own = {RESOLUTION: inv, "Wavelength": wavelength}
     columns = [
-        standard(name, own[name] if name in own else column[source])
+        feature_scaling(name, own[name] if name in own else column[source])
         for name, column in given.items()
     ]
-    columns.append(standard(LOW_ANGLE, _low_angle(inv)))
+    columns.append(feature_scaling(LOW_ANGLE, _low_angle(inv)))
     offset = np.zeros(len(source))
     for name in EWALD_OFFSETS:
         if name in given:

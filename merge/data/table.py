@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.records import TensorRecord
-from braggflux.merge.data.feature_scaling import Standard
+from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.measurement import Measurement
 from braggflux.merge.data.sweeps import SweepTable
 
@@ -153,7 +153,7 @@ class ObservationTable:
     unit_intensity : float
         Intensities of the files are divided by it.
     feature_names : tuple of str
-    standard : Standard
+    feature_scaling : FeatureScaling
     sweeps : SweepTable or None
         Of rotation data with a physical scale.
     """
@@ -165,7 +165,7 @@ class ObservationTable:
     images_of_dataset: tuple[int, ...]
     unit_intensity: float
     feature_names: tuple[str, ...]
-    standard: Standard
+    feature_scaling: FeatureScaling
     sweeps: SweepTable | None = None
 
     @property

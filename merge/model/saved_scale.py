@@ -3,10 +3,10 @@
     light on the scale of dark:  braggflux merge light.mtz --freeze-scales dark/ ...
     new images, known encoder:   braggflux merge new.stream --freeze-scales first_run/ --stills ...
 
-With the parameters go the settings that shape the model and the units of the metadata and of
-intensity (:class:`~braggflux.merge.data.feature_scaling.Standard`): without them reuse would be
-wrong and not look it. Scales of a scan belong to its images, so that the same number of datasets
-and images is asked for; stills have no parameters of single images and may be any number.
+With the parameters go the settings that shape the model, and the units of metadata and intensity
+(:class:`~braggflux.merge.data.feature_scaling.FeatureScaling`): without them reuse would be wrong
+and not look it. Scales of a scan belong to its images, so that the same number of datasets and
+images is asked for; stills have no parameters of single images and may be any number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
-from braggflux.merge.data.feature_scaling import Standard
+from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import Merger
 
@@ -55,14 +55,14 @@ class SavedScale:
     path : Path
     settings : dict
         Of :class:`IntensityMergeConfig`, without :data:`FREE`.
-    standard : Standard
+    feature_scaling : FeatureScaling
     images_of_dataset : tuple of int
     state : dict of str to Tensor
     """
 
     path: Path
     settings: dict[str, Any]
-    standard: Standard
+    feature_scaling: FeatureScaling
     images_of_dataset: tuple[int, ...]
     state: dict[str, Tensor]
 
@@ -157,7 +157,7 @@ def save_scale(
         "format": FORMAT,
         "version": VERSION,
         "settings": {k: v for k, v in asdict(config).items() if k not in FREE},
-        "standard": table.standard.mapping,
+        "feature_scaling": table.feature_scaling.mapping,
         "images_of_dataset": list(table.images_of_dataset),
         "state": state,
     }
@@ -200,7 +200,7 @@ def load_scale(path: Path) -> SavedScale:
     return SavedScale(
         file,
         content["settings"],
-        Standard.of(content["standard"]),
+        FeatureScaling.of(content["feature_scaling"]),
         tuple(content["images_of_dataset"]),
         content["state"],
     )

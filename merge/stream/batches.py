@@ -26,7 +26,7 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.columns import is_kept
-from braggflux.merge.data.feature_scaling import Standard
+from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.resolution_limit import end_of_data
 from braggflux.merge.data.table import MIN_BATCHES, Batch, ObservationTable
 from braggflux.merge.fit.held_out import Split, split
@@ -50,7 +50,7 @@ class ObservationStream:
     stores : sequence of ObservationStore
         One per dataset.
     config : IntensityMergeConfig
-    standard : Standard, optional
+    feature_scaling : FeatureScaling, optional
         Of a scale model that is used again.
     parents : sequence of int or None, optional
         Of each dataset.
@@ -62,7 +62,7 @@ class ObservationStream:
     unique : UniqueRows
     sample : ObservationTable
         Some of the observations, in memory.
-    standard : Standard
+    feature_scaling : FeatureScaling
     carriers : tuple of int
         Batches with held-out observations.
     n_obs : ndarray, (R,) int64
@@ -75,7 +75,7 @@ class ObservationStream:
         self,
         stores: Sequence[ObservationStore],
         config: IntensityMergeConfig,
-        standard: Standard | None = None,
+        feature_scaling: FeatureScaling | None = None,
         parents: Sequence[int | None] | None = None,
     ) -> None:
         if not config.stills:
@@ -95,8 +95,8 @@ class ObservationStream:
         self.unique = UniqueRows(asus, parents, couple)
         order = np.random.default_rng(config.seed).permutation(self.n_batches)
         self.carriers = tuple(order[:MAX_CARRIERS].tolist()) if config.held_out else ()
-        self.sample = self._sample(order, standard)
-        self.standard = self.sample.standard
+        self.sample = self._sample(order, feature_scaling)
+        self.feature_scaling = self.sample.feature_scaling
         self.n_obs, self.filled = self._count()
 
     def __len__(self) -> int:
@@ -127,7 +127,9 @@ class ObservationStream:
     def split(self, number: int) -> tuple[ObservationTable, Split | None]:
         """Read one batch, and what is held out in it if it is a carrier."""
         data = self._read(number)
-        problem = build_problem(data, self.config, standard=self.standard, unique=self.unique)
+        problem = build_problem(
+            data, self.config, feature_scaling=self.feature_scaling, unique=self.unique
+        )
         if number not in self.carriers:
             return problem.table, None
         seed = [self.config.seed, number]
@@ -159,13 +161,17 @@ class ObservationStream:
         )
         return end_of_data(values, len(store), self.config.d_min, store.name)
 
-    def _sample(self, order: NDArray[np.int64], standard: Standard | None) -> ObservationTable:
+    def _sample(
+        self, order: NDArray[np.int64], feature_scaling: FeatureScaling | None
+    ) -> ObservationTable:
         """Read some batches as one table, not the carriers while there are others."""
         n = max(1, round(SAMPLE * self.n_batches / len(self)))
         chosen = np.sort(order[::-1][:n])
         parts = zip(*(self._read(k) for k in chosen), strict=True)
         data = [joined(of_store) for of_store in parts]
-        return build_problem(data, self.config, standard=standard, unique=self.unique).table
+        return build_problem(
+            data, self.config, feature_scaling=feature_scaling, unique=self.unique
+        ).table
 
     def _count(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Training observations of each unique reflection, and which batches have any."""

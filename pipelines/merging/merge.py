@@ -74,14 +74,14 @@ def _merge_in_memory(
 ) -> list[Path]:
     data, out = inputs.read(is_laue=config.laue), inputs.out
     operators = ambiguous_operators(data, config)
-    standard = None if saved is None else saved.standard
-    problem = build_problem(data, config, inputs.parents, operators, standard)
+    feature_scaling = None if saved is None else saved.feature_scaling
+    problem = build_problem(data, config, inputs.parents, operators, feature_scaling)
     steps = find_steps(problem, config)
     if steps.levels:
         say_steps(steps, problem.table, image_numbers(problem, data), problem.names)
         if len(steps.rows):
             data = without_rows(data, steps.rows)
-            problem = build_problem(data, config, inputs.parents, operators, standard)
+            problem = build_problem(data, config, inputs.parents, operators, feature_scaling)
     number = image_numbers(problem, data)
     labels = [d.labels._replace(wavelength=d.typical_wavelength) for d in data]
     say_what_data_leave_idle(config, problem, data)

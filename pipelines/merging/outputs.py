@@ -69,7 +69,7 @@ def write_stream(
     """
     datasets = streamed_datasets(
         merger,
-        stream.standard.unit_intensity,
+        stream.feature_scaling.unit_intensity,
         stream.unique,
         sums,
         is_marginal=config.sigma != "difference",

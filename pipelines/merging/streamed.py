@@ -80,8 +80,8 @@ def merge_stores(
         _check(config, stores)
         indexing = resolve_indexing(inputs, config, stores)
         stores = indexed(stores, indexing)
-        standard = None if saved is None else saved.standard
-        stream = ObservationStream(stores, config, standard, inputs.parents)
+        feature_scaling = None if saved is None else saved.feature_scaling
+        stream = ObservationStream(stores, config, feature_scaling, inputs.parents)
         couples = check_coupling(stream.unique, config)
         f_calc = None
         if inputs.prior_model is not None:
@@ -90,7 +90,7 @@ def merge_stores(
         logger.info(
             "%d observations on %d images in %d batches, %d unique reflections; metadata %s",
             *(len(stream), sum(s.n_images for s in stores), stream.n_batches, len(stream.unique)),
-            " ".join(stream.standard.names),
+            " ".join(stream.feature_scaling.names),
         )
         merger = _fit_scales(stream, config, device, saved, f_calc)
         # From an untrained start the parabola of one look is not good enough.

@@ -57,7 +57,10 @@ def stream(simulation):
 def whole_table(stream):
     """All observations in memory, with what the stream holds out held out."""
     problem = build_problem(
-        [stream.stores[0].read()], CONFIG, standard=stream.standard, unique=stream.unique
+        [stream.stores[0].read()],
+        CONFIG,
+        feature_scaling=stream.feature_scaling,
+        unique=stream.unique,
     )
     used, seen = [], []
     for k in range(stream.n_batches):
@@ -134,7 +137,7 @@ def test_sums_are_those_of_the_observations_in_memory(stream):
     sums = look_at_all(merger, stream, CONFIG).add(held_out_batches(stream, merger))
     scaled = scaled_observations(merger, everything)
     n_rows = len(merger.group)
-    unit = stream.standard.unit_intensity
+    unit = stream.feature_scaling.unit_intensity
     mean, sigma = weighted_mean(scaled, n_rows)
     torch.testing.assert_close(sums.mean()[0] * unit, mean, rtol=1e-4, atol=1e-4, equal_nan=True)
     torch.testing.assert_close(sums.mean()[1] * unit, sigma, rtol=1e-4, atol=1e-4, equal_nan=True)

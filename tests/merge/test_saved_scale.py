@@ -54,8 +54,8 @@ def amplitude():
 
 def fitted(data, config, saved=None):
     torch.manual_seed(0)
-    standard = None if saved is None else saved.standard
-    problem = build_problem([data], config, standard=standard)
+    feature_scaling = None if saved is None else saved.feature_scaling
+    problem = build_problem([data], config, feature_scaling=feature_scaling)
     merger = Merger(problem.unique, problem.table, config)
     if saved is None:
         start(merger, problem.table)
@@ -134,7 +134,9 @@ def test_settings_of_the_model_come_with_it(dark):
 
 def test_what_does_not_fit_is_refused(dark, amplitude, tmp_path):
     saved = load_scale(dark[0])
-    fewer = build_problem([observed(amplitude, 2, n_images=19)], CONFIG, standard=saved.standard)
+    fewer = build_problem(
+        [observed(amplitude, 2, n_images=19)], CONFIG, feature_scaling=saved.feature_scaling
+    )
     with pytest.raises(UserError, match=r"1 dataset\(s\) of 20 image.*of 19 image"):
         saved.check(fewer.table)
     with pytest.raises(UserError, match="fitted without --stills"):
@@ -142,7 +144,7 @@ def test_what_does_not_fit_is_refused(dark, amplitude, tmp_path):
     lacking = observed(amplitude, 2)
     del lacking.metadata["Y"]
     with pytest.raises(UserError, match="unknown metadata Y"):
-        build_problem([lacking], CONFIG, standard=saved.standard)
+        build_problem([lacking], CONFIG, feature_scaling=saved.feature_scaling)
     torch.save({"scale.x": torch.zeros(1)}, tmp_path / "old.pt")
     content = torch.load(dark[0] / FILE_NAME, weights_only=True) | {"version": 1}
     torch.save(content, tmp_path / "first.pt")

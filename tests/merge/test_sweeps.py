@@ -369,7 +369,7 @@ def test_saved_scale_means_the_same_for_other_observations(sweep, tmp_path):
     saved = load_scale(tmp_path / "m.pt")
     rows = (data.metadata["XDET"] > 0) | (np.arange(len(data)) % 7 == 0)
     part = data.select(rows)
-    other = build_problem([part], config, standard=saved.standard)
+    other = build_problem([part], config, feature_scaling=saved.feature_scaling)
     saved.check(other.table)
     again = Merger(other.unique, other.table, config)
     saved.load_into(again)
