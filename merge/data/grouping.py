@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.forms import CrystalForm, check_one_crystal_form
 from braggflux.integrator.errors import UserError
-from braggflux.merge.data.measurement import PHOTON_VARIANCE
-from braggflux.merge.io.observations import UnmergedData, common_name
+from braggflux.merge.io.observations import PHOTON_VARIANCE, UnmergedData, common_name
 from braggflux.merge.io.stores.observation_store import ObservationStore, StoreView
 from braggflux.merge.io.sweep_columns import SWEEP
 

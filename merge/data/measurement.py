@@ -30,13 +30,10 @@ from torch import Tensor
 
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.records import TensorRecord
-from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.observations import PHOTON_VARIANCE, UnmergedData
 
 Array = NDArray[np.float64]
 
-#: Metadata column of 1 / t: variance that every unit of expected intensity adds. The sigma of such
-#: data is that of the background alone, sqrt(beta / t).
-PHOTON_VARIANCE = "photon_variance"
 _SERIES_BELOW = 1e-3  # of delta, where the root of the deviance has no digits
 
 

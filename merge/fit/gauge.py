@@ -19,8 +19,9 @@ from torch import Tensor
 
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.model.merger import Merger
-from braggflux.merge.prior.wilson import Wilson, hat_design
+from braggflux.merge.prior.wilson import Wilson
 
 
 @torch.no_grad()

@@ -21,8 +21,11 @@ Array = NDArray[np.float64]
 
 log = logging.getLogger(__name__)
 
+#: Metadata column of 1 / t: variance that every unit of expected intensity adds. The sigma of such
+#: data is that of the background alone, sqrt(beta / t).
+PHOTON_VARIANCE = "photon_variance"
 #: Columns that intensities without LP correction are unusable without.
-NEEDED_RAW = ("LP", "photon_variance")
+NEEDED_RAW = ("LP", PHOTON_VARIANCE)
 
 
 @dataclass(frozen=True)

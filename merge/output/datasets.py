@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.output.amplitudes import (
     MergedRows,
     ScaledObservations,
@@ -43,7 +44,6 @@ from braggflux.merge.output.statistics import (
 )
 from braggflux.merge.prior.reference import Reference
 from braggflux.merge.rows import UniqueRows
-from braggflux.merge.stream.sums import ObservationSums
 
 Array = NDArray[np.float64]
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.prior.base import AmplitudePrior, PriorOver
-from braggflux.merge.prior.wilson import Wilson, hat_design
+from braggflux.merge.prior.wilson import Wilson
 
 #: Nodes for the mean of the slowly varying factor of the density.
 N_NODES = 2

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.prior.anisotropy import B_SD, anisotropic_design, invariant_tensors
 from braggflux.merge.prior.base import AmplitudePrior
 from braggflux.merge.rows import UniqueRows
@@ -170,17 +171,3 @@ class Wilson(AmplitudePrior):
         self.log_sigma.copy_(solution[:n_knots])
         if self.anisotropy is not None:
             self.anisotropy.copy_(solution[n_knots:])
-
-
-def hat_design(x: Tensor, knots: Tensor) -> Tensor:
-    """Linear interpolation on ``knots`` as a matrix, (N, n_knots); constant beyond the ends."""
-    if len(knots) == 1:
-        return torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
-    x = x.clamp(knots[0], knots[-1])
-    right = torch.searchsorted(knots, x).clamp(1, len(knots) - 1)
-    width = (knots[right] - knots[right - 1]).clamp_min(1e-12)
-    share = (x - knots[right - 1]) / width
-    design = torch.zeros(len(x), len(knots), dtype=x.dtype, device=x.device)
-    design.scatter_(1, right[:, None] - 1, (1 - share)[:, None])
-    design.scatter_add_(1, right[:, None], share[:, None])
-    return design

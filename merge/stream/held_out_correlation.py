@@ -11,10 +11,10 @@ import torch
 from braggflux.merge.fit.held_out import observed_and_expected
 from braggflux.merge.fit.held_out_correlation import GRID, set_best
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.solve import solve_amplitudes
-from braggflux.merge.stream.sums import ObservationSums
 from braggflux.merge.stream.training import held_out_batches
 
 

@@ -18,7 +18,7 @@ import torch
 from braggflux.merge.fit.newton import RowNewton
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import MergeTerms, elbo
-from braggflux.merge.stream.sums import ObservationSums
+from braggflux.merge.model.sums import ObservationSums
 
 N_STEPS = 40
 DAMPING = 0.7

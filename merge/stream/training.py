@@ -24,10 +24,10 @@ from braggflux.merge.fit.held_out import Prediction, observed_and_expected
 from braggflux.merge.fit.training import Observer, make_optimizer, set_rate
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.newton import RowFilter
 from braggflux.merge.stream.prefetch import read_ahead
-from braggflux.merge.stream.sums import ObservationSums
 
 logger = logging.getLogger(__name__)
 

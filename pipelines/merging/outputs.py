@@ -9,13 +9,13 @@ from pathlib import Path
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.io.dataset_labels import DatasetLabels
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.output.amplitudes import scaled_observations
 from braggflux.merge.output.datasets import MergedDataset, merged_datasets, streamed_datasets
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.merge.problem import MergeProblem
 from braggflux.merge.rows import UniqueRows
 from braggflux.merge.stream.batches import ObservationStream
-from braggflux.merge.stream.sums import ObservationSums
 from braggflux.pipelines.merging.findings import model_rows, say_of_dataset
 from braggflux.pipelines.workspace.merged_files import HALF_SETS, write_half_sets, write_merged
 

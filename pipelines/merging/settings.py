@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import IntensityMergeConfig
-from braggflux.merge.data.measurement import PHOTON_VARIANCE
-from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.observations import PHOTON_VARIANCE, UnmergedData
 from braggflux.merge.likelihood.registry import likelihood_class
 from braggflux.merge.problem import MergeProblem
 from braggflux.pipelines.config.idle_options import Rule, say_idle

@@ -20,11 +20,11 @@ from braggflux.merge.io.stores.observation_store import ObservationStore
 from braggflux.merge.io.stores.unmerged_store import SUFFIX, UnmergedStore
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, save_scale
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.merge.stream.held_out_correlation import choose_from_sums
 from braggflux.merge.stream.solve import solve_amplitudes
-from braggflux.merge.stream.sums import ObservationSums
 from braggflux.merge.stream.training import (
     fit_stream,
     held_out_batches,

@@ -17,10 +17,10 @@ from braggflux.merge.fit.training import fit, pool_trees, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.problem import build_problem
 from braggflux.merge.stream.newton import RowFilter
 from braggflux.merge.stream.solve import solve_amplitudes
-from braggflux.merge.stream.sums import ObservationSums
 from braggflux.pipelines.workspace.device import choose_device
 
 CELL = gemmi.UnitCell(30, 35, 40, 90, 90, 90)

@@ -10,9 +10,9 @@ import torch
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import IntensityMergeConfig
-from braggflux.merge.data.measurement import PHOTON_VARIANCE, counted_sigma
+from braggflux.merge.data.measurement import counted_sigma
 from braggflux.merge.fit.training import fit, start
-from braggflux.merge.io.observations import make_unmerged
+from braggflux.merge.io.observations import PHOTON_VARIANCE, make_unmerged
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import merged_rows, scaled_observations
 from braggflux.merge.problem import build_problem

@@ -15,11 +15,11 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
 from braggflux.merge.problem import build_problem
 from braggflux.merge.stream.batches import ObservationStream, joined
 from braggflux.merge.stream.solve import solve_amplitudes
-from braggflux.merge.stream.sums import ObservationSums
 from braggflux.merge.stream.training import (
     all_batches,
     fit_stream,

@@ -20,10 +20,10 @@ from braggflux.merge.likelihood.base import IndependentLikelihood
 from braggflux.merge.likelihood.registry import LIKELIHOODS
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
+from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
 from braggflux.merge.problem import build_problem
 from braggflux.merge.stream.solve import solve_amplitudes
-from braggflux.merge.stream.sums import ObservationSums
 
 CONFIG = IntensityMergeConfig(network_width=0, epochs=30, batch_size=None)
 

@@ -12,12 +12,13 @@ from torch.distributions import kl_divergence
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.distributions.nakagami import Nakagami
 from braggflux.merge.engine.prior import DoubleWilsonPrior
+from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.prior.mate_correlation import (
     estimate_one_minus_r2,
     half_set_covariance,
     mean_half_set_covariance,
 )
-from braggflux.merge.prior.wilson import Wilson, hat_design
+from braggflux.merge.prior.wilson import Wilson
 
 
 def toy_wilson(n: int = 4000, n_knots: int = 12, seed: int = 0):

@@ -18,9 +18,9 @@ from braggflux.integrator.io.intensity_file import (
     write_intensities,
 )
 from braggflux.integrator.types import Flag
-from braggflux.merge.data.measurement import PHOTON_VARIANCE
 from braggflux.merge.io.formats.photon_table import read_photon_table
 from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.observations import PHOTON_VARIANCE
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, ZETA
 from braggflux.pipelines import cli
 

@@ -14,10 +14,9 @@ from braggflux.integrator.io.dials import read_experiments
 from braggflux.integrator.io.dials.sweeps import describe_experiment, sweeps_of
 from braggflux.integrator.io.intensity_file import read_experiment_records, read_intensities
 from braggflux.integrator.types import Flag
-from braggflux.merge.data.measurement import PHOTON_VARIANCE
 from braggflux.merge.io.dataset_split import cell_groups, check_one_form, split_by_sweep
 from braggflux.merge.io.formats.unmerged_mtz import BATCH_STEP
-from braggflux.merge.io.observations import UnmergedData, make_unmerged
+from braggflux.merge.io.observations import PHOTON_VARIANCE, UnmergedData, make_unmerged
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, SWEEP, ZETA
 
 logger = logging.getLogger(__name__)

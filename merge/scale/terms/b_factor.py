@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.prior.wilson import hat_design
+from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.scale.term import ScaleTerm, parts
 
 B_SD = 3.0  # prior standard deviation of B [A^2]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.prior.wilson import hat_design
+from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.scale.networks import BLOCK, blocks
 from braggflux.merge.scale.term import ScaleTerm, log_ratio
 
