@@ -39,13 +39,17 @@ class Amplitudes:
 
 @torch.no_grad()
 def merged_amplitudes(
-    merger: Merger, batch: MergeBatch, chosen: Tensor | None = None
+    merger: Merger,
+    batch: MergeBatch,
+    chosen: Tensor | None = None,
+    scaled: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Amplitudes:
     """Merge the observations (or the ``chosen`` ones, (B,) bool) with the merger's scales.
 
     On the scale of the crystal before the scan, see ``ScaleModel.fresh_crystal_factor``.
+    ``scaled`` is what ``merger.scaled_observations(batch)`` gave, where it is known already.
     """
-    value, variance, good = merger.scaled_observations(batch)
+    value, variance, good = scaled or merger.scaled_observations(batch)
     n_rows = len(merger.n_obs)
     counted = torch.ones_like(good) if chosen is None else chosen.to(good.dtype)
     relative, best = relative_responsibility(good * counted, batch.refl_id, n_rows)

@@ -33,7 +33,7 @@ def merge_epoch(trainer: Trainer) -> MergedDataset:
     """Merge all observations, and two random halves with the scales of all."""
     merger, asu = trainer.model.merger, trainer.problem.asu
     batch = trainer.merge_input()
-    value, variance, good = merger.scaled_observations(batch)
+    scaled = value, variance, good = merger.scaled_observations(batch)
     refl_id = batch.refl_id.cpu().numpy()
     good, _ = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
     # an outlier's variance is what its probability to be none leaves of its weight
@@ -43,12 +43,12 @@ def merge_epoch(trainer: Trainer) -> MergedDataset:
     # rows of the asymmetric unit keep the mates apart already
     half = split_half_sets(refl_id, np.ones_like(refl_id), trainer.config.training.seed)
     half = torch.as_tensor(half, device=value.device)
-    parts = [merged_amplitudes(merger, batch, half == k) for k in (0, 1)]
+    parts = [merged_amplitudes(merger, batch, half == k, scaled) for k in (0, 1)]
     halves = {
         f"F{k}": HalfSet.of(asu, _numpy(part.amplitude), _numpy(part.sigma_amplitude))
         for k, part in enumerate(parts, 1)
     }
-    whole = merged_amplitudes(merger, batch)
+    whole = merged_amplitudes(merger, batch, scaled=scaled)
     return MergedDataset(asu, _table(asu, whole), halves, evidence, history=HISTORY)
 
 
