@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from braggflux.merge.config import IntensityMergeConfig as MergeConfig
-    from braggflux.merge.io.formats.dials import read_inputs as read_table
+    from braggflux.merge.io.read import read_table
     from braggflux.merge.io.stores.opening import open_store
     from braggflux.pipelines.config.run import RunConfig
     from braggflux.pipelines.inputs.inputs import MergeInputs
@@ -46,7 +46,7 @@ _WHERE = {
     "RunConfig": ("pipelines.config.run", "RunConfig"),
     "merge": ("pipelines.merging.merge", "merge"),
     "open_store": ("merge.io.stores.opening", "open_store"),
-    "read_table": ("merge.io.formats.dials", "read_inputs"),
+    "read_table": ("merge.io.read", "read_table"),
     "run": ("pipelines.integration.run", "run"),
 }
 

@@ -11,10 +11,11 @@ DATA_FILE = "an HDF5 file of images without a description of the experiment"
 MTZ = "an MTZ file"
 MODEL = "a model (PDB)"
 SHOEBOXES = "a store of shoeboxes (braggflux extract)"
+PHOTON_COUNTS = "a table of photon counts of a run (intensities.h5)"
 UNMERGED = "a store of unmerged reflections (braggflux convert)"
 _STORES = {
     "braggflux-shoeboxes": SHOEBOXES,
-    "braggflux-intensities": "a table of photon counts of a run (intensities.h5)",
+    "braggflux-intensities": PHOTON_COUNTS,
     "braggflux unmerged": UNMERGED,
 }
 _BEGINNINGS = (

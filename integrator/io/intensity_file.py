@@ -129,17 +129,6 @@ def _without_zeta(
     return replace(metadata, zeta=degrees.min() / degrees if n else degrees)
 
 
-def is_intensity_file(path: str | Path) -> bool:
-    """Whether an HDF5 file says that it is one of these."""
-    import h5py
-
-    try:
-        with h5py.File(path) as handle:
-            return handle.attrs.get("format") == FORMAT
-    except OSError:
-        return False
-
-
 def read_experiment_records(path: str | Path) -> list[dict[str, Any]]:
     """Sweeps of an intensity file as :func:`write_intensities` was given them; [] without."""
     import h5py

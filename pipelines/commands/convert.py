@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files."""
-    parser.add_argument("input", type=Path, metavar="INPUT", help=".mtz .stream .HKL .sca .cif")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="unmerged reflections")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.h5", help="store to write"
     )

@@ -17,8 +17,8 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.file_kinds import DATA_FILE, MASTER, MODEL, SHOEBOXES, file_kind
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.grouping import GroupStore, combine_group
-from braggflux.merge.io.formats.dials import read_inputs
 from braggflux.merge.io.observations import UnmergedData, combine_friedel
+from braggflux.merge.io.read import read_table
 from braggflux.merge.io.reindexing import reindex
 from braggflux.merge.io.screening import screened
 from braggflux.merge.io.stores.chosen_group import StoreInGroup, in_group
@@ -83,7 +83,7 @@ class MergeInputs:
         """
         check_paths(self.paths)
         group, cell = parse_space_group(self.space_group), parse_unit_cell(self.unit_cell)
-        data = read_inputs(self.paths, space_group=group, cell=cell)
+        data = read_table(self.paths, space_group=group, cell=cell)
         if group is not None:
             data = [in_group(d, group) for d in data]
         data = self._reindexed([screened(d, is_laue=is_laue) for d in data], reindex)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.intensity_file import is_intensity_file
+from braggflux.integrator.io.file_kinds import PHOTON_COUNTS, file_kind
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.gauge import settle_falloff
 from braggflux.merge.fit.sigma_a import set_sigma_a_from_means
@@ -49,7 +49,7 @@ def is_streamed(paths: Sequence[Path], config: IntensityMergeConfig) -> bool:
     """Stills in stores that together are too large for memory."""
     if not config.stills or any(path.suffix != SUFFIX for path in paths):
         return False
-    if any(not path.is_file() or is_intensity_file(path) for path in paths):
+    if any(not path.is_file() or file_kind(path) == PHOTON_COUNTS for path in paths):
         return False
     n_obs = 0
     for path in paths:

@@ -82,10 +82,7 @@ def bright(tmp_path_factory) -> SimulatedFiles:
     return simulate(tmp_path_factory.mktemp("bright"), preset="tiny", seed=0, overrides=BRIGHT)
 
 
-NO_FILE = pytest.mark.xfail(run=False, reason="joint runs write no intensities.h5 yet")
-
-
-@pytest.mark.parametrize("coupling", ["staged", pytest.param("joint", marks=NO_FILE)])
+@pytest.mark.parametrize("coupling", ["staged", "joint"])
 def test_merge_of_the_photon_counts_gives_what_the_run_gave(coupling, bright, shared, tmp_path):
     run, again = tmp_path / "run", tmp_path / "again"
     geometry = (str(bright.expt), str(bright.refl))

@@ -10,7 +10,7 @@ import pytest
 
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.formats.crystfel_stream import stream_chunks
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.read import read_table
 
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 pytestmark = pytest.mark.realdata
@@ -23,7 +23,7 @@ def stream(shared) -> bytes:
 
 def read(path, content):
     path.write_bytes(content)
-    (data,) = read_unmerged([path], space_group=SPACE_GROUP)
+    (data,) = read_table([path], space_group=SPACE_GROUP)
     return data
 
 

@@ -13,7 +13,7 @@ from simulated_integration import changed, write_integrated
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, read_reflections
 from braggflux.merge.io.formats.dials import read_dials
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.read import read_table
 
 SMALL = """data_x
 _cell.length_a 79.3
@@ -56,7 +56,7 @@ _diffrn_refln.pdbx_scan_angle
 
 def read(path, content, **given):
     path.write_text(content)
-    return read_unmerged([path], **given)
+    return read_table([path], **given)
 
 
 def test_scans_of_one_wavelength_are_one_dataset(tmp_path):
@@ -78,7 +78,7 @@ def test_names_and_compression(tmp_path):
     for name in ("r1abcsf.ent", "a.mmcif"):
         assert [len(d) for d in read(tmp_path / name, text)] == [2, 1]
     (tmp_path / "b.cif.gz").write_bytes(gzip.compress(text.encode()))
-    assert [d.name for d in read_unmerged([tmp_path / "b.cif.gz"])] == ["b_WAVE1", "b_WAVE2"]
+    assert [d.name for d in read_table([tmp_path / "b.cif.gz"])] == ["b_WAVE1", "b_WAVE2"]
 
 
 def test_cell_of_another_block(tmp_path):
@@ -154,7 +154,7 @@ def test_as_dials_exports_it(shared, dials, tmp_path, version):
     command = [f"{dials}/dials.export", *map(str, pair), *options, "mmcif.hklout=a.cif"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     reference = read_dials(*pair)
-    (ours,) = read_unmerged(
+    (ours,) = read_table(
         [tmp_path / "a.cif"], space_group=reference.space_group, cell=reference.cell
     )
     # DIALS leaves out rows that are not integrated both ways, and writes three decimals

@@ -25,9 +25,8 @@ from braggflux.integrator.io.dials import (
 )
 from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.fit.training import fit, start
-from braggflux.merge.io.formats.dials import read_inputs
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
 from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.read import read_table
 from braggflux.merge.io.stores.store_conversion import convert_to_store
 from braggflux.merge.io.sweep_columns import SWEEP
 from braggflux.merge.model.merger import Merger
@@ -41,7 +40,7 @@ NUMBERS = ("BATCH", SWEEP, "serial")
 
 def read(*paths) -> UnmergedData:
     cell = gemmi.UnitCell(79.336, 79.336, 37.797, 90, 90, 90)
-    (data,) = read_inputs(paths, space_group=GROUP, cell=cell)
+    (data,) = read_table(paths, space_group=GROUP, cell=cell)
     return data
 
 
@@ -283,7 +282,7 @@ def test_through_a_store(shared, tmp_path, name):
     (path,) = WRITERS[name](shared / "data" / "small", tmp_path, as_it_is, False, 0)
     plain = read(path)
     convert_to_store(path, tmp_path / "a.h5", space_group=GROUP, cell=plain.cell)
-    (again,) = read_unmerged([tmp_path / "a.h5"])
+    (again,) = read_table([tmp_path / "a.h5"])
     assert_same(again, plain, digits=np.float32)
     assert again.labels.wavelength == pytest.approx(plain.labels.wavelength)
 
@@ -292,7 +291,7 @@ def test_through_a_store(shared, tmp_path, name):
 def test_through_dials_as_xds(shared, dials, tmp_path):
     """DIALS writes XDS_ASCII in XDS' frame of reference, with fewer digits."""
     table, expt = write_integrated(shared, tmp_path / "a", n_rows=900)
-    plain = read_inputs([table, expt])[0]
+    plain = read_table([table, expt])[0]
     options = ["format=xds_ascii", "intensity=sum", "xds_ascii.hklout=a.HKL"]
     command = [f"{dials}/dials.export", str(table), str(expt), *options]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
@@ -302,7 +301,7 @@ def test_through_dials_as_xds(shared, dials, tmp_path):
     only_sums = changed(
         table, tmp_path / "b", rows=both, flags=flags["flags"] & ~np.uint64(1 << 9)
     )
-    reference = read_inputs(only_sums)[0]
+    reference = read_table(only_sums)[0]
     here, there = (
         {
             (*h, round(x, 2)): i

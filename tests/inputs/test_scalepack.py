@@ -12,7 +12,7 @@ import pytest
 from simulated_unmerged import FAST
 
 from braggflux.integrator.errors import UserError
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.read import read_table
 from braggflux.pipelines import cli
 from braggflux.pipelines.inputs.inputs import parse_unit_cell
 
@@ -44,7 +44,7 @@ CONTENT = """    8 p43212
 
 def read(path, content, cell=CELL, **given):
     path.write_text(content)
-    (data,) = read_unmerged([path], cell=cell, **given)
+    (data,) = read_table([path], cell=cell, **given)
     return data
 
 
@@ -95,7 +95,7 @@ def test_what_cctbx_writes(tmp_path, dials, symbol, cell):
     no_merge_original_index.writer(
         array, file_name=str(path), batch_numbers=flex.int(batch.tolist())
     )
-    (data,) = read_unmerged([path], cell=gemmi.UnitCell(*cell))
+    (data,) = read_table([path], cell=gemmi.UnitCell(*cell))
     np.testing.assert_array_equal(data.miller_index, index)
     np.testing.assert_allclose(data.intensity, value)
     np.testing.assert_allclose(data.sigma, sigma)

@@ -16,8 +16,8 @@ from simulated_unmerged import FAST
 from braggflux.integrator.crystal.corrections import lp_correction
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.formats.mtz_observations import read_mtz
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
 from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.read import read_table
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, SWEEP_COLUMNS, ZETA
 from braggflux.pipelines.cli import main
 
@@ -48,7 +48,7 @@ def iotbx(dials):
 
 
 def one(path) -> UnmergedData:
-    (data,) = read_unmerged([path])
+    (data,) = read_table([path])
     return data
 
 
@@ -241,7 +241,7 @@ class TestXscale:
         np.testing.assert_array_equal(np.sort(batch), np.sort(expected))
 
     def test_sets_of_two_wavelengths_are_two(self, small, tmp_path):
-        first, second = read_unmerged([xscale(small / "xds_ascii.hkl", tmp_path, "0.9790")])
+        first, second = read_table([xscale(small / "xds_ascii.hkl", tmp_path, "0.9790")])
         good = raw(small / "xds_ascii.hkl")[:, 4] > 0
         assert (len(first), len(second)) == (good[::2].sum(), good[1::2].sum())
         assert first.name != second.name
@@ -312,7 +312,7 @@ class TestWays:
 def test_refused(small, tmp_path, changes, words):
     path = edited(small / "xds_ascii.hkl", tmp_path, *changes)
     with pytest.raises(UserError) as caught:
-        read_unmerged([path])
+        read_table([path])
     message = str(caught.value)
     assert words in message
     assert str(path) in message
@@ -332,5 +332,5 @@ def test_merge_writes_the_wavelength_and_convert_a_store(small, tmp_path):
     assert merged.datasets[-1].wavelength == pytest.approx(1.892, abs=1e-6)
     assert merged.spacegroup.xhm() == "P 43 21 2"
     assert main(["convert", source, "--out", str(tmp_path / "a.h5")]) == 0
-    (store,) = read_unmerged([tmp_path / "a.h5"])
+    (store,) = read_table([tmp_path / "a.h5"])
     assert (len(store), store.labels.wavelength) == (412, 1.892)

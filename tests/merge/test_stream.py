@@ -11,7 +11,7 @@ import pytest
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.formats import crystfel_stream
 from braggflux.merge.io.formats.crystfel_stream import iterate_crystals, read_stream, stream_chunks
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.read import read_table
 
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 
@@ -187,11 +187,11 @@ def test_faults_are_named(tmp_path, content, words):
     path = tmp_path / "a.stream"
     path.write_text(content)
     with pytest.raises(UserError, match=words) as caught:
-        read_unmerged([path], space_group=SPACE_GROUP)
+        read_table([path], space_group=SPACE_GROUP)
     assert "\n" not in str(caught.value)
 
 
 def test_the_space_group_must_be_given(tmp_path):
     path = write(tmp_path / "a.stream", frame(1, crystal(A)))
     with pytest.raises(UserError, match="--space-group"):
-        read_unmerged([path])
+        read_table([path])

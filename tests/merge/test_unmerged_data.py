@@ -9,17 +9,13 @@ import gemmi
 import numpy as np
 import pytest
 
+from braggflux.integrator.crystal.forms import check_one_crystal_form, typical_cell
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.io.formats.unmerged_data import (
-    UnmergedData,
-    check_one_crystal_form,
-    combine_friedel,
-    read_mtz,
-    read_unmerged,
-    reindex,
-    typical_cell,
-)
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.observations import UnmergedData, combine_friedel
+from braggflux.merge.io.read import read_table
+from braggflux.merge.io.reindexing import reindex
 
 CELL = gemmi.UnitCell(79.0, 79.0, 38.0, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
@@ -229,7 +225,7 @@ class TestPartials:
 class TestRefused:
     def check(self, path, *words):
         with pytest.raises(UserError) as caught:
-            read_unmerged([path])
+            read_table([path])
         message = str(caught.value)
         assert "\n" not in message
         assert str(path) in message
@@ -276,7 +272,7 @@ class TestFriedel:
     @pytest.mark.realdata
     def test_thermolysin(self, shared):
         folder = shared / "data" / "thermolysin_xfel"
-        halves = read_unmerged([folder / f"friedel_{m}_n395.mtz" for m in ("plus", "minus")])
+        halves = read_table([folder / f"friedel_{m}_n395.mtz" for m in ("plus", "minus")])
         both = combine_friedel(*halves)
         assert (len(both), both.n_images, both.name) == (75_619 + 60_689, 395, "friedel_n395")
         asu = ReciprocalAsu(both.cell, both.space_group, 1.6, anomalous=True)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 
 from braggflux.integrator.errors import UserError
-from braggflux.merge.io.formats.unmerged_data import (
-    UnmergedData,
-    read_mtz,
-    read_stream,
-    read_unmerged,
-)
+from braggflux.merge.io.formats.crystfel_stream import read_stream
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.read import read_table
 from braggflux.merge.io.stores.store_conversion import convert_to_store
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
 
@@ -70,7 +68,7 @@ def test_round_trip(tmp_path, wavelength):
             whole.intensity, np.concatenate([part.intensity for part in parts])
         )
         np.testing.assert_array_equal(whole.image_starts, store.image_starts)
-    (again,) = read_unmerged([tmp_path / "a.h5"])
+    (again,) = read_table([tmp_path / "a.h5"])
     assert_equal(again, whole)
 
 

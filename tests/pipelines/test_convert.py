@@ -8,8 +8,8 @@ import pytest
 from simulated_unmerged import FAST, observed, write_mtz
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
 from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.io.read import read_table
 from braggflux.pipelines import cli
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
@@ -25,7 +25,7 @@ def source(tmp_path):
 def test_a_store_merges_like_the_file_it_was_made_from(source, tmp_path):
     store = tmp_path / "a.h5"
     assert cli.main(["convert", str(source), "--out", str(store)]) == 0
-    [ours], [theirs] = read_unmerged([store]), read_unmerged([source])
+    [ours], [theirs] = read_table([store]), read_table([source])
     np.testing.assert_array_equal(ours.miller_index, theirs.miller_index)
     for path, out in ((source, "one"), (store, "two")):
         argv = ["merge", str(path), "--stills", "--out", str(tmp_path / out), *FAST]

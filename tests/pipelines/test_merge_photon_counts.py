@@ -13,7 +13,6 @@ from simulated_unmerged import FAST
 from braggflux.integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
 from braggflux.integrator.io.dials import write_experiments
 from braggflux.integrator.io.intensity_file import (
-    is_intensity_file,
     read_experiment_records,
     write_intensities,
 )
@@ -21,6 +20,7 @@ from braggflux.integrator.types import Flag
 from braggflux.merge.io.formats.photon_table import read_photon_table
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.merge.io.observations import PHOTON_VARIANCE
+from braggflux.merge.io.read import format_of
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, ZETA
 from braggflux.pipelines import cli
 
@@ -49,7 +49,7 @@ def run(*argv):
 
 
 def test_what_is_read(experiment, table):
-    assert is_intensity_file(table)
+    assert format_of(table).name == "photon counts"
     assert read_experiment_records(table) == [RECORD]
     (data,) = read_photon_table(table)
     n = len(experiment.table)

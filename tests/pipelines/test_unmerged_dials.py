@@ -22,8 +22,10 @@ from braggflux.integrator.io.dials import (
     read_reflections,
     write_reflections,
 )
-from braggflux.merge.io.formats.dials import read_dials, read_inputs
-from braggflux.merge.io.formats.unmerged_data import combine_friedel, read_mtz, read_unmerged
+from braggflux.merge.io.formats.dials import read_dials
+from braggflux.merge.io.formats.mtz_observations import read_mtz
+from braggflux.merge.io.observations import combine_friedel
+from braggflux.merge.io.read import read_table
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP
 
 DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
@@ -202,9 +204,9 @@ def test_summed_intensities_where_none_were_fitted(sweep, tmp_path):
 def test_stills_are_those_of_the_published_mtz_files(shared):
     """The three stills are the first images of the thermolysin files."""
     small = shared / "data" / "small"
-    (data,) = read_inputs([small / "stills.expt", small / "stills.refl"])
+    (data,) = read_table([small / "stills.expt", small / "stills.refl"])
     folder = shared / "data" / "thermolysin_xfel"
-    halves = read_unmerged([folder / f"friedel_{m}_n395.mtz" for m in ("plus", "minus")])
+    halves = read_table([folder / f"friedel_{m}_n395.mtz" for m in ("plus", "minus")])
     published = combine_friedel(*halves)
     assert (len(data), data.n_images) == (502, 3)
     rows, reference = by_observation(data), by_observation(published.select(published.image < 3))
@@ -225,10 +227,10 @@ def test_stills_are_those_of_the_published_mtz_files(shared):
 def test_pairs_and_order(sweep, shared):
     (first, first_expt), (second, second_expt) = sweep["scaled"], sweep["integrated"]
     mtz = shared / "data" / "pyp_laue" / "off_iso_uc.mtz"
-    data = read_inputs([first, mtz, second_expt, second, first_expt])
+    data = read_table([first, mtz, second_expt, second, first_expt])
     assert [d.name for d in data] == ["scaled", "off_iso_uc", "integrated"]
     with pytest.raises(UserError, match=r"2 \.refl and 1 \.expt"):
-        read_inputs([first, second, first_expt])
+        read_table([first, second, first_expt])
 
 
 @pytest.mark.realdata

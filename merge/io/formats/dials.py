@@ -20,7 +20,6 @@ from braggflux.integrator.io.dials import (
     read_experiments,
     read_reflections,
 )
-from braggflux.integrator.io.intensity_file import is_intensity_file
 from braggflux.merge.io.dataset_split import (
     cell_groups,
     check_images,
@@ -29,9 +28,8 @@ from braggflux.merge.io.dataset_split import (
     split_by_sweep,
     split_by_wavelength,
 )
-from braggflux.merge.io.formats.unmerged_data import read_unmerged
+from braggflux.merge.io.formats.unmerged_mtz import batch_offsets
 from braggflux.merge.io.integrated_twice import check_integrated_once
-from braggflux.merge.io.mtz import batch_offsets
 from braggflux.merge.io.observations import UnmergedData, make_unmerged
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, SWEEP, ZETA, zeta
 
@@ -43,64 +41,6 @@ log = logging.getLogger(__name__)
 MIN_PARTIALITY = 0.4
 #: Columns of the table that become metadata when they are there.
 _METADATA = ("zeta", "background.mean", "partiality", "profile.correlation", "qe")
-
-
-def read_inputs(
-    paths: Sequence[str | Path],
-    *,
-    space_group: gemmi.SpaceGroup | None = None,
-    cell: gemmi.UnitCell | None = None,
-) -> list[UnmergedData]:
-    """Read the datasets of each file, or of each pair of DIALS files.
-
-    A .refl goes with the .expt of the same stem, else with the one at the same place among the
-    .expt files. So does a table of photon counts, which needs none where it holds its own cell.
-
-    Parameters
-    ----------
-    paths : sequence of str or Path
-        In any order; the datasets come in the order of the files other than .expt.
-    space_group : gemmi.SpaceGroup, optional
-        Of files that do not know it; others keep their own.
-    cell : gemmi.UnitCell, optional
-        Of files that do not know it.
-
-    Raises
-    ------
-    UserError
-        As :func:`braggflux.merge.io.formats.unmerged_data.read_unmerged`, or when .refl and .expt
-        do not pair.
-    """
-    given = [Path(path) for path in paths]
-    tables = [path for path in given if path.suffix == ".refl"]
-    counts = [path for path in given if path.suffix == ".h5" and is_intensity_file(path)]
-    lists = [path for path in given if path.suffix == ".expt"]
-    if counts and len(lists) == len(tables) + len(counts):
-        tables = [path for path in given if path in (*tables, *counts)]
-    if len(tables) != len(lists):
-        raise UserError(
-            f"{len(tables)} .refl and {len(lists)} .expt files were given; each .refl needs the "
-            ".expt of the same DIALS step"
-        )
-    by_stem = {path.with_suffix(""): path for path in lists}
-    has_namesake = all(path.with_suffix("") in by_stem for path in tables)
-    datasets = []
-    for path in given:
-        experiments = None
-        if path in tables:
-            experiments = lists[tables.index(path)]
-            if has_namesake:
-                experiments = by_stem[path.with_suffix("")]
-        if path in counts:
-            # 28 MiB: it takes the description of sweeps from the cutting of boxes
-            from braggflux.merge.io.formats.photon_table import read_photon_table
-
-            datasets += read_photon_table(path, experiments)
-        elif path.suffix == ".refl":
-            datasets += read_dials_datasets(path, experiments, space_group)
-        elif path.suffix != ".expt":
-            datasets += read_unmerged([path], space_group=space_group, cell=cell)
-    return datasets
 
 
 def read_dials(table: str | Path, experiments: str | Path) -> UnmergedData:
