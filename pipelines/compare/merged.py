@@ -131,7 +131,7 @@ def _merged_against_truth(tables: dict[str, MergedMtz], truth: MergedMtz) -> lis
     return sorted(rows, key=lambda r: order.index(r["metric"]))
 
 
-def _differences(table: MergedTable) -> dict[str, NDArray]:
+def _differences(table: MergedTable) -> dict[str, NDArray[np.float64]]:
     """Differences of the mates by kind, (R,) each; pairs that no prior ties have their own."""
     own = table.f_plus - table.f_minus
     if not table.has_coupled_differences:
