@@ -62,8 +62,8 @@ def correlated(
     comparison: Comparison, expected: Expectation, density_variance: Tensor, cluster: Tensor
 ) -> Misfit:
     """Misfit of each cluster, with Sherman and Morrison."""
-    common, spread, variance = expected.common, expected.spread, expected.variance
-    residual = comparison.residual
+    spread, variance, residual = expected.spread, expected.variance, comparison.residual
+    common = torch.zeros_like(variance) if expected.common is None else expected.common
     terms = [
         comparison.square / variance,
         density_variance.log(),
@@ -77,14 +77,18 @@ def correlated(
     misfit = Misfit(z2 - (slope**2 + noise) / gain, log_det + gain.log(), n)
     if expected.shared is None:
         return misfit
-    return _correlated_twice(misfit, residual, expected, cluster)
+    return _correlated_twice(misfit, residual, common, expected.shared, variance, cluster)
 
 
 def _correlated_twice(
-    misfit: Misfit, residual: Tensor, expected: Expectation, cluster: Tensor
+    misfit: Misfit,
+    residual: Tensor,
+    common: Tensor,
+    shared: Tensor,
+    variance: Tensor,
+    cluster: Tensor,
 ) -> Misfit:
     """Add shared shared^T to a covariance that holds common common^T: a second update."""
-    common, shared, variance = expected.common, expected.shared, expected.variance
     terms = (common * residual, common**2, shared * residual, shared**2, common * shared)
     cr, cc, sr, ss, cs = _by_cluster([v / variance for v in terms], cluster)
     # products with the inverse of diag(D) + common common^T

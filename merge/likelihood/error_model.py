@@ -36,6 +36,8 @@ class ErrorModel(nn.Module):
         Typical sigma, the unit of sdB.
     """
 
+    sigma_unit: Tensor
+
     def __init__(self, is_learned: bool, sigma_unit: float) -> None:
         super().__init__()
         self.register_buffer("sigma_unit", torch.tensor(sigma_unit, dtype=torch.float64))

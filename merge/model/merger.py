@@ -41,6 +41,13 @@ class Merger(nn.Module):
         Amplitudes of a model that may become the prior; NaN where there is none.
     """
 
+    group: Tensor
+    joined: Tensor
+    log_ratio: Tensor
+    n_obs: Tensor
+    n_group: Tensor
+    information: Tensor
+
     def __init__(
         self,
         unique: UniqueRows,
@@ -143,7 +150,7 @@ class Merger(nn.Module):
     @property
     def log_spread(self) -> Tensor:
         """Log of <F^2> of each row, (R,)."""
-        total = self.log_spread_step
+        total: Tensor = self.log_spread_step
         for rows, parent in self.prior.levels:
             total = total.index_add(0, rows, total[parent])
         return total

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,13 +178,13 @@ def streamed_datasets(
     history = what_columns_are(merger, is_marginal)
     for dataset, asu in enumerate(unique.asus):
         rows = unique.rows(dataset)
-        pair = tuple(HalfSet.of(asu, *_numpy(half, rows)) for half in intensities)
+        one, other = (HalfSet.of(asu, *_numpy(half, rows)) for half in intensities)
         yield MergedDataset(
             asu,
             _table(asu, merged, rows),
             _half_sets(asu, halves, rows),
             _sums(asu, sums, merged, rows),
-            pair,
+            (one, other),
             history,
         )
 
@@ -246,7 +247,7 @@ def _sums(
     """Join the Friedel mates of the sums over the rows of one dataset."""
     plus, minus = friedel_rows(asu)
 
-    def both(values: np.ndarray) -> np.ndarray:
+    def both(values: NDArray[Any]) -> NDArray[Any]:
         return values[plus] + np.where(minus >= 0, values[minus], 0)
 
     n = merged.n_obs.numpy()[rows]

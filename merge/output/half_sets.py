@@ -7,6 +7,7 @@ free of priors, and two that share no observation.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -115,7 +116,7 @@ class HalfSet:
         ]
         return cls(*mean_of_mates(*mates), *mates)
 
-    def select(self, rows: NDArray) -> HalfSet:
+    def select(self, rows: NDArray[Any]) -> HalfSet:
         """Select rows by index or by mask."""
         return HalfSet(*(getattr(self, f.name)[rows] for f in fields(self)))
 
@@ -127,16 +128,15 @@ def mean_of_mates(
 
     The mates count as independent: where a prior ties them, sigma is a lower bound.
     """
-    weights, terms = [], []
+    total, weighted = np.zeros(len(plus)), np.zeros(len(plus))
     for value, sigma in ((plus, sigma_plus), (minus, sigma_minus)):
         seen = np.isfinite(value) & (sigma > 0)
         weight = np.zeros(len(value))
         weight[seen] = sigma[seen] ** -2.0
-        weights.append(weight)
-        terms.append(np.where(seen, value, 0.0) * weight)
-    total = sum(weights)
+        total += weight
+        weighted += np.where(seen, value, 0.0) * weight
     total[total == 0] = np.nan
-    return sum(terms) / total, total**-0.5
+    return weighted / total, total**-0.5
 
 
 def weighted_merge(

@@ -131,8 +131,8 @@ def merged_table(
         )
     both = seen[plus] & (minus >= 0) & seen[minus]
     for name, k in (("difference", 0), ("sigma_difference", 1)):
-        value = np.full(len(asu), np.nan) if difference is None else difference[k]
-        columns[name] = np.where(both, np.asarray(value, float)[plus], np.nan)
+        own = np.full(len(asu), np.nan) if difference is None else np.asarray(difference[k], float)
+        columns[name] = np.where(both, own[plus], np.nan)
     e = np.full(len(asu), np.nan) if normalised is None else np.asarray(normalised, float)
     e = np.stack(mates(e))
     is_there = np.isfinite(e)
