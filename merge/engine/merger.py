@@ -23,7 +23,11 @@ from braggflux.merge.engine.likelihood import observation_likelihood
 from braggflux.merge.engine.prior import DoubleWilsonPrior
 from braggflux.merge.engine.types import MergeBatch, MergeLoss
 from braggflux.merge.prior.anisotropy import anisotropic_design, invariant_tensors
-from braggflux.merge.prior.mate_correlation import estimate_one_minus_r2, mean_half_set_covariance
+from braggflux.merge.prior.mate_correlation import (
+    estimate_one_minus_r2,
+    mean_half_set_covariance,
+    random_halves,
+)
 from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.scale.rotation import ScaleModel
 
@@ -223,6 +227,7 @@ class Merger(nn.Module):
         norm = 2 * (amplitude2 * sigma).sqrt()
         # near F = 0 a difference of intensities says nothing of a difference of amplitudes
         usable_group = prior.has_mate & (amplitude2 > 0.2 * sigma)
+        own = torch.arange(len(value), device=value.device)
         product, known = mean_half_set_covariance(
             batch.refl_id,
             value,
@@ -230,7 +235,7 @@ class Merger(nn.Module):
             prior.plus_row,
             prior.minus_row,
             norm,
-            torch.Generator().manual_seed(seed),
+            random_halves(own, torch.Generator().manual_seed(seed)),
         )
         keep = known & usable_group
         prior.one_minus_r2.copy_(

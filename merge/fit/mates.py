@@ -19,7 +19,11 @@ from braggflux.merge.config import IntensityMergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import scaled_observations
-from braggflux.merge.prior.mate_correlation import estimate_one_minus_r2, mean_half_set_covariance
+from braggflux.merge.prior.mate_correlation import (
+    estimate_one_minus_r2,
+    mean_half_set_covariance,
+    random_halves,
+)
 
 #: Share of signal in the typical difference below which scales are better left without.
 MIN_SHARE = 0.5
@@ -54,9 +58,10 @@ def confirmed_log_ratio(
     square = 0.5 * (spread[plus] + spread[minus])
     usual = merger.prior.spread()[plus]
     is_strong = square > WEAK * usual
-    generator = torch.Generator().manual_seed(config.seed)
+    own = torch.arange(len(row), device=row.device)
+    halves = random_halves(own, torch.Generator().manual_seed(config.seed))
     norm = 2 * (square * usual).sqrt()
-    product, known = mean_half_set_covariance(row, value, weight, plus, minus, norm, generator)
+    product, known = mean_half_set_covariance(row, value, weight, plus, minus, norm, halves)
     keep = known & is_strong
     n_shells = config.n_correlation_shells
     shell = torch.as_tensor(merger.unique.shells(n_shells), device=merger.device)[plus]

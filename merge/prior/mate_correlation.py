@@ -1,4 +1,4 @@
-"""How alike Bijvoet mates are: 1 - r^2 by shell, from half sets that share no observation.
+"""How alike mates or relatives are: 1 - r^2 by shell, from half sets that share no observation.
 
 The mean product of two independent estimates of the same normalised difference
 
@@ -10,10 +10,29 @@ cannot run to 1 as it does when CC1/2, CCanom or the ELBO choose it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 N_SPLITS = 4
+
+
+def random_halves(
+    unit: Tensor, generator: torch.Generator, n_splits: int = N_SPLITS
+) -> Iterator[Tensor]:
+    """Half, 0 or 1, of each observation, (N,), drawn ``n_splits`` times.
+
+    Parameters
+    ----------
+    unit : Tensor, (N,) int64
+        Number of what falls into a half as a whole: an image, or the observation itself.
+    generator : torch.Generator
+    n_splits : int
+    """
+    n_units = int(unit.max()) + 1 if len(unit) else 0
+    for _ in range(n_splits):
+        yield torch.randint(0, 2, (n_units,), generator=generator).to(unit.device)[unit]
 
 
 def half_set_covariance(
@@ -23,7 +42,7 @@ def half_set_covariance(
     plus_row: Tensor,
     minus_row: Tensor,
     norm: Tensor,
-    generator: torch.Generator,
+    half: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Product of half-set Bijvoet differences of each group, and which groups have one.
 
@@ -33,15 +52,14 @@ def half_set_covariance(
         Unique reflection, scaled intensity and inverse variance of each observation.
     plus_row, minus_row, norm : Tensor, (P,)
         Rows of the mates and ``2 F sqrt(epsilon Sigma)``.
-    generator : torch.Generator
-        Splits the observations.
+    half : Tensor, (N,)
+        0 or 1, the half that each observation is in.
 
     Returns
     -------
     product, is_known : Tensor, (P,)
     """
     n_rows = int(max(plus_row.max(), minus_row.max(), row.max())) + 1
-    half = torch.randint(0, 2, row.shape, generator=generator).to(row.device)
     sums = torch.zeros(2, n_rows, dtype=intensity.dtype, device=row.device)
     weights = torch.zeros_like(sums)
     for h in (0, 1):
@@ -61,18 +79,18 @@ def mean_half_set_covariance(
     plus_row: Tensor,
     minus_row: Tensor,
     norm: Tensor,
-    generator: torch.Generator,
+    halves: Iterable[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Mean of :func:`half_set_covariance` over several splits; same arguments and results.
+    """Mean of :func:`half_set_covariance` over several splits ``halves``; otherwise the same.
 
     Splits of the same observations are no independent data: averaged by group, the groups alone
     count for the standard error.
     """
     total = torch.zeros_like(norm)
     count = torch.zeros_like(norm)
-    for _ in range(N_SPLITS):
+    for half in halves:
         product, known = half_set_covariance(
-            row, intensity, weight, plus_row, minus_row, norm, generator
+            row, intensity, weight, plus_row, minus_row, norm, half
         )
         total += torch.where(known, product, 0.0)
         count += known

@@ -17,6 +17,7 @@ from braggflux.merge.prior.mate_correlation import (
     estimate_one_minus_r2,
     half_set_covariance,
     mean_half_set_covariance,
+    random_halves,
 )
 from braggflux.merge.prior.wilson import Wilson
 
@@ -219,9 +220,9 @@ def estimate(true, row, observed, noise, fallback=0.07) -> float:
     f2 = torch.as_tensor((true[:n] + true[n:]) / 2)
     rows = torch.arange(n)
     weight = torch.full_like(observed, noise**-2)
-    generator = torch.Generator().manual_seed(0)
+    halves = random_halves(torch.arange(len(row)), torch.Generator().manual_seed(0))
     product, known = mean_half_set_covariance(
-        row, observed, weight, rows, rows + n, 2 * f2.sqrt(), generator
+        row, observed, weight, rows, rows + n, 2 * f2.sqrt(), halves
     )
     product = product[known & (f2 > 0.2)]
     shell = torch.zeros(len(product)).long()
@@ -258,7 +259,7 @@ def test_half_set_products_are_free_of_noise():
         torch.arange(n),
         torch.arange(n) + n,
         torch.ones(n).double(),
-        torch.Generator().manual_seed(1),
+        next(random_halves(torch.arange(len(row)), torch.Generator().manual_seed(1))),
     )
     exact = (true[:n] - true[n:]) ** 2
     assert_within_se((product.numpy() - exact)[known], 0.0)
@@ -268,8 +269,9 @@ def test_same_seed_same_split():
     _, row, observed = coupled_observations(50, 0.05, 0.3, 6)
     arguments = (row, observed, torch.ones_like(observed), torch.arange(50), torch.arange(50) + 50)
     draws = [
-        half_set_covariance(*arguments, torch.ones(50), torch.Generator().manual_seed(s))[0]
+        half_set_covariance(*arguments, torch.ones(50), half)[0]
         for s in (1, 1, 2)
+        for half in random_halves(torch.arange(len(row)), torch.Generator().manual_seed(s), 1)
     ]
     torch.testing.assert_close(draws[0], draws[1], equal_nan=True, rtol=0, atol=0)
     assert not torch.allclose(draws[0], draws[2], equal_nan=True)
