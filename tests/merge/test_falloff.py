@@ -56,6 +56,7 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
     assert ratio.std() > 0.05
 
 
+@pytest.mark.slow
 def test_falloff_of_stills_is_that_of_points_on_the_ewald_sphere():
     """Points grow with 1/d, so that a cut at one distance loses more of the inner reflections."""
     rng = np.random.default_rng(7)

@@ -65,6 +65,7 @@ def test_density_is_a_mixture_and_the_spots_of_a_cluster_are_blank_together():
     torch.testing.assert_close(model(batch, e), model.spots(batch, e), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_shadow_takes_reflections_away_and_spoils_none():
     rng = np.random.default_rng(0)
     asu = ReciprocalAsu(CELL, SPACE_GROUP, 4.0, False)

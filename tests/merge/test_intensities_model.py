@@ -225,6 +225,7 @@ def test_child_divergence_against_samples():
     np.testing.assert_allclose(got.numpy(), wanted, atol=0.05)
 
 
+@pytest.mark.slow
 def test_sigma_shrinks_with_redundancy_and_truth_is_recovered():
     config = IntensityMergeConfig(
         network_width=0, likelihood="normal", error_model=False, held_out=0.0, epochs=60

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import gemmi
 import numpy as np
+import pytest
 import torch
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
@@ -88,6 +89,7 @@ def exact_means(asu, observations):
     return low
 
 
+@pytest.mark.slow
 def test_weak_intensities_are_unbiased():
     bias = {}
     for seed in range(2):

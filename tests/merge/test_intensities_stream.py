@@ -197,6 +197,7 @@ def test_less_than_a_pass_recovers_the_truth(simulation, stream):
     assert held_out["image"].n_obs > 100
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path, simulation):
     def merge(store):
         stream = ObservationStream([store], replace(CONFIG, stream_training=3000))

@@ -75,6 +75,7 @@ def test_tied_mates_share_a_row_and_part_with_its_amplitude():
     )
 
 
+@pytest.mark.slow
 def test_differences_that_halves_confirm_are_known_and_noise_is_not():
     problem, f = anomalous_problem(0.2, n_images=60)
     merger = fitted(problem)

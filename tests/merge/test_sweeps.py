@@ -94,6 +94,7 @@ def test_frame_scale_is_averaged_over_the_rocking_curve(sweep):
     np.testing.assert_allclose(found, expected, atol=1e-5)  # the frames within reach
 
 
+@pytest.mark.slow
 def test_scales_mosaic_spread_and_amplitudes_are_found(sweep):
     config = IntensityMergeConfig(anomalous=True, epochs=60, batch_size=2000)
     data = observed(sweep)

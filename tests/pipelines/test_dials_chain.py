@@ -175,6 +175,7 @@ def test_real_dials_refuses_what_is_no_image(dials, tmp_path):
         chain.geometry()
 
 
+@pytest.mark.slow
 @pytest.mark.dials
 @pytest.mark.realdata
 def test_real_dials_on_two_sweeps(dials, shared, tmp_path):

@@ -14,6 +14,7 @@ from braggflux.pipelines.integration.trainer import GRADIENT_CLIP
 EPOCHS = 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handover", ["photon-counts", "gaussian"])
 def test_fifty_epochs_from_nothing_to_a_million_counts(handover):
     problem = joint_problem(64, handover=handover, photons=3e8, decades=9.0)

@@ -162,6 +162,7 @@ def test_same_seed_same_file(tmp_path, truth):
     np.testing.assert_array_equal(one.f, two.f)
 
 
+@pytest.mark.slow
 def test_datasets_with_parents(tmp_path, truth):
     asu, f = truth
     light = asu, np.abs(f + 0.03 * f * np.random.default_rng(1).standard_normal(len(f)))
@@ -180,6 +181,7 @@ def test_datasets_with_parents(tmp_path, truth):
     assert shells == {str(k) for k in range(10)}
 
 
+@pytest.mark.slow
 def test_friedel_halves_of_stills(tmp_path, truth):
     asu, _ = truth
     columns, hkl = observed(truth, 4, n_images=40)

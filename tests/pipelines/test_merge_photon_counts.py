@@ -90,6 +90,7 @@ def test_sweeps_have_images_of_their_own(experiment, tmp_path):
     assert 1001 <= batch[batch > 360].min() <= batch.max() <= 1360
 
 
+@pytest.mark.slow
 def test_merged_amplitudes_are_the_true_ones(experiment, table, tmp_path):
     more = ("--anomalous", "--epochs", "40", "--set", "network_width=0")
     cc = {}

@@ -105,6 +105,7 @@ def test_amplitudes_of_a_structure_and_of_an_mtz_are_those_of_gemmi(tmp_path, ca
     )
 
 
+@pytest.mark.slow
 def test_reference_from_file_to_file(tmp_path, calculated):
     """The model is the truth but for a fifth of the intensity: sigma_A is 0.9."""
     asu, f_calc = calculated

@@ -48,6 +48,7 @@ def truth_cc(files, out):
     return np.corrcoef(table.f_plus[seen], f[seen])[0, 1]
 
 
+@pytest.mark.slow
 def test_files_are_those_of_a_merge_in_memory(files, merged):
     assert {p.name for p in merged.iterdir()} == {
         *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
@@ -100,6 +101,7 @@ def test_a_model_as_prior(files, merged):
     assert truth_cc(files, out) > truth_cc(files, merged)
 
 
+@pytest.mark.slow
 def test_mates_coupled_by_held_out_data(files, merged):
     """With frozen scales, which is the quick way here."""
     out = files / "coupled"

@@ -76,6 +76,7 @@ def ambiguous(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_datasets_with_parents(pair, tmp_path):
     more = ("--parents", "none,0", "--prior", "double-wilson", "--correlation", "0.99")
     streamed, in_memory = both(pair, tmp_path, *more)
@@ -99,6 +100,7 @@ def test_datasets_with_parents(pair, tmp_path):
     assert float(overall[0]["cc_half"]) == pytest.approx(float(overall[1]["cc_half"]), abs=0.03)
 
 
+@pytest.mark.slow
 def test_r_of_parents_is_chosen(pair, tmp_path):
     more = ("--parents", "none,0", "--prior", "double-wilson")
     assert run(*pair, "--out", tmp_path / "out", *OPTIONS, *SMALL, *more, *STREAMED) == 0
