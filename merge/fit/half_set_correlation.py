@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import scaled_observations
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.mate_correlation import mean_half_set_covariance, random_halves
@@ -55,7 +55,7 @@ class Share:
 
 @torch.no_grad()
 def half_set_correlation(
-    merger: IntensityMerger, table: ObservationTable, seed: int
+    merger: Merger, table: ObservationTable, seed: int
 ) -> list[dict[str, float | None]]:
     """Set r of every shell of the double-Wilson prior; returns what was found in each.
 
@@ -64,7 +64,7 @@ def half_set_correlation(
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
         Its scales, error model and amplitudes are used as they are.
     table : ObservationTable
         Its used observations count.
@@ -89,7 +89,7 @@ def half_set_correlation(
     return set_correlation(merger, product, known)
 
 
-def difference_norm(merger: IntensityMerger) -> Tensor:
+def difference_norm(merger: Merger) -> Tensor:
     """``2 F sqrt(epsilon Sigma)`` of each child and its parent, (C,); NaN where F is too weak.
 
     Near F = 0 a difference of intensities says nothing of a difference of amplitudes.
@@ -102,13 +102,13 @@ def difference_norm(merger: IntensityMerger) -> Tensor:
 
 @torch.no_grad()
 def set_correlation(
-    merger: IntensityMerger, product: Tensor, is_known: Tensor
+    merger: Merger, product: Tensor, is_known: Tensor
 ) -> list[dict[str, float | None]]:
     """Set r of every shell from half-set products of normalised differences, (C,).
 
     Parameters
     ----------
-    merger : IntensityMerger
+    merger : Merger
     product : Tensor, (C,)
         Of each child; NaN where it is not usable.
     is_known : Tensor, (C,) bool

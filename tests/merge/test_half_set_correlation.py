@@ -18,7 +18,7 @@ from braggflux.merge.fit.half_set_correlation import (
     smooth,
 )
 from braggflux.merge.fit.training import fit, start
-from braggflux.merge.model.merger import IntensityMerger
+from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.problem import build_problem
 
@@ -31,7 +31,7 @@ def fitted(data, config, parents=None):
     """Merger with the amplitudes coupled, and its table."""
     problem = build_problem(data, config, parents)
     torch.manual_seed(0)
-    merger = IntensityMerger(problem.unique, problem.table, config)
+    merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     merger.prior.couple()
     fit(merger, problem.table, config)
