@@ -88,6 +88,12 @@ class UniqueRows:
         order = np.argsort(np.argsort(-self.d, kind="stable"), kind="stable")
         return order * n_shells // len(order)
 
+    @property
+    def ties_datasets(self) -> bool:
+        """Whether some row has its parent in another dataset."""
+        child = np.flatnonzero(self.parent >= 0)
+        return bool((self.dataset[self.parent[child]] != self.dataset[child]).any())
+
     def rows(self, dataset: int) -> slice:
         """Rows of one dataset."""
         return slice(self.first[dataset], self.first[dataset + 1])

@@ -19,7 +19,7 @@ the two.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,11 @@ class ScaledObservations:
     variance: Tensor
     is_spot: Tensor
 
+    def times(self, factor: Tensor) -> ScaledObservations:
+        """Multiply the observations of each row by its ``factor``, (R,)."""
+        own = factor[self.row]
+        return replace(self, intensity=self.intensity * own, variance=self.variance * own**2)
+
 
 @dataclass(frozen=True)
 class MergedRows:
@@ -60,6 +65,20 @@ class MergedRows:
     n_obs: Tensor
     difference: Tensor
     sigma_difference: Tensor
+
+    def times(self, factor: Tensor) -> MergedRows:
+        """Multiply the intensities of each row by its ``factor``, (R,), and F by its root."""
+        root = factor.sqrt()
+        return MergedRows(
+            self.amplitude * root,
+            self.sigma_amplitude * root,
+            self.normalised,
+            self.intensity * factor,
+            self.sigma_intensity * factor,
+            self.n_obs,
+            self.difference * root,
+            self.sigma_difference * root,
+        )
 
 
 @torch.no_grad()
@@ -159,11 +178,19 @@ def with_amplitudes(
     )
 
 
+@torch.no_grad()
+def fresh_crystal_factor(merger: Merger) -> Tensor:
+    """Intensities of a crystal before any damage over those at the mean dose of the scans, (R,).
+
+    The scale has B along a scan about its mean, and with it q(F) is of the mean dose; files are
+    on the scale of the crystal at the start of the first scan.
+    """
+    return merger.scale.fresh_crystal_factor(merger.prior.part(Wilson).inv_d2)
+
+
 def ties_mates_only(merger: Merger) -> bool:
     """Whether the prior couples Bijvoet mates and no datasets."""
-    if not merger.prior.is_coupled:
-        return False
-    return all(bool((merger.joined[rows] == above).all()) for rows, above in merger.prior.levels)
+    return merger.prior.is_coupled and not merger.unique.ties_datasets
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from braggflux.merge.output.amplitudes import (
     MergedRows,
     ScaledObservations,
     amplitudes_of_means,
+    fresh_crystal_factor,
     merged_rows,
     ties_mates_only,
     weighted_mean,
@@ -44,6 +45,7 @@ from braggflux.merge.output.statistics import (
     unique_reflections,
 )
 from braggflux.merge.prior.reference import Reference
+from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.rows import UniqueRows
 
 Array = NDArray[np.float64]
@@ -124,15 +126,17 @@ def merged_datasets(
         See :func:`braggflux.merge.output.amplitudes.with_amplitudes`.
     """
     unit, n_rows = table.unit_intensity, len(unique)
-    merged = merged_rows(merger, table, scaled, is_marginal=is_marginal)
+    fresh = fresh_crystal_factor(merger)
+    merged = merged_rows(merger, table, scaled, is_marginal=is_marginal).times(fresh)
     row = scaled.row.cpu().numpy()
     halves = []
     for repeat in range(n_splits):
         half = split_half_sets(row, np.ones_like(row), seed + repeat)
         for k in (0, 1):
             chosen = torch.as_tensor(half == k, device=scaled.row.device)
-            part = weighted_mean(scaled, n_rows, chosen)
-            halves.append(amplitudes_of_means(merger, unit, *part))
+            part = amplitudes_of_means(merger, unit, *weighted_mean(scaled, n_rows, chosen))
+            halves.append((part[0] * fresh.sqrt(), part[1] * fresh.sqrt()))
+    scaled = scaled.times(fresh)
     history = what_columns_are(merger, is_marginal)
     for dataset, asu in enumerate(unique.asus):
         rows = unique.rows(dataset)
@@ -191,6 +195,19 @@ def streamed_datasets(
 
 def what_columns_are(merger: Merger, is_marginal: bool = True) -> tuple[str, ...]:
     """Lines for the history of the files."""
+    return (*_what_amplitudes_are(merger, is_marginal), *_dose(merger))
+
+
+def _dose(merger: Merger) -> tuple[str, ...]:
+    """Say what B the amplitudes were given back, where there was damage."""
+    one = merger.prior.part(Wilson).inv_d2.new_ones(1)
+    b = 2 * float(merger.scale.fresh_crystal_factor(one).log())
+    if b == 0.0:
+        return ()
+    return (f"F, I of the crystal before the scan: B less by {b:.3f} A^2 than at the mean dose",)
+
+
+def _what_amplitudes_are(merger: Merger, is_marginal: bool) -> tuple[str, ...]:
     prior = merger.prior
     own = "the prior of a model" if prior.has(Reference) else "Wilson's prior"
     if not prior.is_coupled:

@@ -88,6 +88,9 @@ class AmplitudePrior(nn.Module, ABC):
     def couple(self) -> None:
         """Tie amplitudes to those of their relatives from now on; a prior without has none."""
 
+    def uncouple(self) -> None:
+        """Let each amplitude be for itself again."""
+
     def rows_with_relatives(self) -> Tensor:
         """Rows that are tied to others now, (R,) bool."""
         return torch.zeros_like(self.spread(), dtype=torch.bool)
@@ -162,6 +165,10 @@ class PriorOver(AmplitudePrior, ABC):
     def couple(self) -> None:
         """Tie amplitudes to those of their relatives from now on."""
         self.below.couple()
+
+    def uncouple(self) -> None:
+        """Let each amplitude be for itself again."""
+        self.below.uncouple()
 
     def rows_with_relatives(self) -> Tensor:
         """Rows that are tied to others now, (R,) bool."""

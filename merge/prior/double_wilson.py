@@ -84,6 +84,10 @@ class DoubleWilson(PriorOver):
         """Tie amplitudes to those of their parents from now on."""
         self._is_coupled = True
 
+    def uncouple(self) -> None:
+        """Let each amplitude be for itself again."""
+        self._is_coupled = False
+
     @property
     def levels(self) -> list[Level]:
         """Rows at each step below the rows without parent, and their parents."""

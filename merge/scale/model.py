@@ -18,6 +18,7 @@ from braggflux.merge.scale.base import Scale
 from braggflux.merge.scale.metadata_network import MetadataNetwork
 from braggflux.merge.scale.term import ScaleTerm
 from braggflux.merge.scale.terms.b_factor import BFactor
+from braggflux.merge.scale.terms.falloff import Falloff
 from braggflux.merge.scale.terms.frames import FrameScale
 
 
@@ -110,13 +111,15 @@ class ScaleModel(nn.Module):
     def fresh_crystal_factor(self, inv_d2: Tensor) -> Tensor:
         """Turn intensities at the mean dose into those at the start of the first scan.
 
-        1 where there is no B along a scan.
+        1 where there is no B along a scan, or where the scale keeps all falloff with resolution.
 
         Parameters
         ----------
         inv_d2 : Tensor, (R,)
             [1/A^2]
         """
+        if any(isinstance(term, Falloff) and term.is_there for term in self):
+            return torch.ones_like(inv_d2)
         for term in self:
             if isinstance(term, BFactor):
                 return term.fresh_crystal_factor(inv_d2)

@@ -13,6 +13,7 @@ from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.steps import Steps
 from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.output.amplitudes import fresh_crystal_factor
 from braggflux.merge.output.merged_table import MergedTable
 from braggflux.merge.output.odd_images import odd_images
 from braggflux.merge.output.same_photons import SAME_PHOTONS, residual_over_noise
@@ -92,7 +93,8 @@ def _named(
 
 def model_rows(merger: Merger, rows: slice) -> tuple[Array, Array]:
     """Return the expected F^2 of some rows without and with a prior model (NaN for none), (R,)."""
-    spread = merger.prior.spread().detach().cpu().numpy()[rows]
+    spread = merger.prior.spread() * fresh_crystal_factor(merger)
+    spread = spread.detach().cpu().numpy()[rows]
     if not merger.prior.has(Reference):
         return spread, np.full_like(spread, np.nan)
     return spread, spread * merger.prior.part(Reference).e_calc.cpu().numpy()[rows] ** 2

@@ -35,6 +35,8 @@ from braggflux.pipelines.workspace import log
 
 #: Share of the epochs that a fit gets which goes on from another.
 SHORT = 0.25
+#: Of amplitudes whose mates have just been tied.
+COUPLED_EPOCHS = 60
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class MergeFit:
         if problem.ambiguity is not None:
             problem = seeded(problem, self.masks, config, known.indexing)
         self.problem = problem
+        self.couples = check_coupling(problem.unique, config)
         merger = Merger(problem.unique, self.training, config, known.f_calc)
         self.merger = merger.to(device)
         self.tables: dict[str, Sequence[Mapping[str, Any]]] = {}
@@ -143,7 +146,7 @@ class MergeFit:
             self._choose_flicker()
         if self.known.f_calc is not None:
             self._choose_sigma_a()
-        if merger.prior.is_coupled:
+        if self.couples:
             self._choose_correlation()
         held = (("image", masks.by_image), ("observation", masks.by_observation))
         predictions = {k: asdict(predict(merger, self.training, chosen)) for k, chosen in held}
@@ -151,7 +154,7 @@ class MergeFit:
             self.problem = reassigned(merger, self.problem)
         table = self.problem.table.to(self.device)
         adopt(merger, table, self.training, self.with_scales)
-        self._fit(table, SHORT)
+        self._fit_all(table)
         if self.with_scales:
             settle_falloff(merger, table, config)
         return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
@@ -162,12 +165,33 @@ class MergeFit:
         else:
             self.known.saved.load_into(self.merger)
             start_amplitudes(self.merger, self.training)
-        if check_coupling(self.problem.unique, self.config):
-            self.merger.prior.couple()
-            pool_trees(self.merger)  # relatives start alike: each outvotes outliers
+        if self.couples and self.problem.unique.ties_datasets:
+            self._couple()
+
+    def _couple(self) -> None:
+        """Tie relatives; they start alike, so that each outvotes outliers of the other."""
+        self.merger.prior.couple()
+        pool_trees(self.merger)
+
+    def _fit_all(self, table: ObservationTable) -> None:
+        """Fit again to all data.
+
+        Mates are tied when scales and errors are as they would be without: F(+) and F(-) of the
+        files, each from its own observations, are then the same, and so are their sigmas.
+        """
+        if not self.couples or self.problem.unique.ties_datasets:
+            self._fit(table, SHORT)
+            return
+        self.merger.prior.uncouple()
+        self._fit(table, SHORT)
+        self._couple()
+        fit(self.merger, table, self.config, epochs=COUPLED_EPOCHS, with_scales=False)
 
     def _fit(
-        self, table: ObservationTable, share: float, observer: Observer | None = None
+        self,
+        table: ObservationTable,
+        share: float,
+        observer: Observer | None = None,
     ) -> None:
         fit(
             self.merger,
@@ -192,6 +216,12 @@ class MergeFit:
         self._fit(self.training, SHORT)
 
     def _choose_correlation(self) -> None:
+        """Choose r and fit the amplitudes with it.
+
+        Scales are fitted with the mates tied to one amplitude: r of the mates is nothing to them.
+        """
+        if not self.merger.prior.is_coupled:
+            self._couple()
         if self.config.correlation is not None:
             self.merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - self.config.correlation**2)
         else:
@@ -199,4 +229,7 @@ class MergeFit:
             rows = choose_correlation(self.merger, self.training, held_out, self.config)
             self.tables["correlation"] = rows
         pool_trees(self.merger)
-        self._fit(self.training, SHORT)
+        if self.problem.unique.ties_datasets:
+            self._fit(self.training, SHORT)
+        else:
+            fit(self.merger, self.training, self.config, epochs=COUPLED_EPOCHS, with_scales=False)

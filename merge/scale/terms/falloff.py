@@ -35,9 +35,14 @@ class Falloff(ScaleTerm):
         """All data may need it."""
         return cls(config.n_wilson_knots)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the scale keeps a falloff."""
+        return bool(self.knots.any())
+
     def forward(self, batch: Batch) -> Tensor:
         """Part of log K, (T,), or () where there is none."""
-        if not bool(self.knots.any()):
+        if not self.is_there:
             return self.knots.new_zeros(())
         return interpolated(batch.terms.inv_d2, self.knots, self.log_scale)
 
