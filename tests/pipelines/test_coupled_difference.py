@@ -17,7 +17,6 @@ from braggflux.pipelines.inputs.inputs import MergeInputs
 from braggflux.pipelines.maps.difference_map import weighted_differences
 from braggflux.pipelines.merging.merge import merge
 
-
 pytestmark = pytest.mark.slow
 
 
