@@ -8,7 +8,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class IntensityMergeConfig:
+class MergeConfig:
     """Scale, error model, priors and their optimisation (`braggflux merge`)."""
 
     # Bijvoet mates have amplitudes of their own; false merges them into one.

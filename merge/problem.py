@@ -16,7 +16,7 @@ from braggflux.integrator.crystal.cell import inv_d2
 from braggflux.integrator.crystal.forms import check_one_crystal_form
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.columns import Columns, check_mates, is_kept, join_columns
 from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.harmonics import (
@@ -73,7 +73,7 @@ class MergeProblem:
 
 def build_problem(
     data: Sequence[UnmergedData],
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     parents: Sequence[int | None] | None = None,
     operators: IndexingOperators | None = None,
     feature_scaling: FeatureScaling | None = None,
@@ -85,7 +85,7 @@ def build_problem(
     ----------
     data : sequence of UnmergedData
         One per file.
-    config : IntensityMergeConfig
+    config : MergeConfig
     parents : sequence of int or None, optional
         Of each dataset.
     operators : IndexingOperators, optional
@@ -134,7 +134,7 @@ def build_problem(
     return replace(problem, ambiguity=Ambiguity.of(operators, alternatives[order], table))
 
 
-def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
+def _check(data: Sequence[UnmergedData], config: MergeConfig) -> None:
     check_one_crystal_form(data)
     for d in data:
         if config.laue and not d.is_polychromatic:
@@ -146,7 +146,7 @@ def _check(data: Sequence[UnmergedData], config: IntensityMergeConfig) -> None:
 
 def _asus(
     data: Sequence[UnmergedData],
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     operators: IndexingOperators | None = None,
 ) -> list[ReciprocalAsu]:
     asus = []
@@ -159,9 +159,7 @@ def _asus(
     return asus
 
 
-def _units(
-    columns: Columns, config: IntensityMergeConfig
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _units(columns: Columns, config: MergeConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return unit and cluster of each observation, (N,) each.
 
     When enough spots have a partner (:mod:`braggflux.merge.data.pairing`), the files are exposures
@@ -189,7 +187,7 @@ def _sweeps(
     data: Sequence[UnmergedData],
     columns: Columns,
     order: NDArray[np.int64],
-    config: IntensityMergeConfig,
+    config: MergeConfig,
 ) -> SweepTable | None:
     """Places on sweeps, where all files know them and the scale is to use them."""
     if config.stills or config.laue or not config.physical_scale:
@@ -216,7 +214,7 @@ def _table(
     cluster: NDArray[np.int64],
     order: NDArray[np.int64],
     unique: UniqueRows,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
 ) -> ObservationTable:
     c = columns
     scale = feature_scaling.unit_intensity

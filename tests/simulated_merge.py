@@ -16,11 +16,17 @@ from scipy.spatial.transform import Rotation
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.types import IntensityTable, ReflectionMetadata
-from braggflux.merge.data.scale_features import scale_features
-from braggflux.merge.engine.config import MergeConfig
-from braggflux.merge.engine.fisher import fisher_parameters, fisher_step
-from braggflux.merge.engine.merger import Merger, merge_batch
-from braggflux.merge.engine.types import MergeBatch
+from braggflux.merge.config import MergeConfig
+from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.fit.full_batch import FullBatchFit, restart_doubted
+from braggflux.merge.fit.half_set_correlation import half_set_correlation
+from braggflux.merge.fit.training import start
+from braggflux.merge.io.formats.photon_table import STORE_ROW, photon_observations
+from braggflux.merge.model.merger import Merger
+from braggflux.merge.output.amplitudes import scaled_observations
+from braggflux.merge.output.datasets import MergedDataset, merged_datasets
+from braggflux.merge.problem import build_problem
+from braggflux.merge.rows import UniqueRows
 
 CELL = gemmi.UnitCell(31, 36, 41, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
@@ -50,13 +56,28 @@ class Experiment:
     n_frames: int
     truth: Truth
 
-    def merger(self, **changes) -> Merger:
-        """Untrained merger of this experiment."""
-        config = MergeConfig(**changes)
-        features = scale_features(self.table.metadata, [self.n_frames], [FRAME_WIDTH], config)
-        n_obs = torch.bincount(self.refl_id, minlength=len(self.asu))
+    @property
+    def record(self) -> dict:
+        """Cell, space group and scan of the sweep, as the integrator's file has them."""
+        return {
+            "unit_cell": list(CELL.parameters),
+            "space_group": SPACE_GROUP.xhm(),
+            "image_range": [1, self.n_frames],
+            "oscillation_deg": [0.0, FRAME_WIDTH],
+        }
+
+    def merging(self, **changes) -> Merging:
+        """Untrained merger of this experiment, as a run of `braggflux run` has it."""
+        given = {"anomalous": True, "prior": "double-wilson", "overloads": "keep"} | changes
+        config = MergeConfig(**given)
+        unique = UniqueRows([self.asu], None, config.prior == "double-wilson")
+        data = photon_observations(self.table, [self.record], "simulated")
+        problem = build_problem([data], config, unique=unique)
         torch.manual_seed(0)
-        return Merger(self.asu, features, n_obs, config)
+        merger = Merger(unique, problem.table, config)
+        merger.prior.couple()
+        own = data.metadata[STORE_ROW][problem.source].astype(int)
+        return Merging(self, config, merger, problem.table, torch.as_tensor(own))
 
     def with_sweeps(self, number: torch.Tensor) -> IntensityTable:
         """Table whose observations are of the sweeps ``number``, (N,)."""
@@ -74,10 +95,41 @@ class Experiment:
         )
         return replace(self, table=table, refl_id=self.refl_id[rows], truth=truth)
 
+
+@dataclass(frozen=True)
+class Merging:
+    """A merger and the observations that it is fitted to.
+
+    ``own_row`` is (N,): the row of the experiment of each observation of ``table``.
+    """
+
+    experiment: Experiment
+    config: MergeConfig
+    merger: Merger
+    table: ObservationTable
+    own_row: torch.Tensor
+
     @property
-    def batch(self) -> MergeBatch:
-        """All observations."""
-        return merge_batch(self.table, self.refl_id)
+    def row(self) -> torch.Tensor:
+        """Unique reflection of each observation, (N,)."""
+        return self.table.terms.row
+
+    def used(self, is_used: torch.Tensor) -> ObservationTable:
+        """Table of which only some observations are used."""
+        return self.table.with_masks(is_used, is_used)
+
+    def log_scale(self) -> np.ndarray:
+        """Fitted log K of each row of the experiment, (N,); F^2 in photons."""
+        with torch.no_grad():
+            found = self.merger.scale(self.table.everything()).log_k
+        return torch.zeros_like(found).index_put((self.own_row,), found).numpy()
+
+    def merged(self, table: ObservationTable | None = None) -> MergedDataset:
+        """What is written of a table, or of all observations."""
+        table = self.table if table is None else table
+        scaled = scaled_observations(self.merger, table)
+        (dataset,) = merged_datasets(self.merger, table, self.merger.unique, scaled)
+        return dataset
 
 
 def double_wilson(asu: ReciprocalAsu, one_minus_r2: float, rng, photons: float):
@@ -195,22 +247,14 @@ def _table(hkl, s1, s0_crystal, s1_crystal, frame, d, lp, counts, beta) -> Inten
     return IntensityTable(metadata, likelihood, torch.ones(n), zeros)
 
 
-def fit(merger: Merger, batch: MergeBatch, n_steps: int = 200, rate: float = 0.03) -> None:
-    """Full-batch steps as in the epochs of the merge, the correlation of mates now and then."""
-    merger.start(batch)
-    weights = merger.group_weights(batch.refl_id)
-    fisher = {id(p) for p in fisher_parameters(merger)}
-    rest = [p for p in merger.parameters() if id(p) not in fisher]
-    optimizer = torch.optim.Adam(rest, lr=rate)
-    for step in range(n_steps):
-        if step and step % (n_steps // 5) == 0:
-            merger.update_friedel_correlation(batch, seed=0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * 0.05 ** (step / n_steps)
-        merger.zero_grad()
-        terms = merger.loss(batch, merger.inference())
-        loss = -terms.log_likelihood.sum() + terms.scale_penalty
-        loss = loss + (weights * terms.kl_structure_factor).sum()
-        loss.backward()
-        fisher_step(merger, batch)
-        optimizer.step()
+def fit(merging: Merging, n_steps: int = 200, n_epochs: int = 5) -> None:
+    """Full-batch steps as in the epochs of a run, the correlation of mates after each."""
+    merger, table = merging.merger, merging.table
+    start(merger, table)
+    full_batch = FullBatchFit(merger, merging.config)
+    n = n_steps // n_epochs
+    for epoch in range(n_epochs):
+        restart_doubted(merger, table)
+        full_batch.steps(table, n, lambda k, epoch=epoch: (epoch + k / n) / n_epochs)
+        if merger.prior.is_coupled:
+            half_set_correlation(merger, table, seed=0)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import UnmergedData, make_unmerged
 from braggflux.merge.model.merger import Merger
@@ -96,7 +96,7 @@ def own_rows(problem: MergeProblem, c: Crystal) -> np.ndarray:
     return problem.unique.asus[0].refl_id(c.asu.miller_index)
 
 
-def fitted(data: list[UnmergedData], config: IntensityMergeConfig) -> tuple[MergeProblem, Merger]:
+def fitted(data: list[UnmergedData], config: MergeConfig) -> tuple[MergeProblem, Merger]:
     """Fit all observations."""
     problem = build_problem(data, config)
     torch.manual_seed(0)

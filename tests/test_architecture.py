@@ -61,9 +61,6 @@ MAY_IMPORT = {
     "merge.stream": (*MODEL, "merge.output", "merge.fit"),
     "merge.indexing": (*MODEL, "merge.output", "merge.fit", "merge.stream"),
     "merge.indexing.operators": DATA,
-    "merge.engine": ("merge", *FOUNDATIONS),
-    "merge.scale.rotation": (*DATA, "merge.scale", "merge.engine"),
-    "merge.data.scale_features": (*SMALL, "merge.scale", "merge.engine"),
     "fixtures": (
         "integrator.crystal",
         "integrator.types",

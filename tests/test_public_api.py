@@ -52,7 +52,7 @@ def test_merge_is_a_function_and_a_package(unmerged: Path, tmp_path: Path) -> No
     import braggflux.merge.config
 
     config = braggflux.MergeConfig(epochs=2, network_width=8, d_min=5.5)
-    assert isinstance(config, braggflux.merge.config.IntensityMergeConfig)
+    assert isinstance(config, braggflux.merge.config.MergeConfig)
     [path] = braggflux.merge(MergeInputs((unmerged,), tmp_path / "merged"), config)
     assert read_merged_mtz(path).table.f.shape[0] > 100
 

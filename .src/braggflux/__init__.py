@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from braggflux.merge.config import IntensityMergeConfig as MergeConfig
+    from braggflux.merge.config import MergeConfig
     from braggflux.merge.io.read import read_table
     from braggflux.merge.io.stores.opening import open_store
     from braggflux.pipelines.config.run import RunConfig
@@ -41,7 +41,7 @@ __all__ = [
 ]
 #: Public name -> module and name there; imported at the first use, for torch takes seconds.
 _WHERE = {
-    "MergeConfig": ("merge.config", "IntensityMergeConfig"),
+    "MergeConfig": ("merge.config", "MergeConfig"),
     "MergeInputs": ("pipelines.inputs.inputs", "MergeInputs"),
     "RunConfig": ("pipelines.config.run", "RunConfig"),
     "merge": ("pipelines.merging.merge", "merge"),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.cell import inv_d2
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.grouping import MEMBER
 from braggflux.merge.data.measurement import counted_sigma
 from braggflux.merge.io.missing_values import POSITIONS
@@ -71,9 +71,7 @@ def is_kept(row: NDArray[np.int64], intensity: Array, sigma: Array) -> NDArray[n
     return (row >= 0) & (sigma > 0) & np.isfinite(intensity)
 
 
-def join_columns(
-    data: Sequence[UnmergedData], unique: UniqueRows, config: IntensityMergeConfig
-) -> Columns:
+def join_columns(data: Sequence[UnmergedData], unique: UniqueRows, config: MergeConfig) -> Columns:
     """Put the columns of all files behind each other."""
     frames = [_frame_numbers(d) for d in data]
     rows, images, n_images = [], [], 0

@@ -86,6 +86,18 @@ class GaussianMeasurement(Measurement):
     intensity: Tensor
     sigma: Tensor
 
+    @classmethod
+    def of(cls, likelihood: ShiftedPoisson, unit_intensity: float) -> GaussianMeasurement:
+        """Take a likelihood of photons for a Normal law, with the variance of the observed count.
+
+        This is what conventional programs hand on: an ablation. A low count of a weak spot claims
+        a smaller sigma than a high one, and means weighted so lie low.
+        """
+        return cls(
+            likelihood.mode.double() / unit_intensity,
+            likelihood.observed_variance.double().sqrt() / unit_intensity,
+        )
+
     @property
     def mode(self) -> Tensor:
         """The intensity."""

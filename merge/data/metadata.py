@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.columns import Columns
 from braggflux.merge.data.feature_scaling import LOW_ANGLE, FeatureScaling, mean_and_spread
 from braggflux.merge.io.observations import UnmergedData
@@ -27,7 +27,7 @@ RESOLUTION = "dHKL"
 def metadata_columns(
     data: Sequence[UnmergedData],
     columns: Columns,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     feature_scaling: FeatureScaling | None,
 ) -> dict[str, Array]:
     """Columns that the networks see, (N,) each, resolution first."""

@@ -216,6 +216,11 @@ class ObservationTable:
         number = torch.arange(len(index), device=index.device)
         return self._batch(observations, replace(self.terms[index], observation=number), index)
 
+    def measured_as(self, measured: Measurement, is_used: Tensor) -> ObservationTable:
+        """Copy with other measurements, (N,), of which those of ``is_used`` are used."""
+        observations = replace(self.observations, measured=measured, is_used=is_used)
+        return replace(self, observations=observations)
+
     def unit_batches(self, batch_size: int | None, generator: torch.Generator) -> list[Tensor]:
         """Random units of at most about ``batch_size`` observations each; every unit once.
 

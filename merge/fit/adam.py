@@ -7,6 +7,7 @@ imports ``torch._dynamo`` and with it sympy: 67 MiB and a second for nothing tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,3 +62,19 @@ class Adam:
             square.mul_(beta_2).addcmul_(p.grad, p.grad, value=1 - beta_2)
             size = (square.sqrt() / (1 - beta_2**n) ** 0.5).add_(EPSILON)
             p.addcdiv_(mean, size, value=-(self.rates[group] / (1 - beta_1**n)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and numbers of steps, in the order of the parameters."""
+        own = [p for p, _ in self._parameters]
+        return {
+            "moments": [self._moments.get(p) for p in own],
+            "n_steps": [self._n_steps.get(p, 0) for p in own],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken."""
+        given = zip(self._parameters, state["moments"], state["n_steps"], strict=True)
+        for (p, _), moments, n in given:
+            if moments is not None:
+                mean, square = (values.to(p.device) for values in moments)
+                self._moments[p], self._n_steps[p] = (mean, square), n

@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.held_out import log_likelihoods
 from braggflux.merge.fit.training import fit
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MANY = 100
 
 
-def is_in_doubt(merger: Merger, table: ObservationTable, config: IntensityMergeConfig) -> bool:
+def is_in_doubt(merger: Merger, table: ObservationTable, config: MergeConfig) -> bool:
     """Say whether there is a choice to make."""
     if merger.scale.frames is None or config.flicker != "auto":
         return False
@@ -34,7 +34,7 @@ def choose_flicker(
     merger: Merger,
     table: ObservationTable,
     held_out: torch.Tensor,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     epochs: int,
 ) -> list[dict[str, float | str]]:
     """Do without scales of single frames, unless they predict better by more than their error.
@@ -47,7 +47,7 @@ def choose_flicker(
         With the training mask set.
     held_out : Tensor, (N,) bool
         Single observations on frames that are known.
-    config : IntensityMergeConfig
+    config : MergeConfig
     epochs : int
         Of the fit without.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.model.merger import Merger
@@ -25,7 +25,7 @@ from braggflux.merge.prior.wilson import Wilson
 
 
 @torch.no_grad()
-def settle_falloff(merger: Merger, table: ObservationTable, config: IntensityMergeConfig) -> None:
+def settle_falloff(merger: Merger, table: ObservationTable, config: MergeConfig) -> None:
     """Move falloff between scale and amplitudes; nothing else changes.
 
     Parameters
@@ -33,7 +33,7 @@ def settle_falloff(merger: Merger, table: ObservationTable, config: IntensityMer
     merger : Merger
         After its fit.
     table : ObservationTable
-    config : IntensityMergeConfig
+    config : MergeConfig
     """
     kind = config.falloff
     if kind == "auto":

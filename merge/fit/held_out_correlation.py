@@ -17,7 +17,7 @@ import logging
 import torch
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.held_out import log_likelihoods
 from braggflux.merge.fit.training import fit, pool_trees
@@ -38,7 +38,7 @@ def choose_correlation(
     merger: Merger,
     table: ObservationTable,
     held_out: Tensor,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
 ) -> list[dict[str, float]]:
     """Set r of every shell; returns the score of every r in every shell [nats].
 
@@ -49,7 +49,7 @@ def choose_correlation(
     table : ObservationTable
         With the training mask set.
     held_out : Tensor, (N,) bool
-    config : IntensityMergeConfig
+    config : MergeConfig
     """
     state = {k: v.clone() for k, v in merger.state_dict().items()}
     prior, density = merger.prior.part(DoubleWilson), []

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.output.amplitudes import scaled_observations
@@ -33,9 +33,7 @@ MAX_HALF = 0.3  # of the relative difference of amplitudes, halved
 
 
 @torch.no_grad()
-def confirmed_log_ratio(
-    merger: Merger, table: ObservationTable, config: IntensityMergeConfig
-) -> Tensor:
+def confirmed_log_ratio(merger: Merger, table: ObservationTable, config: MergeConfig) -> Tensor:
     """Log of each mate's F^2 over that of both, (R,); 0 where nothing is confirmed.
 
     Parameters
@@ -43,7 +41,7 @@ def confirmed_log_ratio(
     merger : Merger
         With the amplitudes of the mates apart and scales that have not seen them.
     table : ObservationTable
-    config : IntensityMergeConfig
+    config : MergeConfig
         Its seed draws the halves.
     """
     minus = (merger.joined != torch.arange(len(merger.joined), device=merger.device)).nonzero()

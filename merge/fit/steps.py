@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import start
 from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.model.merger import Merger
@@ -41,14 +41,14 @@ class Steps:
 
 
 @torch.no_grad()
-def find_steps(problem: MergeProblem, config: IntensityMergeConfig) -> Steps:
+def find_steps(problem: MergeProblem, config: MergeConfig) -> Steps:
     """Compare the first scales of all frames with the drift of their sweeps.
 
     Parameters
     ----------
     problem : MergeProblem
         Of all observations.
-    config : IntensityMergeConfig
+    config : MergeConfig
     """
     nothing = Steps({}, np.zeros(0, dtype=np.int64))
     if problem.table.sweeps is None:

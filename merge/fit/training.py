@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.fit.adam import Adam
 from braggflux.merge.fit.mates import confirmed_log_ratio
@@ -184,7 +184,7 @@ def _doubted(merger: Merger, batch: Batch, e: Expectation) -> Tensor:
 def fit(
     merger: Merger,
     table: ObservationTable,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     *,
     epochs: int | None = None,
     with_scales: bool = True,
@@ -204,7 +204,7 @@ def fit(
     ----------
     merger : Merger
     table : ObservationTable
-    config : IntensityMergeConfig
+    config : MergeConfig
     epochs : int, optional
         Instead of the configured number.
     with_scales : bool
@@ -228,7 +228,7 @@ def fit(
 def _fit_tied(
     merger: Merger,
     table: ObservationTable,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     epochs: int,
     observer: Observer | None,
 ) -> float:
@@ -243,7 +243,7 @@ def _fit_tied(
 def _fit_scales(
     merger: Merger,
     table: ObservationTable,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     epochs: int,
     observer: Observer | None,
 ) -> float:
@@ -317,13 +317,23 @@ def _step(
     return float(value.detach())
 
 
-def make_optimizer(merger: Merger, config: IntensityMergeConfig) -> Adam:
-    """Adam for all but the amplitudes, with a rate of its own for each kind of parameter."""
+def make_optimizer(
+    merger: Merger, config: MergeConfig, others: Sequence[nn.Parameter] = ()
+) -> Adam:
+    """Adam for all but the amplitudes, with a rate of its own for each kind of parameter.
+
+    Parameters
+    ----------
+    merger : Merger
+    config : MergeConfig
+    others : sequence of Parameter
+        Further ones that another method moves.
+    """
     network = merger.scale.network
     networks = [] if network is None else list(network.parameters())
     errors = [p for p in merger.likelihood.parameters() if p.requires_grad]
     amplitudes = [merger.log_spread_step, merger.log_concentration]
-    known = {id(p) for p in (*networks, *errors, *amplitudes)}
+    known = {id(p) for p in (*networks, *errors, *amplitudes, *others)}
     rest = [p for p in merger.parameters() if id(p) not in known and p.requires_grad]
     groups = [
         (rest, config.learning_rate),

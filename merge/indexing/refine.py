@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.held_out import Split
 from braggflux.merge.fit.training import fit
@@ -41,7 +41,7 @@ MAX_LEVERAGE = 0.8
 def seeded(
     problem: MergeProblem,
     masks: Split,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     reference: Tensor | None = None,
 ) -> MergeProblem:
     """Choose operators from intensities alone.
@@ -55,7 +55,7 @@ def seeded(
         With an ambiguity.
     masks : Split
         Held-out observations have no say.
-    config : IntensityMergeConfig
+    config : MergeConfig
     reference : Tensor, (R0,), optional
         Known F^2 of each row of the first dataset's asymmetric unit, NaN where there is none.
     """
@@ -161,7 +161,7 @@ def refined(
     merger: Merger,
     problem: MergeProblem,
     masks: Split,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     with_scales: bool = True,
 ) -> MergeProblem:
     """Alternate training (of amplitudes alone, if asked) and choosing until nothing changes."""

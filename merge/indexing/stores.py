@@ -17,7 +17,7 @@ from torch import Tensor
 
 from braggflux.integrator.crystal.ambiguity import IndexingOperators
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.held_out import Split
 from braggflux.merge.indexing.operators import Ambiguity
 from braggflux.merge.indexing.refine import seeded, standard_intensities
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], None]
 
 def resolve_stores(
     stores: Sequence[ObservationStore],
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     operators: IndexingOperators,
     wanted: Callable[[MergeProblem], Tensor | None],
     progress: Progress | None = None,
@@ -46,7 +46,7 @@ def resolve_stores(
     Parameters
     ----------
     stores : sequence of ObservationStore
-    config : IntensityMergeConfig
+    config : MergeConfig
     operators : IndexingOperators
     wanted : callable
         Reference of :func:`braggflux.merge.indexing.refine.seeded` for the problem of the sample.

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import Measurement
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.likelihood.error_model import ErrorModel
@@ -88,7 +88,7 @@ class IndependentLikelihood(ObservationLikelihood):
         self.error = error
 
     @classmethod
-    def build(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self:
+    def build(cls, table: ObservationTable, config: MergeConfig) -> Self:
         """Make the law for a table."""
         return cls(ErrorModel.build(table, config))
 

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 
 MIN_VARIANCE = 0.05  # least share of V that a negative sdB may leave
@@ -46,7 +46,7 @@ class ErrorModel(nn.Module):
         self.log_sdadd = error_parameter(math.log(0.03) if is_learned else -20.0, is_learned)
 
     @classmethod
-    def build(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self:
+    def build(cls, table: ObservationTable, config: MergeConfig) -> Self:
         """Make the model for the errors of a table."""
         sigma = table.observations.measured.background_sigma
         return cls(config.error_model, float(sigma.median()))

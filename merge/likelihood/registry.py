@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.likelihood.alternatives import WithAlternatives
 from braggflux.merge.likelihood.base import IndependentLikelihood, ObservationLikelihood
@@ -27,9 +27,7 @@ def likelihood_class(name: str) -> type[IndependentLikelihood]:
     return LIKELIHOODS[name]
 
 
-def build_likelihood(
-    table: ObservationTable, config: IntensityMergeConfig
-) -> ObservationLikelihood:
+def build_likelihood(table: ObservationTable, config: MergeConfig) -> ObservationLikelihood:
     """Make the configured law for a table."""
     law = likelihood_class(config.likelihood).build(table, config)
     return WithAlternatives(law) if config.has_alternatives else law

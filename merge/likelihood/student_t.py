@@ -22,7 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import Measurement
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.likelihood.base import IndependentLikelihood
@@ -46,7 +46,7 @@ class Normal(IndependentLikelihood):
         self.common = common
 
     @classmethod
-    def build(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self:
+    def build(cls, table: ObservationTable, config: MergeConfig) -> Self:
         """Make the law for a table."""
         common = CommonError(table.has_clusters and config.error_model)
         return cls(ErrorModel.build(table, config), common)
@@ -110,7 +110,7 @@ class StudentT(Normal):
         self.log_dof = error_parameter(math.log(dof or 16.0), dof is None)
 
     @classmethod
-    def build(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self:
+    def build(cls, table: ObservationTable, config: MergeConfig) -> Self:
         """Make the law for a table."""
         common = CommonError(table.has_clusters and config.error_model)
         return cls(ErrorModel.build(table, config), common, config.dof)

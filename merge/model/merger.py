@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from braggflux.integrator.distributions.nakagami import Nakagami
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.likelihood.expectation import Expectation
 from braggflux.merge.likelihood.registry import build_likelihood
@@ -36,7 +36,7 @@ class Merger(nn.Module):
     ----------
     unique : UniqueRows
     table : ObservationTable
-    config : IntensityMergeConfig
+    config : MergeConfig
     f_calc : Tensor, (R,), optional
         Amplitudes of a model that may become the prior; NaN where there is none.
     """
@@ -52,7 +52,7 @@ class Merger(nn.Module):
         self,
         unique: UniqueRows,
         table: ObservationTable,
-        config: IntensityMergeConfig,
+        config: MergeConfig,
         f_calc: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -204,18 +204,18 @@ class Merger(nn.Module):
         weight = (held.double() / self.n_group.clamp_min(1))[self.group]
         if self.is_tied:  # F(-) is not there
             weight = weight * (self.joined == torch.arange(len(weight), device=self.device))
+        information = self._information(batch, e)
         return MergeTerms(
             (log_density * used).sum(),
             (weight * self.prior.kl(q)).sum() if with_prior else log_density.new_zeros(()),
             batch.share * (self.scale.penalty() + self.prior.penalty()),
-            self._information(batch, e),
+            weight.new_zeros(len(weight)).index_add_(0, batch.first_rows, information),
             weight.detach(),
+            information,
         )
 
     @torch.no_grad()
     def _information(self, batch: Batch, e: Expectation) -> Tensor:
-        """Sum of w m^2 / D over the used observations of each row, (R,)."""
+        """W m^2 / D of each used observation, (N,): precision of log m that it gives."""
         robust = self.likelihood.weight(batch, e) * self.likelihood.share_of_spots(batch, e)
-        term = batch.observations.is_used * robust * e.mean**2 / e.variance
-        rows = batch.first_rows
-        return term.new_zeros(len(self.group)).index_add_(0, rows, term)
+        return batch.observations.is_used * robust * e.mean**2 / e.variance

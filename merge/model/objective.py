@@ -18,6 +18,8 @@ class MergeTerms:
         The data's expected information of log <F^2> of each row, without gradients.
     row_weight : Tensor, (R,)
         Weight of each row's divergence, without gradients.
+    observation_information : Tensor, (N,)
+        Of each observation on its log K, without gradients; 0 where it is not used.
     """
 
     log_likelihood: Tensor
@@ -25,6 +27,7 @@ class MergeTerms:
     scale_penalty: Tensor
     information: Tensor
     row_weight: Tensor
+    observation_information: Tensor
 
 
 def elbo(terms: MergeTerms) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import Merger
@@ -54,7 +54,7 @@ class SavedScale:
     ----------
     path : Path
     settings : dict
-        Of :class:`IntensityMergeConfig`, without :data:`FREE`.
+        Of :class:`MergeConfig`, without :data:`FREE`.
     feature_scaling : FeatureScaling
     images_of_dataset : tuple of int
     state : dict of str to Tensor
@@ -66,7 +66,7 @@ class SavedScale:
     images_of_dataset: tuple[int, ...]
     state: dict[str, Tensor]
 
-    def configured(self, config: IntensityMergeConfig) -> IntensityMergeConfig:
+    def configured(self, config: MergeConfig) -> MergeConfig:
         """Return ``config`` with the settings that shape the saved model.
 
         Raises
@@ -134,9 +134,7 @@ class SavedScale:
         merger.scale.restore()
 
 
-def save_scale(
-    path: Path, merger: Merger, table: ObservationTable, config: IntensityMergeConfig
-) -> None:
+def save_scale(path: Path, merger: Merger, table: ObservationTable, config: MergeConfig) -> None:
     """Write the scales and the error model of a merger.
 
     Parameters
@@ -145,7 +143,7 @@ def save_scale(
     merger : Merger
     table : ObservationTable
         That the merger was made for.
-    config : IntensityMergeConfig
+    config : MergeConfig
     """
     state = {
         f"{part}.{k}": v.detach().cpu()

@@ -100,6 +100,12 @@ def scaled_observations(merger: Merger, table: ObservationTable) -> ScaledObserv
     )
 
 
+def used_observations(merger: Merger, table: ObservationTable) -> ScaledObservations:
+    """Scale a table of which some observations are not to be used: these are no spots."""
+    scaled = scaled_observations(merger, table)
+    return replace(scaled, is_spot=scaled.is_spot & table.observations.is_used)
+
+
 def weighted_mean(
     scaled: ScaledObservations, n_rows: int, chosen: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.prior.base import AmplitudePrior
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.reference import Reference
 from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.rows import UniqueRows
 
-Maker = Callable[[AmplitudePrior, UniqueRows, IntensityMergeConfig], AmplitudePrior]
+Maker = Callable[[AmplitudePrior, UniqueRows, MergeConfig], AmplitudePrior]
 
 #: Value of the setting ``prior`` -> what stands on Wilson's prior, or on that of a model.
 PRIORS: dict[str, Maker] = {
@@ -25,14 +25,14 @@ PRIORS: dict[str, Maker] = {
 
 
 def build_prior(
-    rows: UniqueRows, config: IntensityMergeConfig, f_calc: Tensor | None = None
+    rows: UniqueRows, config: MergeConfig, f_calc: Tensor | None = None
 ) -> AmplitudePrior:
     """Make the prior of all rows.
 
     Parameters
     ----------
     rows : UniqueRows
-    config : IntensityMergeConfig
+    config : MergeConfig
         Under ``prior`` "auto", rows that have parents resemble them.
     f_calc : Tensor, (R,), optional
         Amplitudes of a model on any scale, NaN where there is none.

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.metadata import EWALD_OFFSETS
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.scale.base import Scale
@@ -36,10 +36,10 @@ class MetadataNetwork(nn.Module):
     Parameters
     ----------
     table : ObservationTable
-    config : IntensityMergeConfig
+    config : MergeConfig
     """
 
-    def __init__(self, table: ObservationTable, config: IntensityMergeConfig) -> None:
+    def __init__(self, table: ObservationTable, config: MergeConfig) -> None:
         super().__init__()
         n_features, n_images = table.terms.features.shape[1], sum(table.images_of_dataset)
         size, width, depth = config.embedding_size, config.network_width, config.network_depth
@@ -68,7 +68,7 @@ class MetadataNetwork(nn.Module):
         self.offset_columns = [*offsets, *range(-len(offsets), 0)]
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For all data; beside a physical scale only where metadata are named."""
         is_idle = table.sweeps is not None and config.metadata is None
         return None if is_idle or not config.network_width else cls(table, config)
@@ -144,7 +144,7 @@ class MetadataNetwork(nn.Module):
 
     def penalty(self) -> Tensor:
         """Minus the log-prior, up to a constant, () [nats]."""
-        total = torch.zeros((), dtype=torch.float64, device="cpu")
+        total = torch.zeros((), dtype=torch.float64)
         for module in (self.network, self.encoder):
             for p in module.parameters() if module is not None else ():
                 total = total + 0.5 * (p**2).sum() / WEIGHT_SD**2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.scale.metadata_network import MetadataNetwork
 from braggflux.merge.scale.model import ScaleModel
@@ -32,13 +32,13 @@ TERMS: dict[str, type[ScaleTerm]] = {
 }
 
 
-def build_scale(table: ObservationTable, config: IntensityMergeConfig) -> ScaleModel:
+def build_scale(table: ObservationTable, config: MergeConfig) -> ScaleModel:
     """Make the scale model.
 
     Parameters
     ----------
     table : ObservationTable
-    config : IntensityMergeConfig
+    config : MergeConfig
     """
     made = {name: kind.of(table, config) for name, kind in TERMS.items()}
     terms = {name: term for name, term in made.items() if term is not None}

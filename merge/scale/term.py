@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 
 
@@ -25,7 +25,7 @@ class ScaleTerm(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """Make the term for these data, or None where they have no such term."""
 
     @abstractmethod
@@ -34,8 +34,7 @@ class ScaleTerm(nn.Module, ABC):
 
     def penalty(self) -> Tensor:
         """Minus the log-prior of the parameters, up to a constant, () [nats]."""
-        # a number, which adds to tensors of any device
-        return torch.zeros((), dtype=torch.float64, device="cpu")
+        return torch.zeros((), dtype=torch.float64)
 
     def start(self, batch: Batch, observed: Tensor, expected: Tensor) -> bool:
         """Set the parameters to what ratios of intensities say before anything is fitted.

@@ -24,7 +24,7 @@ from braggflux.integrator.crystal.cell import inv_d2
 from braggflux.integrator.crystal.forms import check_one_crystal_form
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.columns import is_kept
 from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.resolution_limit import end_of_data
@@ -49,7 +49,7 @@ class ObservationStream:
     ----------
     stores : sequence of ObservationStore
         One per dataset.
-    config : IntensityMergeConfig
+    config : MergeConfig
     feature_scaling : FeatureScaling, optional
         Of a scale model that is used again.
     parents : sequence of int or None, optional
@@ -74,7 +74,7 @@ class ObservationStream:
     def __init__(
         self,
         stores: Sequence[ObservationStore],
-        config: IntensityMergeConfig,
+        config: MergeConfig,
         feature_scaling: FeatureScaling | None = None,
         parents: Sequence[int | None] | None = None,
     ) -> None:

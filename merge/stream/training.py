@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch
 from braggflux.merge.fit.held_out import Prediction, observed_and_expected
 from braggflux.merge.fit.training import Observer, make_optimizer, set_rate
@@ -39,7 +39,7 @@ ROWS_EVERY = 4
 def fit_stream(
     merger: Merger,
     stream: ObservationStream,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     observer: Observer | None = None,
 ) -> None:
     """Train scales, error model and Wilson's Sigma; q(F) goes with them.
@@ -51,7 +51,7 @@ def fit_stream(
     merger : Merger
         Started from the stream's sample.
     stream : ObservationStream
-    config : IntensityMergeConfig
+    config : MergeConfig
     observer : callable, optional
         Called after each batch with its number and its log-likelihood.
     """
@@ -90,7 +90,7 @@ def fit_stream(
     )
 
 
-def n_training_batches(stream: ObservationStream, config: IntensityMergeConfig) -> int:
+def n_training_batches(stream: ObservationStream, config: MergeConfig) -> int:
     """Count the batches that :func:`fit_stream` reads."""
     n_filled = int(stream.filled.sum())
     mean_size = len(stream) / stream.n_batches
@@ -112,9 +112,7 @@ def held_out_batches(stream: ObservationStream, merger: Merger) -> Iterator[tupl
             yield k, stream.masked(table, None).to(merger.device)
 
 
-def look_at_all(
-    merger: Merger, stream: ObservationStream, config: IntensityMergeConfig
-) -> ObservationSums:
+def look_at_all(merger: Merger, stream: ObservationStream, config: MergeConfig) -> ObservationSums:
     """Gather the sums over all observations that are not held out."""
     began = time.monotonic()
     sums = ObservationSums(merger, config.seed).add(all_batches(stream, merger))

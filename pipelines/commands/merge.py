@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.pipelines.config.flags import MERGE_FLAGS, add_config_arguments, config_from_args
 from braggflux.pipelines.inputs.arguments import add_input_arguments, inputs_from_args
 
@@ -32,13 +32,13 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files, their relations and the options of the model."""
     add_input_arguments(parser)
-    add_config_arguments(parser, MERGE_FLAGS, IntensityMergeConfig, "network_width=64")
+    add_config_arguments(parser, MERGE_FLAGS, MergeConfig, "network_width=64")
 
 
 def run(args: argparse.Namespace) -> None:
     """Check the arguments and merge."""
     fixed = {"anomalous": True} if args.friedel else None
-    config = config_from_args(IntensityMergeConfig, args, MERGE_FLAGS, fixed)
+    config = config_from_args(MergeConfig, args, MERGE_FLAGS, fixed)
     inputs = inputs_from_args(args)
 
     from braggflux.pipelines.merging.merge import merge

@@ -1,6 +1,6 @@
 """Every option of a run, with its default and meaning.
 
-The dataclasses below, of ``braggflux.integrator.config`` and of ``braggflux.merge.engine.config``
+The dataclasses below, of ``braggflux.integrator.config`` and of ``braggflux.merge.config``
 are the only place where an option is declared: YAML files, command-line flags, their help and
 ``reference_full.yaml`` follow from them (``make reference-config`` rewrites that file after a
 change).
@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.config import IntegratorConfig
 from braggflux.integrator.errors import UserError
-from braggflux.merge.engine.config import MergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.pipelines.config import schema
 
 REFERENCE_CONFIG = Path(__file__).parent / "reference_full.yaml"
@@ -90,6 +90,8 @@ class TrainingConfig:
     epochs: int = 6
     # Observations in a step.
     batch_size: int = 512
+    # Full-batch steps of the merge in each epoch.
+    merge_steps: int = 60
     # Same seed, same result on the CPU.
     seed: int = 0
     # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
@@ -99,11 +101,19 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; whether a device is present is known at run time only."""
-        _at_least(self, 1, "epochs", "batch_size", "checkpoint_every")
+        _at_least(self, 1, "epochs", "batch_size", "merge_steps", "checkpoint_every")
         _at_least(self, 0, "seed")
         kind, _, index = self.device.partition(":")
         if kind not in {"auto", "cpu", "cuda"} or (index and not index.isdigit()):
             raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+
+@dataclass(frozen=True)
+class RunMergeConfig(MergeConfig):
+    """Scale, error model and priors of the merge within a run."""
+
+    # Bijvoet mates have amplitudes of their own; false merges them into one.
+    anomalous: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,7 +133,7 @@ class RunConfig:
     dials: DialsConfig = field(default_factory=DialsConfig)
     extraction: ExtractionConfig = field(default_factory=ExtractionConfig)
     integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
-    merge: MergeConfig = field(default_factory=MergeConfig)
+    merge: RunMergeConfig = field(default_factory=RunMergeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     @classmethod

@@ -7,6 +7,14 @@ from dataclasses import fields
 from braggflux.pipelines.config.idle_options import Rule, say_idle
 from braggflux.pipelines.config.run import DialsConfig, RunConfig
 
+#: Settings of the merge that a run of one crystal's sweeps has no use for.
+OF_MERGES_ALONE = (
+    *("stills", "laue", "laue_lp", "flicker", "metadata", "overloads", "alternatives", "pairing"),
+    *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities", "sigma"),
+    *("n_reference_shells", "n_spectrum_knots", "network_width", "network_depth"),
+    *("embedding_size", "image_parameters", "falloff", "wilson_b", "held_out"),
+    *("stream_above", "stream_training", "network_learning_rate", "half_set_repeats"),
+)
 _MERGE_RULES: tuple[Rule, ...] = (
     (
         ("extraction.n_sigma",),
@@ -22,9 +30,19 @@ _MERGE_RULES: tuple[Rule, ...] = (
         "merge.physical_scale is false",
     ),
     (
-        ("merge.n_friedel_shells",),
-        lambda c: not (c.merge.double_wilson and c.merge.anomalous),
-        "Bijvoet mates are not coupled",
+        ("merge.n_correlation_shells",),
+        lambda c: not c.merge.anomalous or c.merge.prior == "wilson" or c.merge.correlation,
+        "r of Bijvoet mates is not estimated",
+    ),
+    (
+        tuple(f"merge.{name}" for name in ("epochs", "batch_size", "seed", "device", "d_min")),
+        lambda c: True,
+        "a run has training.epochs, .merge_steps, .seed, .device and extraction.d_min",
+    ),
+    (
+        tuple(f"merge.{name}" for name in OF_MERGES_ALONE),
+        lambda c: True,
+        "it is for `braggflux merge`",
     ),
 )
 _RUN_RULES: tuple[Rule, ...] = (

@@ -32,6 +32,7 @@ from typing import (
 import yaml
 
 from braggflux.integrator.errors import UserError
+from braggflux.pipelines.config.renamed import refuse_renamed
 
 _TRUE, _FALSE, _NONE = {"true", "yes", "on"}, {"false", "no", "off"}, {"none", "null", ""}
 
@@ -62,6 +63,7 @@ def from_mapping(cls: type[Options], mapping: Any, section: str = "") -> Options
     hints = get_type_hints(cls)
     names = [f.name for f in fields(cls)]
     if unknown := sorted(str(key) for key in mapping if key not in names):
+        refuse_renamed(f"{section}.{unknown[0]}" if section else unknown[0])
         where = f" in section {section}" if section else ""
         valid = ", ".join(names) if names else "none"
         raise UserError(
@@ -100,6 +102,7 @@ def updated(options: Options, overrides: dict[str, Any]) -> Options:
     valid = flatten(mapping)
     for key, value in overrides.items():
         if key not in valid:
+            refuse_renamed(key)
             raise UserError(
                 f"unknown configuration key: {key}"
                 + (did_you_mean(key, valid) or f"; valid keys are {', '.join(valid)}")
@@ -138,7 +141,17 @@ def find_option(cls: type, key: str) -> tuple[Any, str]:
 
 @cache
 def field_help(cls: type) -> dict[str, str]:
-    """Comment above each field of a dataclass on one line; a group of fields shares one."""
+    """Comment above each field of a dataclass on one line; a group of fields shares one.
+
+    Fields of the classes it derives from have theirs.
+    """
+    texts: dict[str, str] = {}
+    for base in reversed([c for c in cls.__mro__ if is_dataclass(c)]):
+        texts |= _own_field_help(base)
+    return texts
+
+
+def _own_field_help(cls: type) -> dict[str, str]:
     lines = inspect.getsource(cls).splitlines()
     tree = ast.parse(inspect.cleandoc("\n".join(lines)))
     first = {

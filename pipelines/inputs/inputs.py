@@ -15,7 +15,7 @@ from braggflux.integrator.crystal.forms import CELL_TOLERANCE, cell_text
 from braggflux.integrator.crystal.lattice import check_lattice
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.file_kinds import DATA_FILE, MASTER, MODEL, SHOEBOXES, file_kind
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.grouping import GroupStore, combine_group
 from braggflux.merge.io.observations import UnmergedData, combine_friedel
 from braggflux.merge.io.read import read_table
@@ -139,7 +139,7 @@ class MergeInputs:
             )
         return [combine_friedel(*data)]
 
-    def require_files(self, config: IntensityMergeConfig) -> None:
+    def require_files(self, config: MergeConfig) -> None:
         """Raise :class:`UserError` unless the files that are named exist, the inputs by kind."""
         check_unmerged(self.paths)
         named = {"--prior-model": self.prior_model}
@@ -148,7 +148,7 @@ class MergeInputs:
             if path is not None and not path.is_file():
                 raise UserError(f"{what}: {path} does not exist; correct the path")
 
-    def open_folder(self, config: IntensityMergeConfig) -> None:
+    def open_folder(self, config: MergeConfig) -> None:
         """Begin to write: the settings, the versions and inputs, and the log."""
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(self.out / "config.yaml", schema.annotated_yaml(config))

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
-import torch
-
-from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.engine.amplitudes import (
-    Amplitudes,
-    merged_amplitudes,
-    relative_responsibility,
-)
 from braggflux.merge.io.dataset_labels import DatasetLabels
-from braggflux.merge.output.datasets import MergedDataset
-from braggflux.merge.output.half_sets import HalfSet, ScaledReflections, split_half_sets
-from braggflux.merge.output.merged_table import MergedTable, merged_table
+from braggflux.merge.output.amplitudes import used_observations
+from braggflux.merge.output.datasets import MergedDataset, merged_datasets
+from braggflux.merge.output.merged_table import MergedTable
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.pipelines.integration.trainer import EpochResult, Trainer
 from braggflux.pipelines.maps.anomalous_peaks import COUPLED, AnomalousModel, SitePeak
@@ -26,46 +17,20 @@ from braggflux.pipelines.workspace.rundir import RunDirectory
 logger = logging.getLogger(__name__)
 
 NOT_TRAINED = "no training step yet"
-HISTORY = ("F F(+) F(-): each mate from its own observations, with Wilson's prior",)
 
 
 def merge_epoch(trainer: Trainer) -> MergedDataset:
     """Merge all observations, and two random halves with the scales of all."""
-    merger, asu = trainer.model.merger, trainer.problem.asu
-    batch = trainer.merge_input()
-    scaled = value, variance, good = merger.scaled_observations(batch)
-    refl_id = batch.refl_id.cpu().numpy()
-    good, _ = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
-    # an outlier's variance is what its probability to be none leaves of its weight
-    evidence = ScaledReflections.of(
-        asu, refl_id, _numpy(value), _numpy(variance / good.clamp_min(1e-6))
+    problem, table = trainer.problem, trainer.merge_table()
+    scaled = used_observations(trainer.model.merger, table)
+    (dataset,) = merged_datasets(
+        trainer.model.merger,
+        table,
+        problem.merging.unique,
+        scaled,
+        seed=trainer.config.training.seed,
     )
-    # rows of the asymmetric unit keep the mates apart already
-    half = split_half_sets(refl_id, np.ones_like(refl_id), trainer.config.training.seed)
-    half = torch.as_tensor(half, device=value.device)
-    parts = [merged_amplitudes(merger, batch, half == k, scaled) for k in (0, 1)]
-    halves = {
-        f"F{k}": HalfSet.of(asu, _numpy(part.amplitude), _numpy(part.sigma_amplitude))
-        for k, part in enumerate(parts, 1)
-    }
-    whole = merged_amplitudes(merger, batch, scaled=scaled)
-    return MergedDataset(asu, _table(asu, whole), halves, evidence, history=HISTORY)
-
-
-def _table(asu: ReciprocalAsu, merged: Amplitudes) -> MergedTable:
-    return merged_table(
-        asu,
-        _numpy(merged.amplitude),
-        _numpy(merged.sigma_amplitude),
-        _numpy(merged.intensity),
-        _numpy(merged.sigma_intensity),
-        _numpy(merged.n_obs),
-        normalised=_numpy(merged.normalised),
-    )
-
-
-def _numpy(values: torch.Tensor) -> np.ndarray:
-    return values.cpu().numpy()
+    return dataset
 
 
 class EpochWriter:

@@ -20,8 +20,8 @@ from braggflux.integrator.io.dials import (
 from braggflux.integrator.io.dials.sweeps import sweeps_of
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.types import Flag, IntensityTable
-from braggflux.merge.engine.amplitudes import relative_responsibility
 from braggflux.merge.io.mtz import UnmergedTable, write_unmerged_mtz
+from braggflux.merge.output.amplitudes import fresh_crystal_factor, used_observations
 from braggflux.pipelines.integration.spot_measures import SpotMeasures, measure_spots
 from braggflux.pipelines.integration.trainer import Trainer
 
@@ -179,25 +179,22 @@ def sensor_efficiency(table: IntensityTable, experiments: list[Experiment]) -> n
 @torch.no_grad()
 def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
     """Write scaled, unmerged observations: prior-free intensity over our scale."""
-    merger = trainer.model.merger
-    batch = trainer.merge_input()
-    value, variance, good = merger.scaled_observations(batch)
-    good, _ = relative_responsibility(good, batch.refl_id, len(merger.n_obs))
-    fresh = merger.scale.fresh_crystal_factor(merger.inv_d2)[batch.refl_id]
-    keep = (good > 0.5).cpu().numpy()
-    value, sigma = (value * fresh).cpu().numpy(), (variance.sqrt() * fresh).cpu().numpy()
-    scale = (merger.scale(batch.scale_index).exp() / fresh).cpu().numpy()
-    rows = batch.scale_index.cpu()
-    metadata = trainer.problem.metadata[rows]
+    problem, merger, observed = trainer.problem, trainer.model.merger, trainer.merge_table()
+    fresh = fresh_crystal_factor(merger)
+    scaled = used_observations(merger, observed).times(fresh)
+    keep = scaled.is_spot.cpu().numpy()
+    k = merger.scale(observed.everything()).log_k.exp() / fresh[scaled.row]
+    k = k * observed.unit_intensity
+    metadata = problem.metadata[trainer.model.store_row.cpu()]
     lp = metadata.lp.double().numpy()
     table = UnmergedTable(
         miller_index=metadata.miller_index.numpy()[keep],
         experiment=metadata.experiment.numpy()[keep],
-        intensity=value[keep],
-        sigma=sigma[keep],
+        intensity=scaled.intensity.cpu().numpy()[keep],
+        sigma=scaled.variance.sqrt().cpu().numpy()[keep],
         xyz_px=metadata.xyz_px.double().numpy()[keep],
         lp=lp[keep],
-        scale=(scale * lp)[keep],
+        scale=(k.cpu().numpy() * lp)[keep],
     )
     write_unmerged_mtz(
         path,
@@ -205,7 +202,7 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
         sweeps_of(read_experiments(expt)),
         cell=trainer.problem.cell,
         space_group=trainer.problem.space_group,
-        history=["scaled by braggflux; outliers (half as good as their best mate) left out"],
+        history=["scaled by braggflux; sigmas of outliers are enlarged"],
     )
 
 

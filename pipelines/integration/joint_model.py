@@ -1,24 +1,28 @@
-"""The one objective: integrator and merger under a single ELBO, assembled here and nowhere else.
+"""Integrator and merger under one ELBO.
 
     ELBO = sum_i [ log evidence_i(pixels) + <log p(J_i | K_i F_h^2)> - KL[z_i] - KL[theta_i] ]
            - sum_g KL[F_g] - scale penalty
 
 Local terms are sums over observations. Global terms belong to the data set: in a minibatch the
 divergence of a group of Bijvoet mates has the weight n_batch / n_g, the scale penalty
-n_batch / N, so that minibatches which cover the data once add up to the full batch.
+n_batch / N, so that minibatches which cover the data once add up to the full batch. The merge's
+terms are those of :class:`braggflux.merge.model.merger.Merger`, weights included.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.model.integrator import Integrator, IntegratorLoss
 from braggflux.integrator.types import IntensityTable, ShoeboxBatch
-from braggflux.merge.engine.merger import Merger, merge_batch, usable
-from braggflux.merge.engine.types import MergeBatch, MergeLoss
+from braggflux.merge.data.measurement import GaussianMeasurement, Measurement, PhotonCounts
+from braggflux.merge.data.table import Batch, ObservationTable
+from braggflux.merge.model.merger import Merger
+from braggflux.merge.model.objective import MergeTerms, elbo
 
 
 @dataclass(frozen=True)
@@ -37,35 +41,25 @@ class ElboTerms:
         return {k: float(v.detach()) for k, v in vars(self).items()}
 
 
-def assemble_elbo(
-    integration: IntegratorLoss | None,
-    merging: MergeLoss | None,
-    group_weights: Tensor | None = None,
-    batch_share: float = 1.0,
-) -> ElboTerms:
-    """Sum the terms of a batch; either stage may be absent.
-
-    Parameters
-    ----------
-    integration : IntegratorLoss, optional
-    merging : MergeLoss, optional
-    group_weights : Tensor, (P,), optional
-        Share of each group's observations in the batch; needed with ``merging``.
-    batch_share : float
-        Share of all merged observations in the batch.
-    """
+def assemble_elbo(integration: IntegratorLoss | None, merging: MergeTerms | None) -> ElboTerms:
+    """Sum the terms of a batch; either stage may be absent."""
     zero = torch.zeros((), dtype=torch.float64)
-    log_likelihood = kl_profile = kl_background = kl_f = penalty = zero
+    evidence = kl_profile = kl_background = zero
     if integration is not None:
-        log_likelihood = integration.log_evidence.double().sum()
+        evidence = integration.log_evidence.double().sum()
         kl_profile = integration.kl_profile.double().sum()
         kl_background = integration.kl_background.double().sum()
-    if merging is not None:
-        log_likelihood = log_likelihood + merging.log_likelihood.sum()
-        kl_f = (group_weights * merging.kl_structure_factor).sum()
-        penalty = batch_share * merging.scale_penalty
-    elbo = log_likelihood - kl_profile - kl_background - kl_f - penalty
-    return ElboTerms(elbo, -log_likelihood, kl_profile, kl_background, kl_f, penalty)
+    total = evidence - kl_profile - kl_background
+    if merging is None:
+        return ElboTerms(total, -evidence, kl_profile, kl_background, zero, zero)
+    return ElboTerms(
+        total + elbo(merging),
+        -(evidence + merging.log_likelihood),
+        kl_profile,
+        kl_background,
+        merging.kl_structure_factor,
+        merging.scale_penalty,
+    )
 
 
 class JointModel(nn.Module):
@@ -75,26 +69,42 @@ class JointModel(nn.Module):
     ----------
     integrator : Integrator
     merger : Merger
-    refl_id : Tensor, (N,) int64
-        Unique reflection of each row of the shoebox store, -1 for none.
+    table : ObservationTable
+        Of the observations that may be merged.
+    table_row : Tensor, (N,) int64
+        Row in ``table`` of each row of the shoebox store, -1 for none.
+    store_row : Tensor, (N',) int64
+        Row in the shoebox store of each row of ``table``.
     flags : Tensor, (N,) int64
         Flags of each row of the shoebox store.
     """
 
     def __init__(
-        self, integrator: Integrator, merger: Merger, refl_id: Tensor, flags: Tensor
+        self,
+        integrator: Integrator,
+        merger: Merger,
+        table: ObservationTable,
+        table_row: Tensor,
+        store_row: Tensor,
+        flags: Tensor,
     ) -> None:
         super().__init__()
         self.integrator = integrator
         self.merger = merger
-        self.register_buffer("refl_id", refl_id)
+        self.observations = table
+        self.register_buffer("table_row", table_row)
+        self.register_buffer("store_row", store_row)
         self.register_buffer("flags", flags)
 
     def expected(self, rows: Tensor) -> Tensor:
         """Intensity that the merge expects of store rows, (B,) [photons]; NaN where none."""
-        refl_id = self.refl_id[rows]
-        expected = self.merger.expected_intensity(refl_id.clamp_min(0), rows)
-        return torch.where(refl_id >= 0, expected, torch.nan)
+        own = self.table_row[rows]
+        known = own >= 0
+        expected = torch.full(own.shape, torch.nan, dtype=torch.float64, device=own.device)
+        with torch.no_grad():
+            batch = self.observations.rows(own[known])
+            mean = self.merger.generative(batch, self.merger.inference()).mean
+        return expected.index_put((known,), mean * self.observations.unit_intensity)
 
     def integrate(
         self, batch: ShoeboxBatch, *, sample: bool, use_expected: bool
@@ -106,12 +116,27 @@ class JointModel(nn.Module):
         table = self.integrator.intensity_table(batch.metadata, posterior, self.flags[rows])
         return self.integrator.loss(batch, posterior), table
 
-    def merge_terms(self, table: IntensityTable) -> tuple[MergeLoss, MergeBatch]:
-        """Give the merge's terms for the usable rows of a table."""
-        refl_id = self.refl_id[table.metadata.refl_row]
-        keep = usable(table, refl_id)
-        batch = merge_batch(table[keep], refl_id[keep])
-        return self.merger.loss(batch, self.merger.inference()), batch
+    def observe(self, table: IntensityTable) -> ObservationTable:
+        """Take the likelihoods of an intensity table of the whole store, and hold them."""
+        measured = self._measured(table.likelihood[self.store_row])
+        is_used = table.is_integrated[self.store_row]
+        self.observations = self.observations.measured_as(measured, is_used)
+        return self.observations
+
+    def merge_batch(self, table: IntensityTable) -> Batch:
+        """Bind the usable rows of an intensity table to what the merge knows of them."""
+        own = self.table_row[table.metadata.refl_row]
+        usable = (own >= 0) & table.is_integrated
+        batch = self.observations.rows(own[usable], self._measured(table.likelihood[usable]))
+        # what an earlier pass rejected may be good now
+        is_used = torch.ones_like(batch.observations.is_used)
+        return replace(batch, observations=replace(batch.observations, is_used=is_used))
+
+    def _measured(self, likelihood: ShiftedPoisson) -> Measurement:
+        """Photon counts, or numbers with errors where the table was made of these."""
+        is_counted = isinstance(self.observations.observations.measured, PhotonCounts)
+        kind = PhotonCounts if is_counted else GaussianMeasurement
+        return kind.of(likelihood, self.observations.unit_intensity)
 
     def joint_terms(
         self, batch: ShoeboxBatch, *, sample: bool = True, coupled: bool = True
@@ -124,7 +149,5 @@ class JointModel(nn.Module):
         integration, table = self.integrate(batch, sample=sample, use_expected=coupled)
         if not coupled:
             return assemble_elbo(integration, None), table
-        merging, merged = self.merge_terms(table)
-        weights = self.merger.group_weights(merged.refl_id)
-        share = len(merged) / max(int(self.merger.n_obs.sum()), 1)
-        return assemble_elbo(integration, merging, weights, share), table
+        merging = self.merger.loss(self.merge_batch(table), self.merger.inference())
+        return assemble_elbo(integration, merging), table

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import gemmi
+import numpy as np
 import torch
 from torch import Tensor
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
-from braggflux.integrator.model.build import (
-    build_integrator,
-    start_from_strong_spots,
-    sweep_widths,
-)
-from braggflux.integrator.types import Flag, ReflectionMetadata
-from braggflux.merge.data.scale_features import scale_features
-from braggflux.merge.engine.merger import Merger
+from braggflux.integrator.model.build import build_integrator, start_from_strong_spots
+from braggflux.integrator.model.integrator import Integrator
+from braggflux.integrator.types import IntensityTable, ReflectionMetadata
+from braggflux.merge.config import MergeConfig
+from braggflux.merge.io.formats.photon_table import STORE_ROW, photon_observations
+from braggflux.merge.model.merger import Merger
+from braggflux.merge.problem import MergeProblem, build_problem
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.integration.checks import crystal_form, one_wavelength
 from braggflux.pipelines.integration.joint_model import JointModel
@@ -29,11 +30,24 @@ class Problem:
     """What a run works on: data, unique reflections and model."""
 
     store: ShoeboxStore
-    asu: ReciprocalAsu
+    merging: MergeProblem
     model: JointModel
-    cell: gemmi.UnitCell
-    space_group: gemmi.SpaceGroup
     wavelength: float
+
+    @property
+    def asu(self) -> ReciprocalAsu:
+        """Unique reflections, Bijvoet mates apart where the run keeps them so."""
+        return self.merging.unique.asus[0]
+
+    @property
+    def cell(self) -> gemmi.UnitCell:
+        """Of all sweeps."""
+        return self.asu.cell
+
+    @property
+    def space_group(self) -> gemmi.SpaceGroup:
+        """Of all sweeps."""
+        return self.asu.space_group
 
     @property
     def metadata(self) -> ReflectionMetadata:
@@ -46,7 +60,7 @@ class Problem:
         return self.store.flags
 
 
-def build_problem(store: ShoeboxStore, config: RunConfig) -> Problem:
+def build(store: ShoeboxStore, config: RunConfig) -> Problem:
     """Build the model of a store, with the integrator started from the strong spots.
 
     Raises
@@ -54,28 +68,64 @@ def build_problem(store: ShoeboxStore, config: RunConfig) -> Problem:
     UserError
         The sweeps have different crystal forms, or no observation can be merged.
     """
-    cell, space_group = crystal_form(
-        [(e["unit_cell"], e["space_group"]) for e in store.experiments]
-    )
-    metadata = store.metadata()
-    d_min = config.extraction.d_min or float(metadata.d.min())
-    # a hair beyond: the cell of a scan-varying crystal differs a little from frame to frame
-    asu = ReciprocalAsu(cell, space_group, d_min * 0.999, config.merge.anomalous)
-    refl_id = torch.as_tensor(asu.refl_id(metadata.miller_index.numpy()))
-    used = (refl_id >= 0) & ((store.flags & Flag.REJECTED) == 0)
-    if not used.any():
-        raise UserError(
-            f"none of {len(store)} observations in {store.path} can be merged in "
-            f"{space_group.xhm()} to {d_min:.2f} A: all are masked, outside the frames or "
-            "systematically absent; check the pixel mask and the space group"
-        )
+    wavelength = one_wavelength([e["wavelength"] for e in store.experiments])
     torch.manual_seed(config.training.seed)
     integrator = build_integrator(store, config.integrator)
     start_from_strong_spots(integrator, store, config.training.seed)
-    n_frames = [int(e["n_images"]) for e in store.experiments]
-    features = scale_features(metadata, n_frames, list(sweep_widths(store)), config.merge)
-    n_obs = torch.bincount(refl_id[used], minlength=len(asu))
-    merger = Merger(asu, features, n_obs, config.merge)
-    wavelength = one_wavelength([e["wavelength"] for e in store.experiments])
-    model = JointModel(integrator, merger, refl_id, store.flags)
-    return Problem(store, asu, model, cell, space_group, wavelength)
+    merging, model = join(integrator, store, _settings(store, config))
+    return Problem(store, merging, model, wavelength)
+
+
+def join(
+    integrator: Integrator, store: ShoeboxStore, settings: MergeConfig
+) -> tuple[MergeProblem, JointModel]:
+    """Bind an integrator to an untrained merger of the observations of a store."""
+    merging, store_row = _observations(store, settings)
+    table_row = torch.full((len(store),), -1)
+    table_row[store_row] = torch.arange(len(store_row))
+    merger = Merger(merging.unique, merging.table, settings)
+    merger.prior.couple()
+    model = JointModel(integrator, merger, merging.table, table_row, store_row, store.flags)
+    return merging, model
+
+
+def _settings(store: ShoeboxStore, config: RunConfig) -> MergeConfig:
+    """Return the settings of the merge with what a run decides."""
+    d_min = config.extraction.d_min or float(store.metadata().d.min())
+    prior = config.merge.prior
+    if prior == "auto":
+        prior = "double-wilson" if config.merge.anomalous else "wilson"
+    return replace(
+        config.merge,
+        # a hair beyond: the cell of a scan-varying crystal differs a little from frame to frame
+        d_min=d_min * 0.999,
+        prior=prior,
+        overloads="keep",
+        resolve_ambiguity="none",
+        seed=config.training.seed,
+    )
+
+
+def _observations(store: ShoeboxStore, settings: MergeConfig) -> tuple[MergeProblem, Tensor]:
+    """Observations that may be merged, and the row of each in the store, (N',).
+
+    None is integrated yet: they have a photon each. What a run merges are the likelihoods of its
+    latest pass over the boxes.
+    """
+    cell, space_group = crystal_form(
+        [(e["unit_cell"], e["space_group"]) for e in store.experiments]
+    )
+    metadata, one = store.metadata(), torch.ones(len(store))
+    asu = ReciprocalAsu(cell, space_group, settings.d_min, settings.anomalous)
+    refl_id = torch.as_tensor(asu.refl_id(metadata.miller_index.numpy()))
+    table = IntensityTable(metadata, ShiftedPoisson(2 * one, one, one), one, store.flags)
+    if not ((refl_id >= 0) & table.is_integrated).any():
+        raise UserError(
+            f"none of {len(store)} observations in {store.path} can be merged in "
+            f"{space_group.xhm()} to {settings.d_min:.2f} A: all are masked, outside the frames "
+            "or systematically absent; check the pixel mask and the space group"
+        )
+    data = photon_observations(table, store.experiments, store.path)
+    problem = build_problem([data], settings)
+    rows = data.metadata[STORE_ROW][problem.source]
+    return problem, torch.as_tensor(rows.astype(np.int64))

@@ -23,7 +23,7 @@ from braggflux.pipelines.integration.final_outputs import (
     write_integrated,
     write_unmerged,
 )
-from braggflux.pipelines.integration.problem import Problem, build_problem
+from braggflux.pipelines.integration.problem import Problem, build
 from braggflux.pipelines.integration.trainer import Trainer
 from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel, peak_heights_from_mtz
 from braggflux.pipelines.workspace import log
@@ -64,7 +64,7 @@ def _prepare(
 ) -> tuple[Trainer, EpochWriter]:
     """Cut the boxes, build the model, score the reference."""
     store = _shoeboxes(directory, config)
-    problem = build_problem(store, config)
+    problem = build(store, config)
     anomalous = None
     if reason := why_no_peaks(config):
         directory.note("peaks", reason)

@@ -26,9 +26,11 @@ from torch import Tensor
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.shoebox.dataset import ShoeboxDataset
 from braggflux.integrator.types import IntensityTable, ShoeboxBatch
-from braggflux.merge.engine.fisher import fisher_parameters, fisher_step
-from braggflux.merge.engine.merger import merge_batch, usable
-from braggflux.merge.engine.types import MergeBatch
+from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.fit.full_batch import FullBatchFit, restart_doubted
+from braggflux.merge.fit.half_set_correlation import half_set_correlation
+from braggflux.merge.fit.training import start
+from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.integration.joint_model import ElboTerms, assemble_elbo
 from braggflux.pipelines.integration.problem import Problem
@@ -57,7 +59,7 @@ class Trainer:
     config : RunConfig
     device : torch.device
     exchange : callable, optional
-        Staged coupling: sends the table of each epoch from integrator to merge through a file.
+        Staged coupling: sends the table from integrator to merge through a file and back.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Trainer:
         self.device = device
         self.exchange = exchange
         self.model = problem.model.to(device)
+        self.model.observations = self.model.observations.to(device)
         self.epoch = 0
         self.dataset = ShoeboxDataset(problem.store)
         self.generator = torch.Generator().manual_seed(config.training.seed)
@@ -89,10 +92,7 @@ class Trainer:
                 },
             ]
         )
-        fisher = {id(p) for p in fisher_parameters(self.model.merger)}
-        self.merge_optimizer = torch.optim.Adam(
-            [p for p in self.model.merger.parameters() if id(p) not in fisher]
-        )
+        self.merge_fit = FullBatchFit(self.model.merger, config.merge)
 
     @property
     def coupled(self) -> bool:
@@ -102,20 +102,21 @@ class Trainer:
     def start(self, progress: Progress | None = None) -> EpochResult:
         """Integrate with the starting profile and start the merge: epoch 0."""
         began = time.monotonic()
-        self.table = self._hand_over(self.integrate_all(progress))
-        batch = self.merge_input()
-        self.model.merger.count_observations(batch.refl_id)
-        self.model.merger.start(batch)
-        return self._result(0, began, self._full_batch_terms(), None)
+        self.table = self._exchanged(self.integrate_all(progress))
+        table = self.merge_table()
+        start(self.model.merger, table)
+        self._update_correlation(table)
+        return self._result(0, began, self._full_batch_terms(table), None)
 
     def run_epoch(self, progress: Progress | None = None) -> EpochResult:
         """One epoch of training."""
         began = time.monotonic()
         self.epoch += 1
         gradient_norm = self._integrator_pass(progress)
-        self.table = self._hand_over(self.integrate_all())
-        self._merge_steps()
-        terms = self._full_batch_terms()
+        self.table = self._exchanged(self.integrate_all())
+        table = self.merge_table()
+        self._merge_steps(table)
+        terms = self._full_batch_terms(table)
         return self._result(self.epoch, began, terms, gradient_norm)
 
     def _integrator_pass(self, progress: Progress | None) -> float:
@@ -142,43 +143,35 @@ class Trainer:
         self._integration = totals
         return sum(norms) / max(len(norms), 1)
 
-    def _merge_steps(self) -> None:
-        config = self.config.merge
-        epochs = self.config.training.epochs
-        batch = self.merge_input()
-        self.model.merger.count_observations(batch.refl_id)
-        self.model.merger.restart_doubted(batch)
-        weights = self.model.merger.group_weights(batch.refl_id)
-        ratio = config.final_learning_rate / config.learning_rate
-        for step in range(config.steps_per_epoch):
-            share = (self.epoch - 1 + step / config.steps_per_epoch) / epochs
-            for group in self.merge_optimizer.param_groups:
-                group["lr"] = config.learning_rate * ratio ** min(share, 1.0)
-            self.model.merger.zero_grad(set_to_none=True)
-            (-self._merge_terms(batch, weights).elbo).backward()
-            fisher_step(self.model.merger, batch)
-            self.merge_optimizer.step()
-        self.model.merger.update_friedel_correlation(batch, self.config.training.seed)
+    def _merge_steps(self, table: ObservationTable) -> None:
+        training, merger = self.config.training, self.model.merger
+        merger.count(table)
+        restart_doubted(merger, table)
+        n = training.merge_steps
+        self.merge_fit.steps(table, n, lambda k: (self.epoch - 1 + k / n) / training.epochs)
+        self._update_correlation(table)
 
-    def _merge_terms(self, batch: MergeBatch, weights: Tensor) -> ElboTerms:
-        merger = self.model.merger
-        return assemble_elbo(None, merger.loss(batch, merger.inference()), weights)
+    def _update_correlation(self, table: ObservationTable) -> None:
+        """Set r of Bijvoet mates, unless it is given."""
+        merger, r = self.model.merger, self.config.merge.correlation
+        if merger.prior.is_coupled and r is not None:
+            merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - r**2)
+        elif merger.prior.is_coupled:
+            half_set_correlation(merger, table, self.config.training.seed)
 
     @torch.no_grad()
-    def _full_batch_terms(self) -> ElboTerms:
-        batch = self.merge_input()
-        return self._merge_terms(batch, self.model.merger.group_weights(batch.refl_id))
+    def _full_batch_terms(self, table: ObservationTable) -> ElboTerms:
+        merger = self.model.merger
+        terms = merger.loss(table.everything(), merger.inference())
+        merger.information = terms.information  # the outputs' widths ask for it
+        return assemble_elbo(None, terms)
 
-    def _hand_over(self, table: IntensityTable) -> IntensityTable:
-        """Hand the table of an epoch to the merge: through a file in staged coupling."""
+    def merge_table(self) -> ObservationTable:
+        """Latest intensity table as the merge sees it, on the device."""
+        return self.model.observe(self.table.to(self.device))
+
+    def _exchanged(self, table: IntensityTable) -> IntensityTable:
         return table if self.exchange is None else self.exchange(table)
-
-    def merge_input(self) -> MergeBatch:
-        """Usable rows of the latest table, bound to unique reflections, on the device."""
-        table = self.table.to(self.device)
-        refl_id = self.model.refl_id[table.metadata.refl_row]
-        keep = usable(table, refl_id)
-        return merge_batch(table[keep], refl_id[keep])
 
     @torch.no_grad()
     def integrate_all(self, progress: Progress | None = None) -> IntensityTable:
@@ -241,8 +234,7 @@ class Trainer:
             "kl_profile": pixels and pixels["kl_profile"] / n,
             "kl_background": pixels and pixels["kl_background"] / n,
             "grad_norm": gradient_norm,
-            "relative_error": float(merger.likelihood.relative_error.detach()),
-            "outlier_fraction": float(torch.sigmoid(merger.likelihood.logit_outlier.detach())),
+            **merger.likelihood.error_parameters,
         }
         return EpochResult(epoch, metrics)
 
@@ -252,7 +244,7 @@ class Trainer:
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "integrator_optimizer": self.integrator_optimizer.state_dict(),
-            "merge_optimizer": self.merge_optimizer.state_dict(),
+            "merge_fit": self.merge_fit.state_dict(),
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
             "table": estimates(self.table),
@@ -263,7 +255,7 @@ class Trainer:
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.integrator_optimizer.load_state_dict(state["integrator_optimizer"])
-        self.merge_optimizer.load_state_dict(state["merge_optimizer"])
+        self.merge_fit.load_state_dict(state["merge_fit"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
         self.table = self._assemble(dict(state["table"]))

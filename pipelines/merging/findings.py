@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.steps import Steps
 from braggflux.merge.indexing.higher_symmetry import point_group_with, relations
@@ -106,7 +106,7 @@ def say_of_dataset(
     merged: MergedTable,
     spread: Array,
     reference: Array,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
 ) -> None:
     """Say what the merged intensities of one dataset show.
 
@@ -117,7 +117,7 @@ def say_of_dataset(
     merged : MergedTable
     spread, reference : (R,)
         Of :func:`model_rows`.
-    config : IntensityMergeConfig
+    config : MergeConfig
     """
     say_symmetry(name, asu, merged, spread, config.ambiguity_tolerance)
     if np.isfinite(reference).any():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.flicker import choose_flicker, is_in_doubt
 from braggflux.merge.fit.gauge import settle_falloff
@@ -71,7 +71,7 @@ class FittedMerge:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
-def check_coupling(unique: UniqueRows, config: IntensityMergeConfig) -> bool:
+def check_coupling(unique: UniqueRows, config: MergeConfig) -> bool:
     """Check that a double-Wilson prior can act; tell whether there is one.
 
     Raises
@@ -99,7 +99,7 @@ class MergeFit:
     Parameters
     ----------
     problem : MergeProblem
-    config : IntensityMergeConfig
+    config : MergeConfig
     known : Knowledge
     device : torch.device
     """
@@ -107,7 +107,7 @@ class MergeFit:
     def __init__(
         self,
         problem: MergeProblem,
-        config: IntensityMergeConfig,
+        config: MergeConfig,
         known: Knowledge,
         device: torch.device,
     ) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from braggflux.integrator.crystal.ambiguity import IndexingOperators, indexing_operators
 from braggflux.integrator.crystal.forms import CrystalForm
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.indexing.operators import Ambiguity
 from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.problem import MergeProblem
@@ -28,7 +28,7 @@ SURE = 0.99
 
 
 def ambiguous_operators(
-    data: Sequence[CrystalForm], config: IntensityMergeConfig
+    data: Sequence[CrystalForm], config: MergeConfig
 ) -> IndexingOperators | None:
     """Ways in which the images can be indexed; None where there is but one, or none is wanted."""
     if not config.stills or config.resolve_ambiguity == "none":
@@ -42,7 +42,7 @@ def ambiguous_operators(
 
 
 def wanted_indexing(
-    config: IntensityMergeConfig, problem: MergeProblem, f_calc: Tensor | None
+    config: MergeConfig, problem: MergeProblem, f_calc: Tensor | None
 ) -> Tensor | None:
     """F^2 of the rows of the first dataset under the wanted indexing, (R0,); NaN for none.
 

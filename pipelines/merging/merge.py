@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.steps import find_steps, without_rows
 from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
 from braggflux.merge.problem import MergeProblem, build_problem
@@ -32,7 +32,7 @@ from braggflux.pipelines.workspace.rundir import write_rows
 logger = logging.getLogger(__name__)
 
 
-def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
+def merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
     """Read, fit, and write.
 
     Returns
@@ -68,7 +68,7 @@ def merge(inputs: MergeInputs, config: IntensityMergeConfig) -> list[Path]:
 
 def _merge_in_memory(
     inputs: MergeInputs,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     device: torch.device,
     saved: SavedScale | None,
 ) -> list[Path]:

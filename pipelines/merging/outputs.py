@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.dataset_labels import DatasetLabels
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.sums import ObservationSums
@@ -28,7 +28,7 @@ MEDIAN_ERROR = 1.17
 def write_problem(
     problem: MergeProblem,
     merger: Merger,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     out: Path,
     labels: Sequence[DatasetLabels],
 ) -> list[Path]:
@@ -39,7 +39,7 @@ def write_problem(
     problem : MergeProblem
     merger : Merger
         On the CPU.
-    config : IntensityMergeConfig
+    config : MergeConfig
     out : Path
     labels : sequence of DatasetLabels
         Of each dataset.
@@ -60,7 +60,7 @@ def write_stream(
     merger: Merger,
     stream: ObservationStream,
     sums: ObservationSums,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     out: Path,
 ) -> list[Path]:
     """Write merged MTZ, half sets and statistics of each store; returns the merged MTZs' paths.
@@ -85,7 +85,7 @@ def _write(
     unique: UniqueRows,
     names: Sequence[str],
     labels: Sequence[DatasetLabels],
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     out: Path,
 ) -> list[Path]:
     paths, made_by = [], f"merge, prior {config.prior}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.observations import PHOTON_VARIANCE, UnmergedData
 from braggflux.merge.likelihood.registry import likelihood_class
 from braggflux.merge.problem import MergeProblem
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class _Asked:
     """Options, and whether a model's amplitudes and saved scales go with them."""
 
-    config: IntensityMergeConfig
+    config: MergeConfig
     has_model: bool
     has_scales: bool
 
@@ -91,12 +91,12 @@ RULES: tuple[Rule, ...] = (
 
 
 def settled(
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     parents: Sequence[int | None] | None,
     *,
     has_model: bool = False,
     has_scales: bool = False,
-) -> IntensityMergeConfig:
+) -> MergeConfig:
     """Return ``config`` without "auto" priors, and warn of options without effect.
 
     To name parents, or r, is to ask for the double-Wilson prior; to name parents is to ask for
@@ -104,7 +104,7 @@ def settled(
 
     Parameters
     ----------
-    config : IntensityMergeConfig
+    config : MergeConfig
     parents : sequence of int or None, optional
         Of each dataset.
     has_model : bool
@@ -134,13 +134,13 @@ def settled(
     if has_parents and "auto" in (config.prior, config.sigma):
         logger.info("parents are named: prior %s, sigma of the %s", prior, sigma)
     config = replace(config, prior=prior, sigma=sigma)
-    standard = replace(IntensityMergeConfig(), prior=prior, sigma="amplitude")
+    standard = replace(MergeConfig(), prior=prior, sigma="amplitude")
     say_idle(_Asked(config, has_model, has_scales), RULES, config, standard)
     return config
 
 
 def say_what_data_leave_idle(
-    config: IntensityMergeConfig, problem: MergeProblem, data: Sequence[UnmergedData]
+    config: MergeConfig, problem: MergeProblem, data: Sequence[UnmergedData]
 ) -> None:
     """Warn of options for which the files lack what they act on."""
     is_scan, sweeps = not (config.stills or config.laue), problem.table.sweeps
@@ -178,4 +178,4 @@ def say_what_data_leave_idle(
             "the files do not say how far reflections are from the Ewald sphere",
         ),
     )
-    say_idle(None, rules, config, IntensityMergeConfig())
+    say_idle(None, rules, config, MergeConfig())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.file_kinds import PHOTON_COUNTS, file_kind
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.gauge import settle_falloff
 from braggflux.merge.fit.sigma_a import set_sigma_a_from_means
 from braggflux.merge.fit.training import start, start_amplitudes
@@ -45,7 +45,7 @@ from braggflux.pipelines.workspace.rundir import write_rows
 logger = logging.getLogger(__name__)
 
 
-def is_streamed(paths: Sequence[Path], config: IntensityMergeConfig) -> bool:
+def is_streamed(paths: Sequence[Path], config: MergeConfig) -> bool:
     """Stills in stores that together are too large for memory."""
     if not config.stills or any(path.suffix != SUFFIX for path in paths):
         return False
@@ -60,7 +60,7 @@ def is_streamed(paths: Sequence[Path], config: IntensityMergeConfig) -> bool:
 
 def merge_stores(
     inputs: MergeInputs,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     device: torch.device,
     saved: SavedScale | None = None,
 ) -> list[Path]:
@@ -113,7 +113,7 @@ def merge_stores(
         return write_stream(merger, stream, sums, config, inputs.out)
 
 
-def _check(config: IntensityMergeConfig, stores: Sequence[ObservationStore]) -> None:
+def _check(config: MergeConfig, stores: Sequence[ObservationStore]) -> None:
     """Refuse what is done in memory only."""
     if config.half_set_repeats > 1:
         n_obs, names = sum(len(s) for s in stores), " ".join(str(s.path) for s in stores)
@@ -126,7 +126,7 @@ def _check(config: IntensityMergeConfig, stores: Sequence[ObservationStore]) -> 
 
 def _fit_scales(
     stream: ObservationStream,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     device: torch.device,
     saved: SavedScale | None,
     f_calc: Tensor | None,
@@ -156,7 +156,7 @@ def _choose_correlation(
     merger: Merger,
     stream: ObservationStream,
     sums: ObservationSums,
-    config: IntensityMergeConfig,
+    config: MergeConfig,
     out: Path,
 ) -> None:
     """Choose r of the mates and fit the amplitudes with it; scales know Wilson's prior only."""

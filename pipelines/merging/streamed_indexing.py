@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.indexing.operators import Ambiguity
 from braggflux.merge.indexing.stores import resolve_stores
 from braggflux.merge.io.stores.observation_store import ObservationStore
@@ -34,7 +34,7 @@ class StoreIndexing:
 
 
 def resolve_indexing(
-    inputs: MergeInputs, config: IntensityMergeConfig, stores: Sequence[ObservationStore]
+    inputs: MergeInputs, config: MergeConfig, stores: Sequence[ObservationStore]
 ) -> StoreIndexing | None:
     """Choose the operator of each image; None where there is no choice."""
     operators = ambiguous_operators(stores, config)

@@ -155,15 +155,15 @@ def test_the_search_can_be_switched_off(frames, tmp_path):
             frames,
             tmp_path / "run",
             extraction__find_defects=False,
-            merge__handover="gaussian",
-            merge__double_wilson=False,
+            merge__photon_counts=False,
+            merge__prior="wilson",
             merge__physical_scale=False,
             training__epochs=1,
         )
     )
     with ShoeboxStore.open(directory.shoeboxes) as store:
         assert not (store.flags & Flag.DEFECT).any()
-    assert directory.read_config().merge.handover == "gaussian"
+    assert directory.read_config().merge.photon_counts is False
     # most spots are lost to the profile of a hot pixel; what is left is poor
     truth = amplitudes(frames.truth_mtz, "F(+)")
     assert correlation(amplitudes(directory.merged, "F(+)"), truth, least=100) < 0.98

@@ -13,7 +13,7 @@ from simulated_unmerged import write_mtz
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.grouping import GroupStore, batch_step, combine_group
 from braggflux.merge.io.formats.mtz_observations import read_mtz
 from braggflux.merge.io.mtz import read_merged_mtz
@@ -137,7 +137,7 @@ def test_members_keep_their_own_images_and_batches(asu, truth, tmp_path):
         np.unique(group.metadata["BATCH"]),
         [1, 2, 3, 4, 1001, 1002, 1003, 1004, 2001, 2002, 2003, 2004],
     )
-    problem = build_problem([group], IntensityMergeConfig())
+    problem = build_problem([group], MergeConfig())
     assert problem.table.images_of_dataset == (4, 4, 4)
     assert batch_step([(0, 1)], [(1, 90), (101, 190)]) == 0
     assert batch_step([(0, 1), (2, 3)], [(1, 9), (10, 19), (1, 9), (9, 19)]) == 1000
@@ -158,7 +158,7 @@ def test_sweeps_with_a_physical_scale_stay_sweeps_of_their_own(asu, truth, tmp_p
         lp = np.full(len(d), 0.5)
         data.append(replace(d, metadata=d.metadata | places | {"LP": lp}, has_lp_applied=k == 0))
     group = combine_group(data, 1000)
-    table = build_problem([group], IntensityMergeConfig()).table
+    table = build_problem([group], MergeConfig()).table
     assert table.sweeps.n_frames == (6, 3, 3)
     np.testing.assert_array_equal(np.bincount(table.sweeps.experiment), [900, 450, 450])
     assert group.has_lp_applied

@@ -11,7 +11,7 @@ from simulated_unmerged import FAST, write_mtz
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.pipelines import cli
 from braggflux.pipelines.config.run import RunConfig
@@ -76,15 +76,15 @@ def test_parents_under_wilsons_prior_are_refused(pair, tmp_path, capsys):
 
 
 def test_what_auto_means():
-    default = IntensityMergeConfig()
+    default = MergeConfig()
     assert (settled(default, None).prior, settled(default, None).sigma) == ("wilson", "amplitude")
     assert settled(default, (None, None)).prior == "wilson"
     assert settled(default, (None, 0)).prior == "double-wilson"
     assert settled(default, (None, 0)).sigma == "difference"
-    with_r = settled(IntensityMergeConfig(anomalous=True, correlation=0.99), None)
+    with_r = settled(MergeConfig(anomalous=True, correlation=0.99), None)
     assert (with_r.prior, with_r.sigma) == ("double-wilson", "amplitude")
     with pytest.raises(UserError, match="--correlation cannot act"):
-        settled(IntensityMergeConfig(prior="wilson", correlation=0.99), None)
+        settled(MergeConfig(prior="wilson", correlation=0.99), None)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_auto_means():
 )
 def test_idle_options_are_named(options, named, caplog):
     with caplog.at_level(logging.WARNING):
-        settled(IntensityMergeConfig(**options), None)
+        settled(MergeConfig(**options), None)
     assert any(f"without effect: {named}" in r.message for r in caplog.records)
 
 
@@ -125,7 +125,7 @@ def test_idle_options_are_named(options, named, caplog):
 )
 def test_options_that_act_are_not_named(options, caplog):
     with caplog.at_level(logging.WARNING):
-        settled(IntensityMergeConfig(**options), None)
+        settled(MergeConfig(**options), None)
     assert not caplog.records
 
 
@@ -173,7 +173,11 @@ def test_the_old_name_of_the_prior_model(pair, tmp_path, caplog):
             False,
             "merge.drift_spacing_deg=5.0",
         ),
-        ({"merge.double_wilson": False, "merge.n_friedel_shells": 5}, True, "n_friedel_shells=5"),
+        (
+            {"merge.prior": "wilson", "merge.n_correlation_shells": 5},
+            True,
+            "n_correlation_shells=5",
+        ),
         ({"dials.nproc": 2}, False, "dials.nproc=2"),
         ({"reference": "known.mtz"}, True, "reference=known.mtz"),
         (
@@ -181,7 +185,7 @@ def test_the_old_name_of_the_prior_model(pair, tmp_path, caplog):
             True,
             "dials.scale_args",
         ),
-        ({"dials.nproc": 2, "merge.n_friedel_shells": 5}, True, None),
+        ({"dials.nproc": 2, "merge.n_correlation_shells": 5}, True, None),
         ({"reference": "known.mtz", "extraction.n_sigma": 3.0}, False, None),
     ],
 )

@@ -16,7 +16,7 @@ from simple_scale import merge_mates, simple_log_scale
 
 from braggflux.fixtures.unmerged import UnmergedSettings, unmerged_sweep
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.output.french_wilson import french_wilson
 from braggflux.pipelines.inputs.inputs import MergeInputs
 from braggflux.pipelines.merging.merge import merge
@@ -77,7 +77,7 @@ def merged(tmp_path, **settings):
     sweep = unmerged_sweep(UnmergedSettings(**settings))
     sweep.write_mtz(tmp_path / "native.mtz")
     inputs = MergeInputs((tmp_path / "native.mtz",), tmp_path / "out")
-    path = merge(inputs, IntensityMergeConfig(anomalous=True, epochs=60))[0]
+    path = merge(inputs, MergeConfig(anomalous=True, epochs=60))[0]
     with (path.parent / "statistics.csv").open(newline="") as file:
         overall = list(csv.DictReader(file))[-1]
     return Truth(sweep), path, overall

@@ -23,7 +23,7 @@ from braggflux.integrator.io.dials import (
     read_reflections,
     write_reflections,
 )
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.read import read_table
@@ -326,7 +326,7 @@ def test_through_dials_as_xds(shared, dials, tmp_path):
 def merged(data: UnmergedData) -> dict[tuple, float]:
     """Amplitudes of a short fit."""
     torch.manual_seed(0)
-    config = IntensityMergeConfig(anomalous=True, epochs=3, network_width=8, d_min=4.0)
+    config = MergeConfig(anomalous=True, epochs=3, network_width=8, d_min=4.0)
     problem = build_problem([data], config)
     merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)

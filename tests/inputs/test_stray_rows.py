@@ -10,7 +10,7 @@ import pytest
 from simulated_unmerged import observed, write_mtz
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.resolution_limit import end_of_data, largest_inv_d2, n_strays
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.merge.io.stores.store_conversion import convert_to_store
@@ -83,7 +83,7 @@ def test_stray_indices_and_copies_on_the_way_through_a_store(rows, tmp_path, cap
         assert len(store) == len(rows[0])
     stray = with_more(rows, np.array(STRAYS["one at 0.15 A"]))
     convert_to_store(write_mtz(tmp_path / "b.mtz", *stray, **FORM), tmp_path / "b.h5")
-    config = IntensityMergeConfig(stills=True, stream_above=0)
+    config = MergeConfig(stills=True, stream_above=0)
     with UnmergedStore(tmp_path / "b.h5") as store:
         stream = ObservationStream([store], config)
     assert stream.unique.asus[0].d_min == pytest.approx(4.0, abs=0.02)

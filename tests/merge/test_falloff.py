@@ -10,7 +10,7 @@ import torch
 from simulated_intensities import CELL, D_MIN, SPACE_GROUP, simulated
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.gauge import settle_falloff
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import make_unmerged
@@ -26,7 +26,7 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
     f = np.sqrt(rng.exponential(1e4 * np.exp(-30 / (2 * asu.d**2))))
     wavelength = rng.uniform(0.95, 1.05, 20 * 150)
     data, *_ = simulated(rng, f=f, asu=asu, wavelength=wavelength)
-    config = IntensityMergeConfig(laue=True, epochs=3, anisotropic=False, wilson_b=wilson_b)
+    config = MergeConfig(laue=True, epochs=3, anisotropic=False, wilson_b=wilson_b)
     problem = build_problem([data], config)
     merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
@@ -82,7 +82,7 @@ def test_falloff_of_stills_is_that_of_points_on_the_ewald_sphere():
         name="a",
         has_lp_applied=True,
     )
-    config = IntensityMergeConfig(stills=True, epochs=30, batch_size=2000, anisotropic=False)
+    config = MergeConfig(stills=True, epochs=30, batch_size=2000, anisotropic=False)
     torch.manual_seed(0)
     problem = build_problem([data], config)
     merger = Merger(problem.unique, problem.table, config)

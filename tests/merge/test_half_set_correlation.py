@@ -9,7 +9,7 @@ import pytest
 import torch
 from simulated_priors import crystal, observe
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.half_set_correlation import (
     STEP,
     Share,
@@ -22,7 +22,7 @@ from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.problem import build_problem
 
-CONFIG = IntensityMergeConfig(
+CONFIG = MergeConfig(
     network_width=0, epochs=20, batch_size=None, prior="double-wilson", n_correlation_shells=5
 )
 

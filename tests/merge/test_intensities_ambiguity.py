@@ -10,7 +10,7 @@ from simulated_unmerged import toy_model
 from braggflux.fixtures.stills import StillsExperiment, StillsSettings
 from braggflux.integrator.crystal.ambiguity import indexing_operators
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.held_out import split
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.indexing.refine import (
@@ -24,7 +24,7 @@ from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import build_problem
 
 HEXAGONAL = (50, 50, 60, 90, 90, 120)
-CONFIG = IntensityMergeConfig(stills=True, network_width=8, epochs=20)
+CONFIG = MergeConfig(stills=True, network_width=8, epochs=20)
 
 
 class Case:

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import GaussianMeasurement
 from braggflux.merge.fit.training import adopt, fit, start
 from braggflux.merge.io.observations import make_unmerged
@@ -92,7 +92,7 @@ def test_a_shadow_takes_reflections_away_and_spoils_none():
         name="a",
         has_lp_applied=True,
     )
-    config = IntensityMergeConfig(laue=True, epochs=40, n_spectrum_knots=4)
+    config = MergeConfig(laue=True, epochs=40, n_spectrum_knots=4)
     problem = build_problem([data], config)
     torch.manual_seed(0)
     merger = Merger(problem.unique, problem.table, config)

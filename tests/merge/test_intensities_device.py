@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.held_out import log_likelihoods, predict
 from braggflux.merge.fit.newton import RowNewton
 from braggflux.merge.fit.training import fit, pool_trees, start
@@ -50,8 +50,8 @@ def problem(config):
 
 
 CONFIGS = {
-    "scan": IntensityMergeConfig(anomalous=True, network_width=8, epochs=4),
-    "stills, double-Wilson": IntensityMergeConfig(
+    "scan": MergeConfig(anomalous=True, network_width=8, epochs=4),
+    "stills, double-Wilson": MergeConfig(
         anomalous=True, stills=True, prior="double-wilson", network_width=8, epochs=4
     ),
 }
@@ -113,7 +113,7 @@ def test_absent_device_is_a_user_error():
     with pytest.raises(UserError, match="torch sees no CUDA device"):
         choose_device("cuda")
     with pytest.raises(ValueError, match="must be auto, cpu, cuda"):
-        IntensityMergeConfig(device="tpu")
+        MergeConfig(device="tpu")
 
 
 @pytest.mark.gpu

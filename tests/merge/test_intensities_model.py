@@ -14,7 +14,7 @@ from simulated_intensities import CELL, SPACE_GROUP, simulated
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.distributions.nakagami import Nakagami
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import GaussianMeasurement
 from braggflux.merge.data.pairing import paired_clusters
 from braggflux.merge.fit.held_out import split
@@ -37,7 +37,7 @@ from braggflux.merge.scale.networks import ImageEncoder
 @pytest.mark.parametrize("kind", ["scan", "stills", "paired"])
 def test_any_batches_add_up_to_the_full_batch(kind):
     rng = np.random.default_rng(1)
-    config = IntensityMergeConfig(stills=kind == "stills")
+    config = MergeConfig(stills=kind == "stills")
     first, _, asu = simulated(rng)
     data, parents = [first], None
     if kind == "paired":
@@ -130,7 +130,7 @@ def test_uncertain_root_is_a_second_error_in_common():
 @pytest.mark.parametrize("one_minus_r2", [0.002, 0.0002])
 def test_width_of_a_coupled_pair_is_that_of_the_joint_normal(one_minus_r2):
     asu = ReciprocalAsu(CELL, SPACE_GROUP, 12.0, False)
-    config = IntensityMergeConfig(prior="double-wilson")
+    config = MergeConfig(prior="double-wilson")
     data, _, _ = simulated(np.random.default_rng(0), asu=asu)
     problem = build_problem([data, data], config, (None, 0))
     merger = Merger(problem.unique, problem.table, config)
@@ -227,7 +227,7 @@ def test_child_divergence_against_samples():
 
 @pytest.mark.slow
 def test_sigma_shrinks_with_redundancy_and_truth_is_recovered():
-    config = IntensityMergeConfig(
+    config = MergeConfig(
         network_width=0, likelihood="normal", error_model=False, held_out=0.0, epochs=60
     )
     sigma = {}
@@ -267,7 +267,7 @@ def test_encoder_ignores_the_order_of_reflections():
 def test_an_image_that_was_never_trained_on_has_no_parameters_of_its_own():
     rng = np.random.default_rng(3)
     data, *_ = simulated(rng)
-    config = IntensityMergeConfig(stills=True, epochs=4)
+    config = MergeConfig(stills=True, epochs=4)
     problem = build_problem([data], config)
     masks = split(problem.table, 0.1, True, seed=0)
     table = problem.table.with_masks(masks.is_used, masks.is_seen)
@@ -316,12 +316,12 @@ def test_harmonics_share_one_observation():
         name="x",
         has_lp_applied=True,
     )
-    terms = build_problem([data], IntensityMergeConfig(laue=True)).table.terms
+    terms = build_problem([data], MergeConfig(laue=True)).table.terms
     # 222 at 1.0 A is 111 at 2.0 A (outside 1.0-1.9); 111 at 1.1 A is no 222 (0.55 A);
     # 123 at 1.9 A would be 246 at 0.95 A
     assert len(terms) == 3
     data = data.__class__(**vars(data) | {"wavelength": np.array([1.0, 2.0, 2.0])})
-    problem = build_problem([data], IntensityMergeConfig(laue=True))
+    problem = build_problem([data], MergeConfig(laue=True))
     wide, asu = problem.table.terms, problem.unique.asus[0]
     rows = {tuple(h): int(asu.refl_id([h])[0]) for h in ([1, 1, 1], [2, 2, 2], [1, 2, 3])}
     place = np.argsort(problem.source)
@@ -347,13 +347,13 @@ def test_neighbouring_high_orders_overlap_in_a_narrow_beam():
         name="x",
         has_lp_applied=True,
     )
-    problem = build_problem([data], IntensityMergeConfig(laue=True))
+    problem = build_problem([data], MergeConfig(laue=True))
     terms, asu = problem.table.terms, problem.unique.asus[0]
     assert not terms.base_log_scale.any()
     place = np.argsort(problem.source)
     first = terms.row[terms.observation == place[0]].tolist()
     assert first == [int(asu.refl_id([h])[0]) for h in ([16, 8, 0], [18, 9, 0])]
-    terms = build_problem([data], IntensityMergeConfig(laue=True, laue_lp=True)).table.terms
+    terms = build_problem([data], MergeConfig(laue=True, laue_lp=True)).table.terms
     # lambda^4 / sin^2 theta; harmonics have the same angle
     sine2 = terms.wavelength.numpy() ** 2 * terms.inv_d2.numpy() / 4
     polarization = 1 - 2 * sine2 * (1 - sine2)  # (1 + cos^2 2 theta) / 2
@@ -379,8 +379,8 @@ def test_wrong_parents(parents, message):
 def test_wrong_requests():
     data, _, _ = simulated(np.random.default_rng(0))
     with pytest.raises(UserError, match="unknown metadata nonsense; these files have"):
-        build_problem([data], IntensityMergeConfig(metadata=("nonsense",)))
+        build_problem([data], MergeConfig(metadata=("nonsense",)))
     with pytest.raises(UserError, match="no wavelength"):
-        build_problem([data], IntensityMergeConfig(laue=True))
+        build_problem([data], MergeConfig(laue=True))
     with pytest.raises(ValueError, match="exclude each other"):
-        IntensityMergeConfig(laue=True, stills=True)
+        MergeConfig(laue=True, stills=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import counted_sigma
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import PHOTON_VARIANCE, make_unmerged
@@ -57,7 +57,7 @@ def weak_data(rng, n_per_row=12):
 
 
 def merged(data, asu, **changes):
-    config = IntensityMergeConfig(
+    config = MergeConfig(
         network_width=0,
         likelihood="normal",
         error_model=False,

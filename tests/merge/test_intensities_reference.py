@@ -10,7 +10,7 @@ from scipy import stats
 from simulated_priors import crystal, observe, own_rows
 
 from braggflux.integrator.distributions.nakagami import Nakagami
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.sigma_a import (
     SigmaA2,
     choose_sigma_a,
@@ -27,7 +27,7 @@ from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.problem import build_problem
 from braggflux.merge.rows import UniqueRows
 
-FAST = IntensityMergeConfig(network_width=0, epochs=40, batch_size=None, likelihood="normal")
+FAST = MergeConfig(network_width=0, epochs=40, batch_size=None, likelihood="normal")
 
 
 def small_prior(sigma_a2: float, n_shells: int = 1) -> tuple[Reference, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from braggflux.fixtures.stills import stills
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
 from braggflux.merge.model.merger import Merger
@@ -30,7 +30,7 @@ from braggflux.merge.stream.training import (
 from braggflux.pipelines.simulate.stills_store import as_unmerged
 
 D_MIN = 4.0
-CONFIG = IntensityMergeConfig(
+CONFIG = MergeConfig(
     stills=True, anomalous=True, d_min=D_MIN, network_width=8, batch_size=900, held_out=0.1
 )
 

@@ -12,7 +12,7 @@ from simulated_intensities import simulated
 
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import PhotonCounts
 from braggflux.merge.fit.held_out import predict, split
 from braggflux.merge.fit.training import fit, start
@@ -25,7 +25,7 @@ from braggflux.merge.output.amplitudes import scaled_observations, weighted_mean
 from braggflux.merge.problem import build_problem
 from braggflux.merge.stream.solve import solve_amplitudes
 
-CONFIG = IntensityMergeConfig(network_width=0, epochs=30, batch_size=None)
+CONFIG = MergeConfig(network_width=0, epochs=30, batch_size=None)
 
 
 class Laplace(IndependentLikelihood):

@@ -10,13 +10,13 @@ import torch
 from simulated_intensities import CELL, D_MIN, SPACE_GROUP, simulated
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.mates import confirmed_log_ratio
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import build_problem
 
-CONFIG = IntensityMergeConfig(anomalous=True, network_width=8, epochs=20, held_out=0.0)
+CONFIG = MergeConfig(anomalous=True, network_width=8, epochs=20, held_out=0.0)
 
 
 def anomalous_problem(difference, n_images=40, seed=0, config=CONFIG):

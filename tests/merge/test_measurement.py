@@ -18,7 +18,6 @@ from braggflux.merge.data.measurement import (
     PhotonCounts,
     measurement_of,
 )
-from braggflux.merge.engine.likelihood import PhotonCountLikelihood
 from braggflux.merge.likelihood.common_error import CommonError
 from braggflux.merge.likelihood.error_model import ErrorModel
 from braggflux.merge.likelihood.student_t import Normal, StudentT
@@ -143,21 +142,6 @@ def test_a_box_without_a_photon():
     # where the variance is wider than the counts', the slope by a is steep, and finite
     wide = density(nearly_normal(0.5), PhotonCounts(a, beta, t), mean)
     assert torch.isfinite(torch.autograd.grad(wide, a)[0])
-
-
-@pytest.mark.parametrize("expected", [1.0, 10.0, 300.0, 30_000.0])
-def test_it_is_the_laplace_integral_over_the_relative_error(expected):
-    rng = np.random.default_rng(5)
-    beta, t, n, error = 3.0, 0.9, 4000, 0.02
-    true = expected * np.exp(error * rng.standard_normal(n))
-    a = f64(rng.poisson(t * (true + beta)))
-    exact = PhotonCounts(a, f64(np.full(n, beta)), f64(np.full(n, t)))
-    mean = f64(np.full(n, expected))
-    with torch.no_grad():
-        wanted = PhotonCountLikelihood(error, 1e-6).good(exact, mean)
-        difference = density(nearly_normal(error), exact, mean) - wanted
-    assert abs(float(difference.mean())) < 1e-3
-    assert float(difference.std()) < 0.03
 
 
 def test_the_root_of_the_deviance_is_smooth_and_signed():

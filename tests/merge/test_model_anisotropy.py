@@ -11,7 +11,7 @@ from simulated_priors import crystal, fitted, observe
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.crystal.symmetry import rotations
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.prior.anisotropy import B_SD, anisotropic_design, invariant_tensors
 from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.rows import UniqueRows
@@ -100,7 +100,7 @@ def test_start_finds_the_tensor():
 def test_merge_recovers_the_tensor(noise):
     """With noise of 3 nearly every reflection is measured, with 60 few in the outer shells."""
     c = crystal(d_min=3.0, tensor=known_tensor())
-    config = IntensityMergeConfig(network_width=0, epochs=60, batch_size=None)
+    config = MergeConfig(network_width=0, epochs=60, batch_size=None)
     _, merger = fitted([observe(c, noise)], config)
     found = merger.prior.anisotropic_b().numpy()
     design = anisotropic_design(c.asu, invariant_tensors(c.asu.cell, c.asu.space_group))
@@ -114,11 +114,11 @@ def test_merge_recovers_the_tensor(noise):
 
 def test_without_anisotropy_none_is_found():
     c = crystal(d_min=3.0)
-    config = IntensityMergeConfig(network_width=0, epochs=60, batch_size=None)
+    config = MergeConfig(network_width=0, epochs=60, batch_size=None)
     _, merger = fitted([observe(c, 10.0)], config)
     assert np.abs(merger.prior.anisotropic_b().numpy()).max() < 2.0
     _, merger = fitted(
-        [observe(c, 10.0)], IntensityMergeConfig(network_width=0, epochs=1, anisotropic=False)
+        [observe(c, 10.0)], MergeConfig(network_width=0, epochs=1, anisotropic=False)
     )
     assert merger.prior.anisotropic_b() is None
 

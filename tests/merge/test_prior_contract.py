@@ -12,7 +12,7 @@ from simulated_priors import crystal, observe
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.distributions.nakagami import Nakagami
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior import registry
@@ -25,7 +25,7 @@ from braggflux.merge.problem import build_problem
 from braggflux.merge.rows import UniqueRows
 
 CELL, SPACE_GROUP = gemmi.UnitCell(30, 30, 40, 90, 90, 90), gemmi.SpaceGroup("P 43 21 2")
-CONFIG = IntensityMergeConfig(network_width=0, epochs=30, batch_size=None)
+CONFIG = MergeConfig(network_width=0, epochs=30, batch_size=None)
 
 
 class KnownIntensity(PriorOver):

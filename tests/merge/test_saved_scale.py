@@ -11,7 +11,7 @@ import torch
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import fit, start, start_amplitudes
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.model.merger import Merger
@@ -21,7 +21,7 @@ from braggflux.merge.problem import build_problem
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
 ASU = ReciprocalAsu(CELL, SPACE_GROUP, 4.0, False)
-CONFIG = IntensityMergeConfig(network_width=8, epochs=20, held_out=0.0)
+CONFIG = MergeConfig(network_width=8, epochs=20, held_out=0.0)
 
 
 def observed(f, seed, n_images=20, n_per_image=150):
@@ -127,7 +127,7 @@ def test_an_observation_has_the_same_scale_among_others(amplitude, tmp_path, sti
 
 def test_settings_of_the_model_come_with_it(dark):
     saved = load_scale(dark[0])
-    config = saved.configured(IntensityMergeConfig(network_width=64, epochs=3, dof=4.0, seed=5))
+    config = saved.configured(MergeConfig(network_width=64, epochs=3, dof=4.0, seed=5))
     assert (config.network_width, config.dof) == (8, None)
     assert (config.epochs, config.seed) == (3, 5)
 

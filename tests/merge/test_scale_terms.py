@@ -11,7 +11,7 @@ import torch
 from scipy import special
 from simulated_intensities import simulated
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.model.merger import Merger
@@ -280,7 +280,7 @@ def test_a_new_term_is_a_class_and_a_line_in_the_registry(monkeypatch, tmp_path)
     data, f, asu = simulated(np.random.default_rng(2))
     x = (data.metadata["X"] - 500.0) / 1000 * 12**0.5  # unit standard deviation
     data.intensity[:] *= np.exp(0.3 * x)
-    config = IntensityMergeConfig(physical_scale=False, network_width=0, epochs=30)
+    config = MergeConfig(physical_scale=False, network_width=0, epochs=30)
     torch.manual_seed(0)
     problem = build_problem([data], config)
     merger = Merger(problem.unique, problem.table, config)

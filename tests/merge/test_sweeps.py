@@ -14,7 +14,7 @@ from scipy.spatial.transform import Rotation
 from simulated_merge import CELL, FRAME_WIDTH, SPACE_GROUP, simulate
 
 from braggflux.integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.sweeps import plain_sweep_table
 from braggflux.merge.fit.held_out import split
 from braggflux.merge.fit.training import fit, start
@@ -79,8 +79,8 @@ def sweep():
 
 
 def test_frame_scale_is_averaged_over_the_rocking_curve(sweep):
-    problem = build_problem([observed(sweep, zeta=0.5)], IntensityMergeConfig(anomalous=True))
-    scale = Merger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
+    problem = build_problem([observed(sweep, zeta=0.5)], MergeConfig(anomalous=True))
+    scale = Merger(problem.unique, problem.table, MergeConfig()).scale.frames
     rng = np.random.default_rng(0)
     gamma = rng.normal(size=sweep.n_frames)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_frame_scale_is_averaged_over_the_rocking_curve(sweep):
 
 @pytest.mark.slow
 def test_scales_mosaic_spread_and_amplitudes_are_found(sweep):
-    config = IntensityMergeConfig(anomalous=True, epochs=60, batch_size=2000)
+    config = MergeConfig(anomalous=True, epochs=60, batch_size=2000)
     data = observed(sweep)
     merger, problem = fitted([data], config)
     frames = merger.scale.frames
@@ -128,7 +128,7 @@ def test_scales_mosaic_spread_and_amplitudes_are_found(sweep):
 
 
 def test_batches_of_a_sweep_add_up_and_held_out_frames_are_interpolated(sweep):
-    config = IntensityMergeConfig(anomalous=True, epochs=3, batch_size=1000)
+    config = MergeConfig(anomalous=True, epochs=3, batch_size=1000)
     problem = build_problem([observed(sweep)], config)
     masks = split(problem.table, 0.1, False, seed=1)
     table = problem.table.with_masks(masks.is_used, masks.is_seen)
@@ -147,14 +147,14 @@ def test_batches_of_a_sweep_add_up_and_held_out_frames_are_interpolated(sweep):
 
 def test_two_datasets_have_sweeps_of_their_own(sweep):
     data = [observed(sweep), observed(sweep, name="b")]
-    table = build_problem(data, IntensityMergeConfig()).table
+    table = build_problem(data, MergeConfig()).table
     assert table.sweeps.n_frames == (sweep.n_frames, sweep.n_frames)
     assert torch.equal(table.sweeps.experiment, table.observations.dataset)
 
 
 @pytest.mark.parametrize("missing", ["columns", "positions"])
 def test_without_headers_the_scale_goes_by_batches(sweep, missing, caplog):
-    data, config = observed(sweep), IntensityMergeConfig()
+    data, config = observed(sweep), MergeConfig()
     del data.metadata[ZETA if missing == "columns" else "XDET"]
     with caplog.at_level("INFO"):
         problem = build_problem([data], config)
@@ -174,7 +174,7 @@ def test_without_headers_the_scale_goes_by_batches(sweep, missing, caplog):
 
 
 def test_physical_scales_can_be_switched_off(sweep):
-    config = IntensityMergeConfig(physical_scale=False)
+    config = MergeConfig(physical_scale=False)
     problem = build_problem([observed(sweep)], config)
     scale = Merger(problem.unique, problem.table, config).scale
     assert scale.frames is None
@@ -188,8 +188,8 @@ def test_a_known_rocking_width_is_kept(sweep, known):
     for d, has_width in zip(data, known, strict=True):
         if has_width:
             d.metadata[ROCKING] = width * FRAME_WIDTH
-    problem = build_problem(data, IntensityMergeConfig())
-    frames = Merger(problem.unique, problem.table, IntensityMergeConfig()).scale.frames
+    problem = build_problem(data, MergeConfig())
+    frames = Merger(problem.unique, problem.table, MergeConfig()).scale.frames
     if not all(known):
         assert frames.log_mosaicity is not None
         assert problem.table.sweeps.rocking is None
@@ -246,7 +246,7 @@ def test_rotation_tells_sweeps_apart():
 
 
 def test_a_named_metadata_column_gets_a_network_beside_the_sweep(sweep):
-    config = IntensityMergeConfig(metadata=("XDET",))
+    config = MergeConfig(metadata=("XDET",))
     problem = build_problem([observed(sweep)], config)
     scale = Merger(problem.unique, problem.table, config).scale
     assert scale.frames is not None
@@ -363,7 +363,7 @@ def test_headers_without_orientation_give_no_places(tmp_path):
 
 
 def test_saved_scale_means_the_same_for_other_observations(sweep, tmp_path):
-    config = IntensityMergeConfig(anomalous=True, epochs=5, batch_size=1000)
+    config = MergeConfig(anomalous=True, epochs=5, batch_size=1000)
     data = observed(sweep)
     merger, problem = fitted([data], config)
     save_scale(tmp_path / "m.pt", merger, problem.table, config)

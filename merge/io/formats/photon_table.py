@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -13,13 +15,16 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import read_experiments
 from braggflux.integrator.io.dials.sweeps import describe_experiment, sweeps_of
 from braggflux.integrator.io.intensity_file import read_experiment_records, read_intensities
-from braggflux.integrator.types import Flag
+from braggflux.integrator.types import IntensityTable
 from braggflux.merge.io.dataset_split import cell_groups, check_one_form, split_by_sweep
 from braggflux.merge.io.formats.unmerged_mtz import BATCH_STEP
 from braggflux.merge.io.observations import PHOTON_VARIANCE, UnmergedData, make_unmerged
 from braggflux.merge.io.sweep_columns import BEAMS, FRAME, FRAME_WIDTH, ROCKING, SWEEP, ZETA
 
 logger = logging.getLogger(__name__)
+
+#: Row of each observation in the shoebox store that it was integrated from.
+STORE_ROW = "store_row"
 
 
 def read_photon_table(
@@ -48,45 +53,68 @@ def read_photon_table(
     path = Path(path)
     table = read_intensities(path)
     records = _sweeps(path, experiments)
+    data = photon_observations(table, records, path)
+    wavelength = [record.get("wavelength", 0.0) for record in records]
+    return split_by_sweep(data, wavelength, [record["unit_cell"] for record in records])
+
+
+def photon_observations(
+    table: IntensityTable, records: Sequence[Mapping[str, Any]], source: str | Path
+) -> UnmergedData:
+    """Turn a table of the integrator into unmerged observations, all sweeps together.
+
+    Parameters
+    ----------
+    table : IntensityTable
+        Rows that were not integrated, or have no index, are left out.
+    records : sequence of mapping
+        Cell, space group and scan of each sweep.
+    source : str or Path
+        For messages and the name of the data.
+
+    Raises
+    ------
+    UserError
+        Sweeps that are not described, of several crystal forms, or no usable observation.
+    """
     columns = {name: value.numpy() for name, value in table.columns().items()}
     columns[ROCKING] = table.metadata.rocking_sigma.numpy()
     number = columns["experiment"]
     if len(number) and int(number.max()) >= len(records):
         raise UserError(
-            f"{path} has observations of sweep {number.max()}, but only {len(records)} are "
+            f"{source} has observations of sweep {number.max()}, but only {len(records)} are "
             "described; give the .expt that the run was made from"
         )
     a, t = columns["effective_counts"].astype(float), columns["exposure"].astype(float)
     beta = columns["effective_background"].astype(float)
-    good = (columns["flags"] & Flag.REJECTED) == 0
+    good = table.is_integrated.numpy()
     good &= (t > 0) & (beta > 0) & columns["miller_index"].any(axis=1)
     if not good.any():
         raise UserError(
-            f"{path} holds no observation that could be integrated ({len(good)} rows); run the "
+            f"{source} holds no observation that could be integrated ({len(good)} rows); run the "
             "integration again"
         )
-    logger.info("%s: %d of %d observations are used", path, good.sum(), len(good))
+    logger.info("%s: %d of %d observations are used", source, good.sum(), len(good))
     metadata = _metadata(columns, records) | _places(columns, records)
     metadata[PHOTON_VARIANCE] = 1.0 / np.maximum(t, 1e-6)
+    metadata[STORE_ROW] = columns["refl_row"].astype(float)
     cells = np.array([record["unit_cell"] for record in records])
-    wavelength = [record.get("wavelength", 0.0) for record in records]
     used = cells[np.unique(number)]
-    check_one_form(used, cell_groups(used), str(path), "sweeps")
+    check_one_form(used, cell_groups(used), str(source), "sweeps")
     space_group = gemmi.SpaceGroup(records[0]["space_group"])
-    data = make_unmerged(
-        source=str(path),
+    return make_unmerged(
+        source=str(source),
         miller_index=columns["miller_index"][good],
         intensity=(a / np.maximum(t, 1e-6) - beta)[good],
         sigma=np.sqrt(beta / np.maximum(t, 1e-6))[good],
         image_label=metadata["BATCH"][good],
         metadata={name: values[good] for name, values in metadata.items()},
         wavelength=None,
-        cell=typical_cell(used, space_group, str(path)),
+        cell=typical_cell(used, space_group, str(source)),
         space_group=space_group,
-        name=path.stem,
+        name=Path(source).stem,
         has_lp_applied=False,
     )
-    return split_by_sweep(data, wavelength, cells)
 
 
 def _sweeps(path: Path, experiments: str | Path | None) -> list[dict]:
@@ -106,7 +134,9 @@ def _sweeps(path: Path, experiments: str | Path | None) -> list[dict]:
     return records
 
 
-def _metadata(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, np.ndarray]:
+def _metadata(
+    columns: dict[str, np.ndarray], records: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
     """Batch, position and rotation of each observation, (N,) each."""
     x, y, z = columns["xyz_px"].astype(float).T
     batch, rot, last = np.zeros(len(z)), np.zeros(len(z)), 0
@@ -123,7 +153,9 @@ def _metadata(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, 
     return {"BATCH": batch, "XDET": x, "YDET": y, "ROT": rot, "LP": lp}
 
 
-def _places(columns: dict[str, np.ndarray], records: list[dict]) -> dict[str, np.ndarray]:
+def _places(
+    columns: dict[str, np.ndarray], records: Sequence[Mapping[str, Any]]
+) -> dict[str, np.ndarray]:
     """Sweep columns of each observation, (N,) each."""
     number = columns["experiment"]
     widths = np.array([abs(record["oscillation_deg"][1]) for record in records])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.scale.term import ScaleTerm
@@ -57,7 +57,7 @@ class Absorption(ScaleTerm):
         self.register_buffer("harmonics", design, persistent=False)
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For rotation data with a physical scale, and beams or places on the detector."""
         if table.sweeps is None or not config.absorption_order:
             return None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.hat_functions import hat_design
@@ -49,7 +49,7 @@ class BFactor(ScaleTerm):
         self.register_buffer("design", self._design(along, inv_d2), persistent=False)
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For rotation data with a physical scale."""
         return None if table.sweeps is None else cls(table.sweeps, config.b_factor_spacing_deg)
 

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.scale.term import ScaleTerm
 
@@ -23,7 +23,7 @@ class Partiality(ScaleTerm):
         self.log_width = nn.Parameter(torch.tensor(math.log(START_WIDTH), dtype=torch.float64))
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For data that say the distance."""
         return cls() if bool((table.terms.ewald_offset != 0).any()) else None
 

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.scale.term import ScaleTerm
 from braggflux.merge.scale.terms.spectrum import interpolated
@@ -31,7 +31,7 @@ class Falloff(ScaleTerm):
         self.register_buffer("log_scale", torch.zeros(n_knots).double())
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self:
         """All data may need it."""
         return cls(config.n_wilson_knots)
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.scale.term import ScaleTerm, log_ratio, parts, start_unseen_groups
@@ -111,7 +111,7 @@ class FrameScale(ScaleTerm):
         self.each_side = min(max(reach, 2), MAX_FRAMES_EACH_SIDE)
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For rotation data with a physical scale."""
         if table.sweeps is None:
             return None

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.scale.term import ScaleTerm, log_ratio, parts, start_unseen_groups
 
@@ -20,7 +20,7 @@ STEP = 0.1  # start of its change from image to image
 B_SD, B_STEP = 10.0, 1.0  # [A^2]
 
 
-def _has_images(table: ObservationTable, config: IntensityMergeConfig) -> bool:
+def _has_images(table: ObservationTable, config: MergeConfig) -> bool:
     return not config.stills and table.sweeps is None
 
 
@@ -41,7 +41,7 @@ class ImageScale(ScaleTerm):
         self.log_step = nn.Parameter(torch.tensor(math.log(STEP), dtype=torch.float64))
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For Laue data, and scans without a physical scale."""
         return cls(table.images_of_dataset) if _has_images(table, config) else None
 
@@ -90,7 +90,7 @@ class ImageBFactor(ScaleTerm):
         self.b_factor = nn.Parameter(torch.zeros(sum(images_of_dataset), dtype=torch.float64))
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For Laue data, and scans without a physical scale."""
         return cls(table.images_of_dataset) if _has_images(table, config) else None
 

@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import Tensor
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.scale.term import ScaleTerm
 
@@ -15,7 +15,7 @@ class KnownScale(ScaleTerm):
     """-log(L/P) where it was not applied, and for stills the mean level of the image."""
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self:
         """All data have it."""
         return cls()
 

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.scale.networks import BLOCK, blocks
@@ -40,7 +40,7 @@ class Spectrum(ScaleTerm):
         self.log_intensity = nn.Parameter(torch.zeros(n_knots, dtype=torch.float64))
 
     @classmethod
-    def of(cls, table: ObservationTable, config: IntensityMergeConfig) -> Self | None:
+    def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
         """For Laue data."""
         return cls(table.terms.wavelength, config.n_spectrum_knots) if config.laue else None
 

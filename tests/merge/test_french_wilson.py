@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import integrate
 
-from braggflux.merge.engine.amplitudes import french_wilson
+from braggflux.merge.output.french_wilson import french_wilson
 
 
 def ours(intensity, sigma, expected, centric):

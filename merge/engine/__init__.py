@@ -1,1 +1,0 @@
-"""The merging model of joint runs, until both share one."""
