@@ -13,10 +13,13 @@ Frames and signs are those of dxtbx/imgCIF (laboratory frame in mm and 1/Angstro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import gemmi
 import numpy as np
 from numpy.typing import NDArray
+
+from braggflux.integrator.errors import UserError
 
 Array = NDArray[np.float64]
 
@@ -224,3 +227,30 @@ class Experiment:
     def can_be_integrated(self) -> bool:
         """Whether shoeboxes can be cut: a crystal that rotates."""
         return self.crystal is not None and not self.is_still
+
+    @property
+    def rotation(self) -> Rotation:
+        """The models of a sweep that can be integrated.
+
+        Raises
+        ------
+        UserError
+            It cannot; the message says what it lacks.
+        """
+        name = f"experiment {self.identifier or '(unnamed)'}"
+        if self.crystal is None:
+            raise UserError(f"{name} has no crystal: give an indexed or refined EXPT file")
+        if self.goniometer is None or self.scan is None or self.is_still:
+            raise UserError(
+                f"{name} is a still: shoeboxes need a rotation scan; merge stills with "
+                "braggflux merge --stills"
+            )
+        return Rotation(self.goniometer, self.scan, self.crystal)
+
+
+class Rotation(NamedTuple):
+    """What every experiment has that can be integrated."""
+
+    goniometer: Goniometer
+    scan: Scan
+    crystal: Crystal

@@ -192,7 +192,7 @@ class ShoeboxStore:
                 "braggflux extract"
             ) from error
         _, depth, height, width = self._counts.shape
-        self.box: tuple[int, int, int] = (depth, height, width)
+        self.box: tuple[int, int, int] = (int(depth), int(height), int(width))
         self._cache: tuple[Tensor, Tensor] | None = None
 
     def _check_starts(self) -> None:

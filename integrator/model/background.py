@@ -54,6 +54,9 @@ class BackgroundModel(nn.Module):
 
     n_coefficients = 4
 
+    basis: Tensor
+    basis_products: Tensor
+
     def __init__(
         self, box: tuple[int, int, int], level_sd: float, slope_sd: float, n_rounds: int
     ) -> None:
@@ -164,6 +167,11 @@ class MeanBackground(nn.Module):
     """
 
     floor = 1e-3  # photons; a voxel without any background would make zero-count rates singular
+
+    images: Tensor
+    n_frames: Tensor
+    summed_levels: Tensor
+    end_levels: Tensor
 
     def __init__(
         self, images: list[list[Tensor]], frame_levels: list[Tensor], box: tuple[int, int, int]

@@ -22,9 +22,7 @@ CHUNK = 4096
 def build_integrator(store: ShoeboxStore, config: IntegratorConfig) -> Integrator:
     """Integrator with untrained networks and a Gaussian profile of the measured extent."""
     sigma_x, sigma_y, sigma_m = (float(v) for v in store.attributes["extent"])
-    shape = SpotShape(
-        sigma_x, sigma_y, sigma_m, tuple(int(n) for n in store.box), sweep_widths(store)
-    )
+    shape = SpotShape(sigma_x, sigma_y, sigma_m, store.box, sweep_widths(store))
     background = mean_background(store, config.background_smoothing_px)
     metadata = store.metadata()
     features = PositionFeatures.from_metadata(metadata)
@@ -49,7 +47,7 @@ def mean_background(store: ShoeboxStore, smoothing_px: float) -> MeanBackground:
         panels = zip(field.total, field.count, strict=True)
         images.append([torch.from_numpy(mean_image(*panel, smoothing_px)) for panel in panels])
         levels.append(torch.as_tensor(field.frame_ratio, dtype=torch.float32).clamp_min(0.05))
-    return MeanBackground(images, levels, tuple(int(n) for n in store.box))
+    return MeanBackground(images, levels, store.box)
 
 
 def start_from_strong_spots(integrator: Integrator, store: ShoeboxStore, seed: int) -> int:

@@ -15,6 +15,7 @@ scan says beforehand (the prior mean, which weak spots fall back to).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ EXPONENTS = [e for e in itertools.product(range(4), repeat=3) if sum(e) <= 3]
 N_MOMENTS = len(EXPONENTS)
 
 
-def score_moments(residual: Tensor, coordinates: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def score_moments(residual: Tensor, coordinates: Sequence[Tensor]) -> Tensor:
     """Moments ``M_abc`` of ``residual`` (B, D, H, W); coordinates (B, D), (B, H), (B, W)."""
     powers = [torch.stack([c**k for k in range(4)], -1) for c in coordinates]  # (B, n, 4)
     m = torch.einsum("bdhw,bwk->bdhk", residual, powers[2])
@@ -39,6 +40,9 @@ class PositionFeatures(nn.Module):
     """Where on the detector, in the scan and in reciprocal space, scaled to about [-1, 1]."""
 
     n_features = 12
+
+    centre: Tensor
+    half_range: Tensor
 
     def __init__(self, centre: Tensor, half_range: Tensor) -> None:
         super().__init__()
@@ -69,14 +73,13 @@ class ProfilePrior(nn.Module):
 
     def __init__(self, n_latent: int, n_features: int, width: int) -> None:
         super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(n_features, width), nn.SiLU(), nn.Linear(width, n_latent)
-        )
-        nn.init.zeros_(self.network[-1].weight)
-        nn.init.zeros_(self.network[-1].bias)
+        first, last = nn.Linear(n_features, width), nn.Linear(width, n_latent)
+        self.network = nn.Sequential(first, nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.log_sd = nn.Parameter(torch.full((n_latent,), -1.5))
 
-    def forward(self, features: Tensor) -> Independent:
+    def forward(self, features: Tensor) -> Independent[Normal]:
         """p(z | position), (B, K)."""
         mean = self.network(features)
         return Independent(Normal(mean, self.log_sd.exp().expand_as(mean)), 1)
@@ -92,22 +95,18 @@ class ProfileEncoder(nn.Module):
     def __init__(self, n_latent: int, n_features: int, width: int) -> None:
         super().__init__()
         self.n_latent = n_latent
-        self.network = nn.Sequential(
-            nn.Linear(N_MOMENTS + n_features + 2, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 2 * n_latent),
-        )
-        nn.init.normal_(self.network[-1].weight, std=1e-3)
-        nn.init.zeros_(self.network[-1].bias)
+        first, second = nn.Linear(N_MOMENTS + n_features + 2, width), nn.Linear(width, width)
+        last = nn.Linear(width, 2 * n_latent)
+        self.network = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
+        nn.init.normal_(last.weight, std=1e-3)
+        nn.init.zeros_(last.bias)
         self.linear = nn.Linear(N_MOMENTS, n_latent, bias=False)
         nn.init.zeros_(self.linear.weight)
         self.log_half_information = nn.Parameter(torch.full((n_latent,), 4.0))
 
     def forward(
-        self, moments: Tensor, information: Tensor, features: Tensor, prior: Independent
-    ) -> Independent:
+        self, moments: Tensor, information: Tensor, features: Tensor, prior: Independent[Normal]
+    ) -> Independent[Normal]:
         """Posterior of z, (B, K).
 
         Parameters

@@ -18,6 +18,7 @@ from torch.distributions import (
     Distribution,
     Gamma,
     Independent,
+    Normal,
     TransformedDistribution,
     kl_divergence,
 )
@@ -120,7 +121,7 @@ class Integrator(nn.Module):
         self.config = config
         self.features = features
         self.mean_background = mean_background
-        local_shape = place and LocalShape(place, torch.tensor(shape.sigma))
+        local_shape = None if place is None else LocalShape(place, torch.tensor(shape.sigma))
         self.profile = ProfileModel(
             ProfileGrid(shape, config.nodes_per_sigma, config.rotation_n_sigma, local_shape)
         )
@@ -181,7 +182,7 @@ class Integrator(nn.Module):
         batch: ShoeboxBatch,
         profile: Tensor,
         fit: BackgroundFit,
-        posterior: Independent,
+        posterior: Independent[Normal],
     ) -> Tensor:
         """Relative variance of the estimate of J from the width of q(z), (B,).
 
@@ -215,9 +216,9 @@ class Integrator(nn.Module):
         e3, y, x = (0.5 * (e[:, 1:] + e[:, :-1]) for e in weights.edges)
         step = weights.edges[0].diff(dim=1)
         width = (shape.sigma_m_deg**2 + step**2 / 12).sqrt()
-        coordinates = tuple(
+        coordinates = [
             c.clamp(-4.0, 4.0) for c in (e3 / width, y / shape.sigma_y_px, x / shape.sigma_x_px)
-        )
+        ]
         moments = score_moments((batch.counts - rate * valid) * share, coordinates)
         return moments, (signal * share).sum((1, 2, 3)), intensity
 

@@ -34,6 +34,10 @@ class PlaceFeatures(nn.Module):
     n_experiments : int
     """
 
+    axes: Tensor
+    centre: Tensor
+    half_range: Tensor
+
     def __init__(
         self, axes: Tensor, centre: Tensor, half_range: Tensor, n_experiments: int
     ) -> None:
@@ -83,6 +87,8 @@ class LocalShape(nn.Module):
     prior_sd = 0.3
     #: Bounds of the offset [sigma] and of the log width: beyond, the prediction is what is wrong.
     max_offset, max_log_width = 1.5, 1.0
+
+    sigma: Tensor
 
     def __init__(self, features: PlaceFeatures, sigma: Tensor) -> None:
         super().__init__()

@@ -107,6 +107,11 @@ class ProfileGrid(nn.Module):
         Offset and width of the spots by place; without it they are the same everywhere.
     """
 
+    frame_width_deg: Tensor
+    nodes_fast: Tensor
+    nodes_slow: Tensor
+    nodes_rotation: Tensor
+
     def __init__(
         self,
         shape: SpotShape,
@@ -134,12 +139,13 @@ class ProfileGrid(nn.Module):
     def scaled_coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
         """Node coordinates in standard deviations of the spot, each (G3, Gy, Gx)."""
         s = self.shape
-        return torch.meshgrid(
+        rotation, slow, fast = torch.meshgrid(
             self.nodes_rotation / s.sigma_m_deg,
             self.nodes_slow / s.sigma_y_px,
             self.nodes_fast / s.sigma_x_px,
             indexing="ij",
         )
+        return rotation, slow, fast
 
     def voxel_weights(self, metadata: ReflectionMetadata) -> VoxelWeights:
         """Integrate the hat functions over the voxels of each reflection's box."""
@@ -147,9 +153,12 @@ class ProfileGrid(nn.Module):
 
     def weights_between(self, edges: tuple[Tensor, Tensor, Tensor]) -> VoxelWeights:
         """Integrate the hat functions between given voxel edges (:meth:`voxel_edges`)."""
-        nodes = (self.nodes_rotation, self.nodes_slow, self.nodes_fast)
-        matrices = (_axis_weights(e, n) for e, n in zip(edges, nodes, strict=True))
-        return VoxelWeights(*matrices, edges)
+        return VoxelWeights(
+            _axis_weights(edges[0], self.nodes_rotation),
+            _axis_weights(edges[1], self.nodes_slow),
+            _axis_weights(edges[2], self.nodes_fast),
+            edges,
+        )
 
     def voxel_edges(self, metadata: ReflectionMetadata) -> tuple[Tensor, Tensor, Tensor]:
         """Voxel edges on the grid: e3 [deg] (B, D+1), slow and fast [px].
@@ -166,10 +175,11 @@ class ProfileGrid(nn.Module):
             steps = torch.arange(n + 1, device=offset.device)
             edges.append(offset[:, None] + (steps * layer[:, None] if axis == 0 else steps))
         edges[0] = edges[0] * self._frame_step(metadata)[:, None]
-        if self.local_shape is None:
-            return tuple(edges)
-        offset, width = self.local_shape(metadata)
-        return tuple((e - offset[:, k, None]) / width[:, k, None] for k, e in enumerate(edges))
+        if self.local_shape is not None:
+            offset, width = self.local_shape(metadata)
+            edges = [(e - offset[:, k, None]) / width[:, k, None] for k, e in enumerate(edges)]
+        rotation, slow, fast = edges
+        return rotation, slow, fast
 
     def _frame_step(self, metadata: ReflectionMetadata) -> Tensor:
         return metadata.zeta * self.frame_width_deg[metadata.experiment]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.model.integrator import Integrator, first_intensity
+from braggflux.integrator.model.local_shape import LocalShape
 from braggflux.integrator.model.profile import ProfileGrid, VoxelWeights
 from braggflux.integrator.types import ShoeboxBatch
 
@@ -51,9 +52,10 @@ def start_profile(integrator: Integrator, strong: ShoeboxBatch, chunk: int = 512
     """
     node_weights = integrator.profile.node_weights()[0]
     chunks = [strong[slice(i, i + chunk)] for i in range(0, len(strong), chunk)]
+    local = integrator.profile.grid.local_shape
     for k in range(integrator.config.profile_em_rounds):
-        if k in SHAPE_ROUNDS and integrator.profile.grid.local_shape is not None:
-            _score_local_shape(integrator, node_weights, chunks)
+        if k in SHAPE_ROUNDS and local is not None:
+            _score_local_shape(integrator, local, node_weights, chunks)
         node_weights = _maximise(integrator, node_weights, chunks)
     integrator.profile.set_mean(node_weights)
 
@@ -78,7 +80,10 @@ def _maximise(
 
 
 def _score_local_shape(
-    integrator: Integrator, node_weights: Tensor, chunks: Sequence[ShoeboxBatch]
+    integrator: Integrator,
+    local: LocalShape,
+    node_weights: Tensor,
+    chunks: Sequence[ShoeboxBatch],
 ) -> None:
     """One Fisher-scoring step for the coefficients of the spots' offset and width.
 
@@ -87,7 +92,6 @@ def _score_local_shape(
     place spread that over the coefficients.
     """
     grid = integrator.profile.grid
-    local = grid.local_shape
     n = local.coefficients.numel()
     information = torch.eye(n, dtype=torch.float64) / local.prior_sd**2
     score = -local.coefficients.double().flatten().cpu() / local.prior_sd**2
@@ -110,7 +114,7 @@ def _score_local_shape(
         )
         score += torch.einsum("b,bf,bi->fi", say, features, pull).flatten()
     step = torch.linalg.solve(information, score).reshape(local.coefficients.shape)
-    local.coefficients += step.clamp(-0.5, 0.5).to(local.coefficients)
+    local.coefficients.add_(step.clamp(-0.5, 0.5).to(local.coefficients))
 
 
 @dataclass(frozen=True)
@@ -142,14 +146,17 @@ def _slopes(
     grid: ProfileGrid, edges: tuple[Tensor, Tensor, Tensor], node_weights: Tensor
 ) -> list[Tensor]:
     """Differentiate the voxel profile by three offsets [sigma] and three log widths."""
-    shifted = [lambda e, step, sigma=sigma: e - step * sigma for sigma in grid.shape.sigma]
-    widened = [lambda e, step: e * math.exp(-step)] * 3
     slopes = []
-    for k, change in enumerate([*shifted, *widened]):
-        ends = []
+    for k in range(6):
+        axis, ends = k % 3, []
         for step in (DIFFERENCE, -DIFFERENCE):
             moved = list(edges)
-            moved[k % 3] = change(edges[k % 3], step)
-            ends.append(grid.weights_between(tuple(moved)).project(node_weights[None]))
+            if k < 3:
+                moved[axis] = edges[axis] - step * grid.shape.sigma[axis]
+            else:
+                moved[axis] = edges[axis] * math.exp(-step)
+            rotation, slow, fast = moved
+            weights = grid.weights_between((rotation, slow, fast))
+            ends.append(weights.project(node_weights[None]))
         slopes.append((ends[0] - ends[1]) / (2 * DIFFERENCE))
     return slopes

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from braggflux.integrator.crystal.geometry import Experiment
+from braggflux.integrator.crystal.geometry import Array, Experiment
 from braggflux.integrator.io.dials.lookup import read_offsets
 
 MAX_ITERATIONS = 20
@@ -97,14 +98,15 @@ class DiffractionGeometry:
             When the images need distortion maps that cannot be read.
         """
 
-        def tensor(values) -> Tensor:
+        def tensor(values: ArrayLike) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
-        def along_scan(at_scan_points, constant) -> Tensor:
-            is_usable = at_scan_points is not None and len(at_scan_points) == scan.n_images + 1
-            return tensor(at_scan_points if is_usable and not static else constant[None])
+        def along_scan(at_scan_points: Array | None, constant: Array) -> Tensor:
+            if static or at_scan_points is None or len(at_scan_points) != scan.n_images + 1:
+                return tensor(constant[None])
+            return tensor(at_scan_points)
 
-        crystal, scan, gonio = experiment.crystal, experiment.scan, experiment.goniometer
+        gonio, scan, crystal = experiment.rotation
         beam, panels = experiment.beam, experiment.panels
         offsets = read_offsets(experiment)
         return cls(
@@ -121,7 +123,7 @@ class DiffractionGeometry:
             phi_start=tensor(math.radians(scan.oscillation[0])),
             phi_width=tensor(math.radians(scan.oscillation[1])),
             n_images=scan.n_images,
-            offsets=offsets and tuple(map(tensor, offsets)),
+            offsets=None if offsets is None else tuple(map(tensor, offsets)),
         )
 
     @property
@@ -162,10 +164,11 @@ class DiffractionGeometry:
 
     def detach(self) -> DiffractionGeometry:
         """Cut the graph."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.detach() for k, v in tensors.items() if isinstance(v, Tensor)}
-        )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {
+            k: v.detach() for k, v in values.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **tensors)
 
 
 class Rays(NamedTuple):

@@ -12,16 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gemmi
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from braggflux.integrator.crystal import corrections
 from braggflux.integrator.crystal.geometry import Crystal, Experiment
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.dials.sweeps import require_rotation
 from braggflux.integrator.prediction import diffraction
 from braggflux.integrator.prediction.diffraction import DiffractionGeometry
 from braggflux.integrator.records import TensorRecord
@@ -112,7 +113,7 @@ def predict_reflections(
     UserError
         For a still, for a resolution that the wavelength cannot reach, and for no reflection.
     """
-    require_rotation(experiment)
+    crystal = experiment.rotation.crystal
     geometry = geometry or DiffractionGeometry.from_experiment(
         experiment, static=static, dtype=dtype, device=device
     )
@@ -127,7 +128,7 @@ def predict_reflections(
         _crossings(
             geometry, torch.from_numpy(chunk).to(geometry.s0), (d_min, d_max), padding_frames
         )
-        for chunk in _chunks(candidate_indices(experiment.crystal, 0.98 * d_min))
+        for chunk in _chunks(candidate_indices(crystal, 0.98 * d_min))
     ]
     hkl, phi, panel = (torch.cat(column) for column in zip(*hits, strict=True))
     if len(hkl) == 0:
@@ -142,7 +143,10 @@ def predict_reflections(
 
 
 def prediction_from_columns(
-    experiment: Experiment, columns: Mapping[str, np.ndarray], *, dtype=torch.float64
+    experiment: Experiment,
+    columns: Mapping[str, NDArray[Any]],
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> Prediction:
     """Prediction from the columns of a DIALS table that holds the full set.
 
@@ -158,7 +162,7 @@ def prediction_from_columns(
     UserError
         When a column is missing.
     """
-    require_rotation(experiment)
+    geometry = DiffractionGeometry.from_experiment(experiment, dtype=dtype)
     needed = ("miller_index", "panel", "s1", "xyzcal.px", "xyzcal.mm")
     missing = [name for name in needed if name not in columns]
     if missing:
@@ -167,7 +171,6 @@ def prediction_from_columns(
             f"{', '.join(needed)}: give a table made by dials.predict, dials.integrate or "
             "dials.refine"
         )
-    geometry = DiffractionGeometry.from_experiment(experiment, dtype=dtype)
 
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(columns[name], dtype=np.float64)).to(dtype)
@@ -192,7 +195,7 @@ def prediction_from_columns(
     return record
 
 
-def candidate_indices(crystal: Crystal, d_min: float) -> np.ndarray:
+def candidate_indices(crystal: Crystal, d_min: float) -> NDArray[np.int32]:
     """Miller indices within a resolution sphere that the lattice centring allows, (N, 3) int32.
 
     Absences by screw axes and glide planes stay in, as in ``dials.predict``: they are measured as
@@ -252,7 +255,7 @@ def detector_limit(experiment: Experiment) -> float:
     return limit
 
 
-def _chunks(hkl: np.ndarray) -> list[np.ndarray]:
+def _chunks(hkl: NDArray[np.int32]) -> list[NDArray[np.int32]]:
     return [hkl[i : i + CHUNK] for i in range(0, max(len(hkl), 1), CHUNK)]
 
 
@@ -323,17 +326,19 @@ def _describe(
     setting = geometry.at(geometry.setting, rays.phi)
     # of the mean beam and axis, as in DIALS
     constant = (s1, geometry.s0.mean(0), geometry.setting.mean(0) @ geometry.axis)
-    vectors = [v.detach().cpu().double().numpy() for v in constant]
+    ray, incident, axis = (v.detach().cpu().double().numpy() for v in constant)
     beam = experiment.beam
-    lp = corrections.lp_correction(*vectors, beam.polarization_normal, beam.polarization_fraction)
-    zeta = np.abs(corrections.zeta_factor(*vectors))
+    lp = corrections.lp_correction(
+        ray, incident, axis, beam.polarization_normal, beam.polarization_fraction
+    )
+    zeta = np.abs(corrections.zeta_factor(ray, incident, axis))
 
     def undo_goniometer(vector: Tensor) -> Tensor:
         unit = vector / vector.norm(dim=1, keepdim=True)
         inside = diffraction.apply(setting.mT, unit)
         return diffraction.rotate(inside, geometry.axis, -rays.phi) @ geometry.fixed
 
-    A = torch.from_numpy(experiment.crystal.A).to(hkl)
+    A = torch.from_numpy(experiment.rotation.crystal.A).to(hkl)
     frame = geometry.frame(rays.phi)[:, None]
     return Prediction(
         miller_index=hkl.round().long(),

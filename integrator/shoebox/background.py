@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ class BackgroundAccumulator:
         self._frame_total[frame] = self._tile_sums(values)
         self._frame_count[frame] = self._tile_sums(is_used)
 
-    def _tile_sums(self, flat: NDArray) -> NDArray[np.float64]:
+    def _tile_sums(self, flat: NDArray[Any]) -> NDArray[np.float64]:
         """Sum an array of the canvas' size over square tiles of the panels, (n_tiles,)."""
         sums = []
         for panel in range(len(self._canvas.panel_shapes)):
@@ -101,8 +102,7 @@ class BackgroundAccumulator:
             canvas.panel_view(is_flaring, panel)[...] = flaring_pixels(*views)
         self._total[is_hot | is_flaring] = 0
         self._count[is_hot | is_flaring] = 0
-        sums = (self._frame_total, self._frame_count)
-        is_shaded, level, ratio = shaded_tiles(*sums, self._grids)
+        is_shaded, level, ratio = shaded_tiles(self._frame_total, self._frame_count, self._grids)
         is_shaded = self._with_margin(is_shaded)
         # what the tile's pixels saw counts as so many frames without a shadow
         normal = self._frame_count * ratio[:, None]

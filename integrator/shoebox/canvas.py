@@ -6,6 +6,7 @@ Padding around each panel lets a window reach over the edge: what lies outside r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class FrameCanvas:
         self.size = int(starts[-1])
         self.counts = np.full(self.size, INVALID, dtype=np.int32)
 
-    def panel_view(self, flat: NDArray, panel: int) -> NDArray:
+    def panel_view(self, flat: NDArray[Any], panel: int) -> NDArray[Any]:
         """View of a panel's pixels, (slow, fast), in an array of the canvas' size."""
         slow, fast = self.panel_shapes[panel]
         m, stride, base = self.margin, self._stride[panel], self._base[panel]

@@ -107,8 +107,8 @@ class SpotExtent:
             max(math.ceil(n_sigma * math.sqrt(sigma_y_px**2 + 1 / 12) + BORDER), 3),
             max(math.ceil(n_sigma * math.sqrt(sigma_x_px**2 + 1 / 12) + BORDER), 3),
         )
-        box = tuple(2 * n + 1 for n in half)
-        return cls(sigma_x_px, sigma_y_px, sigma_m_deg, box)
+        depth, height, width = (2 * n + 1 for n in half)
+        return cls(sigma_x_px, sigma_y_px, sigma_m_deg, (depth, height, width))
 
 
 def frames_per_layer(spread: Array, n_layers: int) -> NDArray[np.int64]:
@@ -212,7 +212,7 @@ def measure_extent(
     UserError
         When too few spots stand out.
     """
-    widths = [abs(sweep.experiment.scan.oscillation[1]) for sweep in sweeps]
+    widths = [abs(sweep.experiment.rotation.scan.oscillation[1]) for sweep in sweeps]
     half_frames = int(np.clip(math.ceil(1.0 / min(widths)), 4, 20))
     rng = np.random.default_rng(seed)
     found = [
@@ -281,7 +281,7 @@ def _strong_spots(
     net, strength = _subtract_background(counts, dx, dy, dz)
     best = np.argsort(-strength)[:max_spots]
     best = best[strength[best] > MIN_STRENGTH]
-    step = zeta * abs(sweep.experiment.scan.oscillation[1])
+    step = zeta * abs(sweep.experiment.rotation.scan.oscillation[1])
     dm = dz * step[:, None]
     return _StrongSpots(net[best], (dx[best], dy[best], dm[best]), step[best])
 
@@ -297,17 +297,17 @@ def _crop(
         First (frame, slow, fast) of each window.
     counts : ndarray, (N, D, H, W) int32
     """
-    centre = sweep.prediction.xyz_px.numpy()[rows]
     panel = sweep.prediction.panel.numpy()[rows]
-    corner = np.floor(centre[:, ::-1]).astype(np.int64) - np.array(half)
-    size = 2 * np.array(half) + 1
-    counts = np.full((len(rows), *size), -1, dtype=np.int32)
+    corner = np.floor(sweep.prediction.xyz_px.numpy()[rows, ::-1]).astype(np.int64) - half
+    depth, height, width = (2 * n + 1 for n in half)
+    counts = np.full((len(rows), depth, height, width), -1, dtype=np.int32)
     canvas = FrameCanvas(sweep.frames.panel_shapes, max(half[1:]) + 3)
     for frame in range(*block):
         step = frame - corner[:, 0]
-        active = np.nonzero((step >= 0) & (step < size[0]))[0]
+        active = np.nonzero((step >= 0) & (step < depth))[0]
         canvas.load(sweep.frames.read(frame), sweep.frames.static_mask())
-        index = canvas.windows(panel[active], corner[active, 1], corner[active, 2], size[1:])
+        _, slow, fast = corner[active].T
+        index = canvas.windows(panel[active], slow, fast, (height, width))
         counts[active, step[active]] = canvas.counts[index]
     return corner, counts
 
@@ -335,7 +335,7 @@ def _subtract_background(
     return net, np.where(complete, signal / noise, 0.0)
 
 
-def _fit(spots: _StrongSpots) -> tuple[float, float, float]:
+def _fit(spots: _StrongSpots) -> tuple[float, ...]:
     """(sigma_x, sigma_y, sigma_m) with the width of pixel and frame removed.
 
     Dense neighbours may widen the core to the whole window; a smaller start finds the spots.

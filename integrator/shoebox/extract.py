@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def extract_shoeboxes(
     return ShoeboxStore.open(store_path)
 
 
-def _count_type(sweeps: Sequence[Sweep]) -> np.dtype:
+def _count_type(sweeps: Sequence[Sweep]) -> np.dtype[Any]:
     """Choose the smallest integer that holds the photons of every trusted value."""
     lookups = [sweep.experiment.images.lookup for sweep in sweeps if sweep.experiment.images]
     if any(lookup.gain or lookup.pedestal for lookup in lookups):
@@ -186,7 +187,7 @@ class _OpenBoxes:
         self.mask[slots, layer] = (every | some).astype(np.uint8)
         self.counts[slots, layer] += counts
 
-    def _close(self, slots: NDArray[np.int64]) -> tuple[NDArray, NDArray[np.uint8]]:
+    def _close(self, slots: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         """Return counts and mask of complete rows; a sum too large for the file is no count."""
         counts, mask = self.counts[slots], self.mask[slots]
         mask[counts > np.iinfo(self._writer.dtype).max] &= ~np.uint8(MaskBit.VALID)
@@ -230,7 +231,7 @@ class _SweepCutter:
             extent.sigma_m_deg,
             # those nearer to the axis are rejected: no need to wait for the end of their boxes
             np.maximum(sweep.prediction.zeta.numpy().astype(np.float64), self._min_zeta),
-            sweep.experiment.scan.oscillation[1],
+            sweep.experiment.rotation.scan.oscillation[1],
         )
         layer = frames_per_layer(spread, box[0])
         half = np.array(box) // 2
@@ -246,7 +247,7 @@ class _SweepCutter:
         if sweep.neighbours is not None:
             known = known.join(_spots(sweep.neighbours, extent, sweep.experiment))
         self._map = SpotMap(self._canvas, known, settings.foreground, self._n_images)
-        rocking = extent.sigma_m_deg / abs(sweep.experiment.scan.oscillation[1])
+        rocking = extent.sigma_m_deg / abs(sweep.experiment.rotation.scan.oscillation[1])
         self._find_defects = find_defects
         self._n_struck = 0  # voxels that zingers took
         self._source = SpikeFilter(
@@ -295,9 +296,9 @@ class _SweepCutter:
     def _fill(self, frame: int, rows: NDArray[np.int64]) -> None:
         corner, boxes = self._corner[rows], self._open
         step = frame - corner[:, 0]
-        shape = boxes.counts.shape[2:]
+        height, width = boxes.counts.shape[2:]
         panel = self._spots.panel[rows]
-        index = self._canvas.windows(panel, corner[:, 1], corner[:, 2], shape)
+        index = self._canvas.windows(panel, corner[:, 1], corner[:, 2], (height, width))
         counts, nearest = self._canvas.counts[index], self._map.nearest[index]
         fast, slow, along = (terms[rows] for terms in self._terms)
         along = np.take_along_axis(along, step[:, None], axis=1)
@@ -327,7 +328,7 @@ class _SweepCutter:
         self._flags[rows[lost_core]] |= Flag.MASKED_CORE
         self._flags[rows[is_overlapped.any(axis=axes)]] |= Flag.OVERLAPPED
 
-    def finish(self, experiment: int) -> dict[str, NDArray]:
+    def finish(self, experiment: int) -> dict[str, NDArray[Any]]:
         """Write what is left and return the columns of the sweep."""
         self._open.flush(len(self._corner))
         if self._find_defects:
@@ -354,8 +355,9 @@ class _SweepCutter:
     def _remove_defects(self) -> None:
         """Take what the whole scan has shown to be bad out of the background and the boxes."""
         defects = self._background.find_defects(self._source.hot_pixels())
+        depth, height, width = self._open.counts.shape[1:]
         boxes = BoxGeometry(
-            self._open.counts.shape[1:],
+            (depth, height, width),
             self._spots.panel,
             self._per_layer,
             self._corner,
@@ -366,11 +368,11 @@ class _SweepCutter:
         )
         self._recorded -= lost
         self._flags |= flags
-        n_struck, first = self._n_struck, self._experiment.scan.image_range[0]
+        n_struck, first = self._n_struck, self._experiment.rotation.scan.image_range[0]
         n_valid = self._open.n_valid + n_struck
         report(defects, self._source.n_spikes, n_gone + n_struck, n_valid, first)
 
-    def _metadata_columns(self, experiment: int) -> dict[str, NDArray]:
+    def _metadata_columns(self, experiment: int) -> dict[str, NDArray[Any]]:
         n = len(self._corner)
         known = {
             "refl_row": np.arange(self._first_row, self._first_row + n),
@@ -389,7 +391,7 @@ class _SweepCutter:
 def _spots(prediction: Prediction, extent: SpotExtent, experiment: Experiment) -> Spots:
     """Ellipsoids of predicted spots; pixels and frames of finite width broaden them."""
     zeta = prediction.zeta.numpy().astype(np.float64)
-    along = frame_sigma(extent.sigma_m_deg, zeta, experiment.scan.oscillation[1])
+    along = frame_sigma(extent.sigma_m_deg, zeta, experiment.rotation.scan.oscillation[1])
     across = np.hypot([extent.sigma_x_px, extent.sigma_y_px], np.sqrt(1 / 12))
     sigma = np.column_stack([np.broadcast_to(across, (len(zeta), 2)), along])
     centre = prediction.xyz_px.numpy().astype(np.float64)

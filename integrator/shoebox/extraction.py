@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from braggflux.integrator.crystal.geometry import Experiment
@@ -31,6 +32,8 @@ from braggflux.integrator.shoebox.mask import MaskSettings
 from braggflux.integrator.shoebox.spikes import QuietFrames
 from braggflux.integrator.shoebox.sweep import Sweep
 from braggflux.integrator.version import software
+
+Array = NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +191,7 @@ def _require_rows(
 ) -> None:
     """Refuse a resolution limit that leaves next to nothing of the tables."""
     parts = [
-        1 / np.linalg.norm(index[(index != 0).any(1)] @ experiment.crystal.A.T, axis=1)
+        1 / np.linalg.norm(index[(index != 0).any(1)] @ experiment.rotation.crystal.A.T, axis=1)
         for experiment, table in zip(experiments, tables, strict=True)
         if "miller_index" in table
         for index in [table["miller_index"]]
@@ -214,7 +217,7 @@ def _from_tables(
         record = prediction_from_columns(experiment, table.columns)
         xyz = record.xyz_px
         sizes = [p.image_size for p in experiment.panels]
-        upper = xyz.new_tensor([(*size, experiment.scan.n_images) for size in sizes])
+        upper = xyz.new_tensor([(*size, experiment.rotation.scan.n_images) for size in sizes])
         keep = ((xyz >= 0) & (xyz < upper[record.panel])).all(1)
         keep &= (record.d >= (d_min or 0.0)) & (record.d <= (d_max or np.inf))
         predictions.append(record[keep])
@@ -237,10 +240,10 @@ def _require_agreement(
     for experiment, table, prediction in zip(experiments, tables, predictions, strict=True):
         table.require(["miller_index", "xyzobs.px.value"], "tells where spots were observed")
         index = table["miller_index"].astype(float)
-        inv_d = np.linalg.norm(index @ experiment.crystal.A.T, axis=1)
+        inv_d = np.linalg.norm(index @ experiment.rotation.crystal.A.T, axis=1)
         seen = table["xyzobs.px.value"]
         # of a wedge, the table may be that of the whole sweep; without a centroid it holds zeros
-        on_images = (seen[:, 2] >= 0) & (seen[:, 2] < experiment.scan.n_images)
+        on_images = (seen[:, 2] >= 0) & (seen[:, 2] < experiment.rotation.scan.n_images)
         on_images &= seen[:, :2].any(axis=1)
         in_range = (inv_d > 0) & (inv_d <= 1 / float(prediction.d.min()))
         wanted = np.nonzero(on_images & in_range)[0][:5000]
@@ -264,7 +267,7 @@ def _on_valid_images(experiment: Experiment, prediction: Prediction) -> Predicti
     """Leave out spots whose centroid is on an image that ``exclude_images`` of DIALS took."""
     if not experiment.valid_images:
         return prediction
-    image = np.floor(prediction.xyz_px[:, 2].numpy()) + experiment.scan.image_range[0]
+    image = np.floor(prediction.xyz_px[:, 2].numpy()) + experiment.rotation.scan.image_range[0]
     keep = np.any([(image >= a) & (image <= b) for a, b in experiment.valid_images], axis=0)
     if not keep.all():
         logger.warning(
@@ -282,7 +285,7 @@ def _with_neighbours(
 
     So do those of other lattices on the same images.
     """
-    listed, width = sweep.prediction, sweep.experiment.scan.oscillation[1]
+    listed, width = sweep.prediction, sweep.experiment.rotation.scan.oscillation[1]
     spread = frame_sigma(extent.sigma_m_deg, listed.zeta.numpy(), width)
     limit = max(NEIGHBOUR_RESOLUTION * float(listed.d.min()), detector_limit(sweep.experiment))
     padding = settings.foreground * float(np.quantile(spread, 0.99))
@@ -313,18 +316,16 @@ def _lattices_on_same_images(
     return found
 
 
-def _tolerance(experiment: Experiment) -> np.ndarray:
+def _tolerance(experiment: Experiment) -> Array:
     """(fast, slow, frame) within which a position is that of the same reflection.
 
     Equal indices are far apart otherwise: five pixels and two degrees tell a foreign table
     without troubling an imperfect refinement.
     """
-    return np.array([5.0, 5.0, max(2.0 / abs(experiment.scan.oscillation[1]), 2.0)])
+    return np.array([5.0, 5.0, max(2.0 / abs(experiment.rotation.scan.oscillation[1]), 2.0)])
 
 
-def _distance_to_same_index(
-    hkl: np.ndarray, xyz: np.ndarray, known: Prediction, scale: np.ndarray
-) -> np.ndarray:
+def _distance_to_same_index(hkl: Array, xyz: Array, known: Prediction, scale: Array) -> Array:
     """Distance in units of ``scale`` to a known spot of the same index, (N,); else infinite."""
     far = 1e6  # keeps other indices out of reach
     tree = cKDTree(np.hstack([known.miller_index.numpy() * far, known.xyz_px.numpy() / scale]))
@@ -333,10 +334,11 @@ def _distance_to_same_index(
 
 
 def _check_frames(experiment: Experiment, frames: FrameSource) -> None:
-    if frames.n_images != experiment.scan.n_images:
+    n_images = experiment.rotation.scan.n_images
+    if frames.n_images != n_images:
         raise UserError(
             f"the images hold {frames.n_images} frames, but the scan of the EXPT file has "
-            f"{experiment.scan.n_images}: give the images that the EXPT file was made from"
+            f"{n_images}: give the images that the EXPT file was made from"
         )
     shapes = [tuple(shape) for shape in frames.panel_shapes]
     expected = [panel.shape for panel in experiment.panels]

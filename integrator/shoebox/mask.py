@@ -19,7 +19,7 @@ from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.types import Flag
 
 if TYPE_CHECKING:
-    from braggflux.integrator.io.images import FrameSource
+    from braggflux.integrator.shoebox.sweep import Frames
 
 FloatArray = NDArray[np.float32]
 
@@ -173,7 +173,7 @@ def edge_flags(
     corner: NDArray[np.int64],
     n_frames: NDArray[np.int64],
     panel: NDArray[np.int64],
-    frames: FrameSource,
+    frames: Frames,
     box: tuple[int, int, int],
 ) -> NDArray[np.int64]:
     """Flag boxes that reach over the edge of the panel or of the scan, (N,) int64."""

@@ -24,7 +24,7 @@ from scipy.special import erf, pdtrc
 from braggflux.integrator.shoebox.canvas import INVALID, FrameCanvas
 
 if TYPE_CHECKING:
-    from braggflux.integrator.io.images import FrameSource
+    from braggflux.integrator.shoebox.sweep import Frames
 
 CHANCE = 1e-9
 """Of a count as large or larger, under the largest rate that its surroundings allow."""
@@ -53,7 +53,7 @@ class SpikeFilter:
 
     Parameters
     ----------
-    frames : FrameSource
+    frames : Frames
     canvas : FrameCanvas
         Loaded by :meth:`load`.
     sigma : (float, float, float)
@@ -65,7 +65,7 @@ class SpikeFilter:
 
     def __init__(
         self,
-        frames: FrameSource,
+        frames: Frames,
         canvas: FrameCanvas,
         sigma: tuple[float, float, float],
         *,
@@ -162,7 +162,7 @@ class QuietFrames:
     long as the size of the spots is not known, a spot of a fifth of a pixel would be one.
     """
 
-    def __init__(self, frames: FrameSource) -> None:
+    def __init__(self, frames: Frames) -> None:
         self._frames = frames
         self.n_images, self.panel_shapes = frames.n_images, frames.panel_shapes
         canvas = FrameCanvas(frames.panel_shapes, 2)

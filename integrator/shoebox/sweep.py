@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.prediction.predict import Prediction
 
-if TYPE_CHECKING:
-    from braggflux.integrator.io.images import FrameSource
+
+class Frames(Protocol):
+    """Photons of a sweep, frame by frame: from files, or without what spoils them."""
+
+    n_images: int
+    panel_shapes: list[tuple[int, int]]
+
+    def static_mask(self) -> list[NDArray[np.bool_]]:
+        """Return pixels usable on every frame, one (slow, fast) array per panel."""
+
+    def read(self, frame: int) -> list[NDArray[np.int32]]:
+        """Return the photons of a frame (0-based), per panel; -1 where there is no count."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class Sweep:
     Parameters
     ----------
     experiment : Experiment
-    frames : FrameSource
+    frames : Frames
     prediction : Prediction
         Reflections to cut, centroids on the frames.
     neighbours : Prediction, optional
@@ -28,6 +41,6 @@ class Sweep:
     """
 
     experiment: Experiment
-    frames: FrameSource
+    frames: Frames
     prediction: Prediction
     neighbours: Prediction | None = None

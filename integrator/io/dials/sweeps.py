@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.crystal.geometry import Crystal, Experiment, Goniometer, Scan
+from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.errors import UserError
 
 SAME_LATTICE = 0.01
@@ -18,36 +17,6 @@ SAME_LATTICE = 0.01
 
 DIALS indexes lattices of one image apart from five degrees on, which is 0.09.
 """
-
-
-class Rotation(NamedTuple):
-    """What every experiment has that can be integrated."""
-
-    goniometer: Goniometer
-    scan: Scan
-    crystal: Crystal
-
-
-def require_rotation(experiment: Experiment) -> Rotation:
-    """Models of an experiment that can be integrated.
-
-    Raises
-    ------
-    UserError
-        It cannot; the message says what it lacks.
-    """
-    if experiment.crystal is None:
-        raise UserError(
-            f"experiment {experiment.identifier or '(unnamed)'} has no crystal: give an indexed "
-            "or refined EXPT file"
-        )
-    goniometer, scan = experiment.goniometer, experiment.scan
-    if goniometer is None or scan is None or experiment.is_still:
-        raise UserError(
-            f"experiment {experiment.identifier or '(unnamed)'} is a still: shoeboxes need a "
-            "rotation scan; merge stills with braggflux merge --stills"
-        )
-    return Rotation(goniometer, scan, experiment.crystal)
 
 
 def sweeps_of(experiments: Sequence[Experiment]) -> list[Experiment]:
@@ -62,7 +31,7 @@ def sweeps_of(experiments: Sequence[Experiment]) -> list[Experiment]:
         raise UserError("the EXPT file holds no experiment: give an indexed or refined one")
     sweeps = [e for e in experiments if e.can_be_integrated]
     if not sweeps:
-        require_rotation(experiments[0])
+        _ = experiments[0].rotation  # raises, with the reason
     return sweeps
 
 
@@ -121,7 +90,7 @@ def require_distinct(sweeps: Sequence[Experiment]) -> None:
     for shared in shared_images(sweeps):
         first, second = shared.first, shared.second
         one, other = (
-            "{}-{}".format(*require_rotation(sweeps[i]).scan.image_range) for i in (first, second)
+            "{}-{}".format(*sweeps[i].rotation.scan.image_range) for i in (first, second)
         )
         raise UserError(
             f"experiments {first} (images {one}) and {second} (images {other}) of the .expt are "
@@ -145,8 +114,8 @@ def images_of(experiment: Experiment) -> list[tuple[str, int]]:
 def _change_of_index(first: Experiment, second: Experiment) -> NDArray[np.int64] | None:
     """Give the indices of the first from the second's; None where they are no whole numbers."""
     one, other = (
-        models.goniometer.fixed_rotation @ models.crystal.A
-        for models in map(require_rotation, (first, second))
+        sweep.rotation.goniometer.fixed_rotation @ sweep.rotation.crystal.A
+        for sweep in (first, second)
     )
     change = np.linalg.solve(one, other)
     whole = np.rint(change)
@@ -158,7 +127,7 @@ def _change_of_index(first: Experiment, second: Experiment) -> NDArray[np.int64]
 
 def describe_experiment(experiment: Experiment) -> dict[str, object]:
     """Summarise a sweep for the header of the store, as JSON values."""
-    _, scan, crystal = require_rotation(experiment)
+    _, scan, crystal = experiment.rotation
     images = experiment.images
     return {
         "identifier": experiment.identifier,
