@@ -66,7 +66,7 @@ class MergeConfig:
     reference_intensities: Path | None = None
     # wilson: every amplitude for itself; double-wilson: given its parent (or Bijvoet mate). auto:
     # double-wilson where --parents or a correlation is given.
-    prior: Literal["auto", "wilson", "double-wilson"] = "auto"
+    prior: str = "auto"
     # Correlation r of an amplitude with its parent; by shell from held-out data when null.
     correlation: float | None = None
     # SIGF of coupled amplitudes: amplitude is right for F alone; difference leaves out what

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from braggflux.integrator.errors import UserError
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.prior.base import AmplitudePrior
 from braggflux.merge.prior.double_wilson import DoubleWilson
@@ -24,6 +25,17 @@ PRIORS: dict[str, Maker] = {
 }
 
 
+def check_prior(name: str) -> None:
+    """Check that there is a prior of this name.
+
+    Raises
+    ------
+    UserError
+    """
+    if name not in {"auto", *PRIORS}:
+        raise UserError(f"prior must be one of auto, {', '.join(PRIORS)}, got {name!r}")
+
+
 def build_prior(
     rows: UniqueRows, config: MergeConfig, f_calc: Tensor | None = None
 ) -> AmplitudePrior:
@@ -36,7 +48,13 @@ def build_prior(
         Under ``prior`` "auto", rows that have parents resemble them.
     f_calc : Tensor, (R,), optional
         Amplitudes of a model on any scale, NaN where there is none.
+
+    Raises
+    ------
+    UserError
+        There is no prior of the configured name.
     """
+    check_prior(config.prior)
     prior: AmplitudePrior = Wilson.of_rows(rows, config.n_wilson_knots, config.anisotropic)
     if f_calc is not None:
         prior = Reference(prior, f_calc, config.n_reference_shells)

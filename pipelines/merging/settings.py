@@ -10,6 +10,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.observations import PHOTON_VARIANCE, UnmergedData
 from braggflux.merge.likelihood.registry import likelihood_class
+from braggflux.merge.prior.registry import check_prior
 from braggflux.merge.problem import MergeProblem
 from braggflux.pipelines.config.idle_options import Rule, say_idle
 
@@ -115,9 +116,10 @@ def settled(
     Raises
     ------
     UserError
-        Parents or r are given together with Wilson's prior, or an unknown likelihood.
+        Parents or r are given together with Wilson's prior, or an unknown likelihood or prior.
     """
     likelihood_class(config.likelihood)
+    check_prior(config.prior)
     has_parents = any(parent is not None for parent in parents or ())
     asked = ["--parents"] * has_parents + ["--correlation"] * (config.correlation is not None)
     if config.prior == "wilson" and asked:

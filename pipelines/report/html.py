@@ -13,7 +13,7 @@ import numpy as np
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.run import RunConfig, schema
-from braggflux.pipelines.report import plots
+from braggflux.pipelines.report import figures, plots
 from braggflux.pipelines.report.epochs import published_table, write_published_table
 from braggflux.pipelines.workspace import provenance
 from braggflux.pipelines.workspace.rundir import RunDirectory, read_rows
@@ -56,7 +56,7 @@ def write_report(run: RunDirectory) -> Path:
 
 def collect(run: RunDirectory) -> dict[str, Any]:
     """Gather everything that the page shows."""
-    metrics, peaks = run.read_metrics(), run.read_peaks()
+    metrics = run.read_metrics()
     statistics, comparison = read_rows(run.statistics_file), read_rows(run.compare_file)
     header, rows, notes = published_table(run)
     record = run.read_provenance()
@@ -70,11 +70,9 @@ def collect(run: RunDirectory) -> dict[str, Any]:
         "changes": schema.difference(config, RunConfig()),
         "written": provenance.now(),
         "peaks": {"header": header, "rows": rows, "notes": notes},
-        "peaks_figure": plots.peak_heights(peaks),
-        "objective_figure": plots.objective(metrics),
+        "figures": figures.drawn(run),
         "last_epoch": _last_epoch(metrics),
         "statistics": _shell_table(statistics),
-        "statistics_figure": plots.shell_statistics(statistics),
         "comparisons": _comparisons(comparison),
         "shoeboxes": _shoeboxes(run.shoebox_examples),
     }
@@ -110,7 +108,7 @@ def _shell_name(row: dict[str, str]) -> str:
 
 def _comparisons(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     """One table, and a figure where bars say more, for each comparison of compare.csv."""
-    figures = {
+    shown = {
         "merged against the truth by resolution [A]": ("cc Bijvoet", "R F"),
         "observations against true photons": ("rms error", "spread of z"),
         "observations against true photons, not cut by an edge or gap": (
@@ -136,7 +134,7 @@ def _comparisons(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
                 "header": ["", *(f"{metric} ({subject})" for metric, subject in columns)],
                 "rows": body,
                 "reasons": list(dict.fromkeys(r["reason"] for r in entries if r["reason"])),
-                "figure": plots.comparison_by_bin(rows, title, figures.get(title, ())),
+                "figure": plots.comparison_by_bin(rows, title, shown.get(title, ())),
             }
         )
     return tables

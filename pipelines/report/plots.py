@@ -23,7 +23,8 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 #: Sites drawn as lines; the table has all.
 MAX_SITES = 6
 MAX_SHOEBOXES = 8
-_STYLE = {
+#: Of all figures, for :func:`matplotlib.rc_context`.
+STYLE = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,7 +53,7 @@ def peak_heights(peaks: Rows) -> str | None:
         sites.setdefault(name, {})[p["epoch"]] = p["peak_sigma"]
     last = epochs[-1]
     strongest = sorted(sites, key=lambda s: -(sites[s].get(last) or 0.0))[:MAX_SITES]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 4.2))
         axes = figure.subplots()
         for name, colour in zip(strongest, PALETTE, strict=False):
@@ -65,7 +66,7 @@ def peak_heights(peaks: Rows) -> str | None:
         axes.set_ylim(bottom=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
-        return _svg(figure)
+        return svg(figure)
 
 
 def objective(metrics: Rows) -> str | None:
@@ -81,7 +82,7 @@ def objective(metrics: Rows) -> str | None:
         return None
     n_columns = min(3, len(wanted))
     n_rows = -(-len(wanted) // n_columns)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 2.4 * n_rows))
         panels = figure.subplots(n_rows, n_columns, squeeze=False).ravel()
         for panel, key in zip(panels, wanted, strict=False):
@@ -92,7 +93,7 @@ def objective(metrics: Rows) -> str | None:
             panel.xaxis.get_major_locator().set_params(integer=True)
         for panel in panels[len(wanted) :]:
             panel.set_axis_off()
-        return _svg(figure)
+        return svg(figure)
 
 
 def shell_statistics(rows: Rows) -> str | None:
@@ -113,7 +114,7 @@ def shell_statistics(rows: Rows) -> str | None:
             ("z_spread_anom", "anomalous"),
         ),
     }
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 5.4))
         for axes, (title, lines) in zip(
             figure.subplots(2, 2).ravel(), panels.items(), strict=True
@@ -129,7 +130,7 @@ def shell_statistics(rows: Rows) -> str | None:
             _label_with_d(axes, x)
             if len(lines) > 1:
                 axes.legend()
-        return _svg(figure)
+        return svg(figure)
 
 
 def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | None:
@@ -145,7 +146,7 @@ def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | N
     subjects = list(dict.fromkeys(r["subject"] for r in chosen))
     bins = list(dict.fromkeys(r["bin"] for r in chosen))
     values = {(r["bin"], r["metric"], r["subject"]): float(r["value"]) for r in chosen}
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 2.9))
         panels = figure.subplots(1, len(metrics), squeeze=False)[0]
         for axes, metric in zip(panels, metrics, strict=True):
@@ -160,7 +161,7 @@ def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | N
             axes.set_xticks(range(len(bins)), bins, rotation=40, ha="right", fontsize=8)
         if len(subjects) > 1:
             panels[0].legend(fontsize=8)
-        return _svg(figure)
+        return svg(figure)
 
 
 def shoebox(counts: NDArray, rate: NDArray | None, is_valid: NDArray) -> str:
@@ -184,7 +185,7 @@ def shoebox(counts: NDArray, rate: NDArray | None, is_valid: NDArray) -> str:
             ("residual / sigma", residual, "RdBu_r", 4),
         ]
     top = max(float(observed.max()) if observed.count() else 0.0, 1.0)
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(1.55 * len(images), 1.75))
         for axes, (title, image, colours, limit) in zip(
             figure.subplots(1, len(images), squeeze=False)[0], images, strict=True
@@ -214,7 +215,8 @@ def _number(value: Any) -> float:
     return np.nan if value in (None, "") else float(value)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """Return a figure as a data URI."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
