@@ -91,6 +91,8 @@ TOP_LEVEL = {
     "tests",
     "fixtures",
     "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
     "LICENSE",
     "Makefile",
     "docs",
