@@ -178,6 +178,9 @@ def test_the_old_name_of_the_prior_model(pair, tmp_path, caplog):
             True,
             "n_correlation_shells=5",
         ),
+        ({"merge.correlation": 0.99, "merge.n_correlation_shells": 5}, False, "shells=5"),
+        ({"merge.epochs": 5}, False, "merge.epochs=5"),
+        ({"merge.stills": True}, False, "merge.stills=True"),
         ({"dials.nproc": 2}, False, "dials.nproc=2"),
         ({"reference": "known.mtz"}, True, "reference=known.mtz"),
         (
@@ -186,6 +189,7 @@ def test_the_old_name_of_the_prior_model(pair, tmp_path, caplog):
             "dials.scale_args",
         ),
         ({"dials.nproc": 2, "merge.n_correlation_shells": 5}, True, None),
+        ({"merge.photon_counts": False, "merge.prior": "wilson"}, False, None),
         ({"reference": "known.mtz", "extraction.n_sigma": 3.0}, False, None),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
@@ -13,6 +14,7 @@ import yaml
 
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
+from braggflux.pipelines.config.renamed import RENAMED
 from braggflux.pipelines.config.run import (
     REFERENCE_CONFIG,
     DialsConfig,
@@ -112,6 +114,29 @@ def test_wrong_options_are_named(mapping, message):
         schema.from_mapping(RunConfig, mapping)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", RENAMED)
+def test_options_of_earlier_versions_are_refused_with_a_remedy(key, tmp_path):
+    """In a file, and as a flag."""
+    section, name = key.split(".")
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{section}: {{{name}: 1}}\n")
+    for give in (lambda: RunConfig.load(file), lambda: parse("--set", f"{key}=1")):
+        with pytest.raises(UserError) as error:
+            give()
+        assert str(error.value) == f"{key} is an option of an earlier version; {RENAMED[key]}"
+
+
+def test_remedies_name_options_that_exist():
+    known = schema.flatten(schema.to_mapping(RunConfig()))
+    assert not set(RENAMED) & set(known)
+    for remedy in RENAMED.values():
+        named = [w.partition("=")[0] for w in re.findall(r"[a-z]+\.[a-z_]+(?:=[\w-]+)?", remedy)]
+        assert named or remedy.startswith("leave it out: "), remedy
+        assert set(named) <= set(known), remedy
+    given = {"merge.prior": "wilson", "merge.photon_counts": "false", "training.merge_steps": 9}
+    assert schema.updated(RunConfig(), given).merge.photon_counts is False
 
 
 @pytest.mark.parametrize(
