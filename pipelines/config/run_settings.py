@@ -24,7 +24,10 @@ _MERGE_RULES: tuple[Rule, ...] = (
     (
         tuple(
             f"merge.{name}"
-            for name in ("absorption_order", "b_factor_spacing_deg", "drift_spacing_deg")
+            for name in (
+                *("absorption_order", "b_factor_spacing_deg", "drift_spacing_deg"),
+                "detector_network_width",
+            )
         ),
         lambda c: not c.merge.physical_scale,
         "merge.physical_scale is false",
@@ -33,6 +36,21 @@ _MERGE_RULES: tuple[Rule, ...] = (
         ("merge.n_correlation_shells",),
         lambda c: not c.merge.anomalous or c.merge.prior == "wilson" or c.merge.correlation,
         "r of Bijvoet mates is not estimated",
+    ),
+    (
+        ("merge.prior",),
+        lambda c: c.merge.prior == "double-wilson" and not c.merge.anomalous,
+        "Bijvoet mates are merged together (merge.anomalous is false)",
+    ),
+    (
+        ("merge.correlation",),
+        lambda c: c.merge.prior == "wilson" or not c.merge.anomalous,
+        "no amplitudes are coupled",
+    ),
+    (
+        ("merge.dof",),
+        lambda c: c.merge.likelihood == "normal",
+        "a Normal has no degrees of freedom",
     ),
     (
         tuple(f"merge.{name}" for name in ("epochs", "batch_size", "seed", "device", "d_min")),

@@ -20,7 +20,8 @@ from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.formats.photon_table import STORE_ROW, photon_observations
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import MergeProblem, build_problem
-from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.config.run import RunConfig, RunMergeConfig
+from braggflux.pipelines.config.run_settings import OF_MERGES_ALONE
 from braggflux.pipelines.integration.checks import crystal_form, one_wavelength
 from braggflux.pipelines.integration.joint_model import JointModel
 
@@ -72,7 +73,8 @@ def build(store: ShoeboxStore, config: RunConfig) -> Problem:
     torch.manual_seed(config.training.seed)
     integrator = build_integrator(store, config.integrator)
     start_from_strong_spots(integrator, store, config.training.seed)
-    merging, model = join(integrator, store, _settings(store, config))
+    settings = merge_settings(config, float(store.metadata().d.min()))
+    merging, model = join(integrator, store, settings)
     return Problem(store, merging, model, wavelength)
 
 
@@ -89,19 +91,25 @@ def join(
     return merging, model
 
 
-def _settings(store: ShoeboxStore, config: RunConfig) -> MergeConfig:
-    """Return the settings of the merge with what a run decides."""
-    d_min = config.extraction.d_min or float(store.metadata().d.min())
-    prior = config.merge.prior
-    if prior == "auto":
-        prior = "double-wilson" if config.merge.anomalous else "wilson"
+def merge_settings(config: RunConfig, d_min: float) -> MergeConfig:
+    """Return the settings of the merge with what a run decides.
+
+    Parameters
+    ----------
+    config : RunConfig
+    d_min : float
+        Of the observations [A].
+    """
+    defaults = RunMergeConfig()
+    given = {name: getattr(defaults, name) for name in OF_MERGES_ALONE}
+    given |= {"overloads": "keep", "resolve_ambiguity": "none"}
+    is_coupled = config.merge.anomalous and config.merge.prior != "wilson"
     return replace(
         config.merge,
+        **given,
         # a hair beyond: the cell of a scan-varying crystal differs a little from frame to frame
-        d_min=d_min * 0.999,
-        prior=prior,
-        overloads="keep",
-        resolve_ambiguity="none",
+        d_min=(config.extraction.d_min or d_min) * 0.999,
+        prior="double-wilson" if is_coupled else "wilson",
         seed=config.training.seed,
     )
 

@@ -17,6 +17,7 @@ from braggflux.pipelines import cli
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.config.run_settings import say_idle_of_run
 from braggflux.pipelines.config.schema import updated
+from braggflux.pipelines.integration.problem import merge_settings
 from braggflux.pipelines.merging.settings import settled
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
@@ -181,6 +182,9 @@ def test_the_old_name_of_the_prior_model(pair, tmp_path, caplog):
         ({"merge.correlation": 0.99, "merge.n_correlation_shells": 5}, False, "shells=5"),
         ({"merge.epochs": 5}, False, "merge.epochs=5"),
         ({"merge.stills": True}, False, "merge.stills=True"),
+        ({"merge.anomalous": False, "merge.prior": "double-wilson"}, False, "double-wilson"),
+        ({"merge.prior": "wilson", "merge.correlation": 0.99}, False, "merge.correlation=0.99"),
+        ({"merge.likelihood": "normal", "merge.dof": 8.0}, False, "merge.dof=8.0"),
         ({"dials.nproc": 2}, False, "dials.nproc=2"),
         ({"reference": "known.mtz"}, True, "reference=known.mtz"),
         (
@@ -198,3 +202,17 @@ def test_idle_options_of_a_run(options, is_process, named, caplog):
     said = [r.message for r in caplog.records]
     assert len(said) == (named is not None)
     assert named is None or named in said[0]
+
+
+def test_what_a_run_calls_idle_does_not_act():
+    """Options of merges alone, and Bijvoet mates that are not there."""
+    options = {"merge.laue": True, "merge.flicker": "off", "merge.falloff": "scale"}
+    options |= {"merge.network_width": 4, "merge.alternatives": "on", "merge.anomalous": False}
+    given = updated(RunConfig(), options | {"merge.prior": "double-wilson"})
+    plain = updated(RunConfig(), {"merge.anomalous": False})
+    assert merge_settings(given, 2.0) == merge_settings(plain, 2.0)
+    assert merge_settings(plain, 2.0).prior == "wilson"
+    assert merge_settings(RunConfig(), 2.0).prior == "double-wilson"
+    acting = updated(RunConfig(), {"merge.prior": "wilson", "extraction.d_min": 3.0})
+    assert merge_settings(acting, 2.0).prior == "wilson"
+    assert merge_settings(acting, 2.0).d_min == pytest.approx(3.0, rel=2e-3)
