@@ -58,6 +58,7 @@ class FullBatchFit:
             merger.zero_grad(set_to_none=True)
             terms = merger.loss(batch, merger.inference())
             (-elbo(terms)).backward()
+            merger.information = terms.information
             merger.scale.newton_step(batch, terms.observation_information)
             amplitudes.move(terms.information, terms.row_weight, DAMPING)
             self.optimizer.step()
