@@ -12,6 +12,7 @@ from simulated_priors import crystal, fitted, observe
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.crystal.symmetry import rotations
 from braggflux.merge.config import MergeConfig
+from braggflux.merge.fit.training import start
 from braggflux.merge.prior.anisotropy import B_SD, anisotropic_design, invariant_tensors
 from braggflux.merge.prior.wilson import Wilson
 from braggflux.merge.rows import UniqueRows
@@ -123,18 +124,17 @@ def test_without_anisotropy_none_is_found():
     assert merger.prior.anisotropic_b() is None
 
 
-def test_joint_program_has_the_tensor_only_where_asked():
+def test_the_tensor_is_there_only_where_asked():
     experiment = simulate(d_min=5.0)
-    plain = experiment.merger()
+    plain = experiment.merging(anisotropic=False).merger
     assert not [name for name in plain.state_dict() if "anisotrop" in name or "tensor" in name]
-    merger = experiment.merger(anisotropic=True)
-    merger.start(experiment.batch)
-    terms = merger.loss(experiment.batch, merger.inference())
-    own = terms.scale_penalty - merger.scale.penalty()
-    torch.testing.assert_close(
-        own, 0.5 * ((merger.prior.wilson.tensor_coefficients() / B_SD) ** 2).sum()
-    )
-    (terms.kl_structure_factor.sum() + terms.scale_penalty).backward()
-    gradient = merger.prior.wilson.anisotropy.grad
+    merging = experiment.merging()
+    merger = merging.merger
+    start(merger, merging.table)
+    terms = merger.loss(merging.table.everything(), merger.inference())
+    own, wilson = terms.scale_penalty - merger.scale.penalty(), merger.prior.part(Wilson)
+    torch.testing.assert_close(own, 0.5 * ((wilson.tensor_coefficients() / B_SD) ** 2).sum())
+    (terms.kl_structure_factor + terms.scale_penalty).backward()
+    gradient = wilson.anisotropy.grad
     assert gradient.shape == (2,)
     assert (gradient != 0).all()
