@@ -15,7 +15,7 @@ braggflux run refined.expt refined.refl --model model.pdb --out run --resume
 braggflux run refined.expt refined.refl --model model.pdb --out run2 \
     --coupling staged --epochs 6 --d-min 2.0 --reference dials/merged.mtz
 braggflux run refined.expt refined.refl --model model.pdb --out plain \
-    --set merge.handover=gaussian --set merge.double_wilson=false --set merge.physical_scale=false
+    --set merge.photon_counts=false --set merge.prior=wilson --set merge.physical_scale=false
 braggflux run --config run/config.yaml --out again
 """
 

@@ -211,7 +211,7 @@ def test_spoilt_input(name, job, tiny, capsys):
         (["--coupling", "loose"], "training.coupling must be"),
         (["--device", "gpu"], "`device` must be auto, cpu, cuda or cuda:N"),
         (["--set", "training.epoch=3"], "epoch"),
-        (["--set", "merge.n_nodes"], "--set must be KEY=VALUE"),
+        (["--set", "merge.prior"], "--set must be KEY=VALUE"),
         (["--set", "merge.anomalous=perhaps"], "merge.anomalous"),
         (["--reference", "none.mtz"], "none.mtz does not exist"),
     ],
