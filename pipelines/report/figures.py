@@ -1,7 +1,7 @@
 """The figures of the report. A new one is a function that draws it and a line in :data:`FIGURES`.
 
 A figure is drawn from the files of a run directory alone, so that `braggflux report` can draw it
-of any earlier run.
+again.
 """
 
 from __future__ import annotations
