@@ -69,9 +69,9 @@ class MergeConfig:
     prior: str = "auto"
     # Correlation r of an amplitude with its parent; by shell from held-out data when null.
     correlation: float | None = None
-    # SIGF of coupled amplitudes: amplitude is right for F alone; difference leaves out what
-    # relatives have in common, for programs that weigh differences as if F were independent. auto:
-    # difference where --parents are given.
+    # SIGF where --parents are given: amplitude is right for F alone; difference, which auto means,
+    # leaves out what relatives have in common, for programs that weigh differences as if F were
+    # independent. Bijvoet mates have their difference in columns of its own, DANO and SIGDANO.
     sigma: Literal["auto", "amplitude", "difference"] = "auto"
     # Resolution shells of r.
     n_correlation_shells: int = 10
@@ -112,8 +112,8 @@ class MergeConfig:
     learning_rate: float = 0.02
     # Step of the networks.
     network_learning_rate: float = 0.01
-    # Half-set pairs in the MTZ (F1 F2, then F3 F4, ...), each another random split; CC1/2, CCanom
-    # and the spread of z are averaged over them.
+    # Half-set pairs in half_sets.mtz (F1 F2, then F3 F4, ...), each another random split; CC1/2,
+    # CCanom and the spread of z are averaged over them.
     half_set_repeats: int = 1
     # Same seed, same result on the CPU.
     seed: int = 0

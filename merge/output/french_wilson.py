@@ -6,12 +6,15 @@ normal about an amplitude that a model gives (:mod:`braggflux.merge.prior.refere
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 N_NODES = 256
 ROWS_AT_A_TIME = 1024  # of the quadrature
 N_SIGMA = 7.0
+LEAST_LOG = 25.0  # below the maximum of the log-density: no mass
 
 
 def french_wilson(
@@ -56,15 +59,47 @@ def _french_wilson(
     decay = N_SIGMA**2 * sigma**2 / centre.abs().clamp_min(1e-30)
     upper = torch.where(centre < -N_SIGMA * sigma, torch.minimum(upper, decay.sqrt()), upper)
     lower = (centre - N_SIGMA * sigma).clamp_min(0.0).sqrt()
-    share = (torch.arange(N_NODES, dtype=expected.dtype, device=expected.device) + 0.5) / N_NODES
-    f = lower[:, None] + (upper - lower)[:, None] * share
-    log_p = -0.5 * ((f**2 - centre[:, None]) / sigma[:, None]) ** 2
-    log_p = log_p + torch.where(is_centric[:, None], 0.0, 1.0) * f.log()
+
+    def log_density(f: Tensor) -> Tensor:
+        log_p = -0.5 * ((f**2 - centre[:, None]) / sigma[:, None]) ** 2
+        log_p = log_p + torch.where(is_centric[:, None], 0.0, 1.0) * f.log()
+        return log_p + _over_wilson(f, expected, is_centric, *model) if model else log_p
+
     if model:
-        log_p = log_p + _over_wilson(f, expected, is_centric, *model)
-    p = torch.softmax(log_p, -1)
+        lower, upper = _where_the_mass_is(log_density, lower, upper, *model)
+    f = _nodes(lower, upper)
+    p = torch.softmax(log_density(f), -1)
     mean = (p * f).sum(-1)
     return mean, (p * (f - mean[:, None]) ** 2).sum(-1).sqrt()
+
+
+def _nodes(lower: Tensor, upper: Tensor) -> Tensor:
+    """Middles of equal parts of each row's range, (R, Q)."""
+    share = (torch.arange(N_NODES, dtype=lower.dtype, device=lower.device) + 0.5) / N_NODES
+    return lower[:, None] + (upper - lower)[:, None] * share
+
+
+def _where_the_mass_is(
+    log_density: Callable[[Tensor], Tensor],
+    lower: Tensor,
+    upper: Tensor,
+    centre: Tensor,
+    variance: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Range of the posterior, (R,) each: data and model may contradict each other.
+
+    ``lower`` and ``upper`` are the range that the data allow; ``centre`` and ``variance`` the
+    model's, NaN for none.
+    """
+    width = N_SIGMA * variance.sqrt()
+    lower = torch.fmin(lower, (centre - width).clamp_min(0.0))
+    upper = torch.fmax(upper, centre + width)
+    f, step = _nodes(lower, upper), (upper - lower) / N_NODES
+    log_p = log_density(f)
+    has_mass = log_p > log_p.amax(-1, keepdim=True) - LEAST_LOG
+    first = torch.where(has_mass, f, torch.inf).amin(-1)
+    last = torch.where(has_mass, f, -torch.inf).amax(-1)
+    return (first - step).clamp_min(0.0), last + step
 
 
 def _over_wilson(

@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Asked:
-    """Options, and whether a model's amplitudes and saved scales go with them."""
+    """Options, and whether parents, a model's amplitudes and saved scales go with them."""
 
     config: MergeConfig
+    has_parents: bool
     has_model: bool
     has_scales: bool
 
@@ -47,9 +48,14 @@ RULES: tuple[Rule, ...] = (
     ),
     (("dof",), lambda a: a.config.likelihood == "normal", "a Normal has no degrees of freedom"),
     (
-        ("sigma", "n_correlation_shells"),
+        ("n_correlation_shells",),
         lambda a: a.config.prior != "double-wilson",
         "no amplitudes are coupled; give --parents, or --prior double-wilson",
+    ),
+    (
+        ("sigma",),
+        lambda a: not a.has_parents,
+        "no dataset has parents, and F(+), F(-) are each from its own observations",
     ),
     (("n_correlation_shells",), lambda a: a.config.correlation is not None, "r is given"),
     (("n_reference_shells",), lambda a: not a.has_model, "there is no --prior-model"),
@@ -137,7 +143,7 @@ def settled(
         logger.info("parents are named: prior %s, sigma of the %s", prior, sigma)
     config = replace(config, prior=prior, sigma=sigma)
     standard = replace(MergeConfig(), prior=prior, sigma="amplitude")
-    say_idle(_Asked(config, has_model, has_scales), RULES, config, standard)
+    say_idle(_Asked(config, has_parents, has_model, has_scales), RULES, config, standard)
     return config
 
 

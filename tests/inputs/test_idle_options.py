@@ -99,6 +99,7 @@ def test_what_auto_means():
         ({"laue": True, "drift_spacing_deg": 5.0}, "drift_spacing_deg=5.0"),
         ({"likelihood": "normal", "dof": 8.0}, "dof=8.0"),
         ({"sigma": "difference"}, "sigma=difference"),
+        ({"anomalous": True, "prior": "double-wilson", "sigma": "difference"}, "sigma=difference"),
         ({"n_correlation_shells": 5}, "n_correlation_shells=5"),
         ({"n_reference_shells": 5}, "n_reference_shells=5"),
         ({"network_width": 0, "metadata": ("X", "Y")}, "metadata=['X', 'Y']"),
@@ -121,7 +122,7 @@ def test_idle_options_are_named(options, named, caplog):
         {"laue": True, "laue_lp": True, "wilson_b": 20.0, "n_spectrum_knots": 20},
         {"stills": True, "stream_above": 0, "falloff": "sphere"},
         {"absorption_order": 6, "dof": 8.0},
-        {"anomalous": True, "prior": "double-wilson", "sigma": "difference"},
+        {"anomalous": True, "prior": "double-wilson", "n_correlation_shells": 5},
     ],
 )
 def test_options_that_act_are_not_named(options, caplog):

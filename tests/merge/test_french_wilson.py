@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from scipy import integrate
+from scipy import integrate, stats
 
 from braggflux.merge.output.french_wilson import french_wilson
 
@@ -156,3 +156,38 @@ def test_bias_free_on_data_drawn_from_the_prior():
     z = (mean - np.sqrt(intensity)) / sd
     assert abs((mean - np.sqrt(intensity)).mean()) < 5 * np.sqrt(intensity).std() / 20_000**0.5
     assert (z**2).mean() == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("centric", [False, True])
+@pytest.mark.parametrize("sigma_a", [0.3, 0.9, 0.99])
+@pytest.mark.parametrize("e_calc", [0.2, 1.0, 2.5])
+@pytest.mark.parametrize(
+    ("intensity", "sigma"), [(-1.0, 2.0), (6.0, 2.0), (30.0, 3.0), (5.0, 40.0)]
+)
+def test_prior_about_a_model_equals_quadrature(intensity, sigma, e_calc, sigma_a, centric):
+    """Rice's law or the folded normal about D F_calc, by SciPy's own densities."""
+    expected = 10.0
+    centre, variance = sigma_a * e_calc * expected**0.5, (1 - sigma_a**2) * expected
+    width = (variance if centric else variance / 2) ** 0.5
+    prior = (stats.foldnorm if centric else stats.rice)(centre / width, scale=width)
+    f = np.linspace(1e-6, 12 * expected**0.5, 200_001)
+    log_p = prior.logpdf(f) - 0.5 * ((f**2 - intensity) / sigma) ** 2
+    p = np.exp(log_p - log_p.max())
+    p /= p.sum()
+    mean = (p * f).sum()
+    given = [torch.tensor([x], dtype=torch.float64) for x in (intensity, sigma, expected)]
+    model = tuple(torch.tensor([x], dtype=torch.float64) for x in (centre, variance))
+    found, spread = french_wilson(*given, torch.tensor([centric]), model)
+    assert float(found) == pytest.approx(mean, rel=2e-3)
+    assert float(spread) == pytest.approx((p * (f - mean) ** 2).sum() ** 0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize("centric", [False, True])
+def test_without_a_model_or_belief_in_it_the_prior_is_wilsons(centric):
+    given = [torch.tensor([x, x], dtype=torch.float64) for x in (3.0, 2.0, 10.0)]
+    flags = torch.tensor([centric, centric])
+    centre = torch.tensor([torch.nan, 0.0], dtype=torch.float64)
+    variance = torch.tensor([torch.nan, 10.0], dtype=torch.float64)
+    found = french_wilson(*given, flags, (centre, variance))
+    for a, b in zip(found, french_wilson(*given, flags), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=0.0)

@@ -23,6 +23,7 @@ from braggflux.merge.scale.term import ScaleTerm
 from braggflux.merge.scale.terms.absorption import HARMONIC_SD, Absorption, real_harmonics
 from braggflux.merge.scale.terms.b_factor import B_SD, BFactor
 from braggflux.merge.scale.terms.detector import DetectorResponse
+from braggflux.merge.scale.terms.falloff import Falloff
 from braggflux.merge.scale.terms.frames import DAMPING, MAX_STEP, FrameScale
 from braggflux.merge.scale.terms.known import KnownScale
 
@@ -97,6 +98,12 @@ def test_b_factor_is_piecewise_linear_with_mean_zero():
     fresh = model.fresh_crystal_factor(torch.tensor([0.0, 0.1, 0.25]))
     change = along.mean() - float(b[0])
     np.testing.assert_allclose(fresh, np.exp(0.5 * change * np.array([0.0, 0.1, 0.25])), rtol=1e-6)
+    # unless the falloff is a matter of the scale: then amplitudes have that which was asked for
+    falloff = Falloff(2)
+    keeping = ScaleModel({"b_factor": term, "falloff": falloff})
+    np.testing.assert_array_equal(keeping.fresh_crystal_factor(torch.tensor([0.1])), fresh[1:2])
+    falloff.add(torch.tensor([0.01, 0.1]), torch.tensor([0.0, -1.0]))
+    assert keeping.fresh_crystal_factor(torch.tensor([0.1])).tolist() == [1.0]
     none = ScaleModel({"known": KnownScale()}).fresh_crystal_factor(torch.tensor([0.1, 0.2]))
     assert none.tolist() == [1.0, 1.0]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from braggflux.fixtures.unmerged import UnmergedSettings, unmerged_sweep
-from braggflux.merge.config import IntensityMergeConfig
+from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.pipelines.inputs.inputs import MergeInputs
 from braggflux.pipelines.maps.difference_map import weighted_differences
@@ -36,7 +36,7 @@ def merged(sweep, tmp_path_factory):
     r = float(np.sqrt(1 - 2 * np.mean((plus - minus) ** 2) / np.mean(plus**2)))
     files = {}
     for prior, correlation in (("wilson", None), ("double-wilson", r)):
-        config = IntensityMergeConfig(
+        config = MergeConfig(
             anomalous=True, epochs=60, prior=prior, correlation=correlation
         )
         inputs = MergeInputs((folder / "unmerged.mtz",), folder / prior)
