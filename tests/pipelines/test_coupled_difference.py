@@ -36,9 +36,7 @@ def merged(sweep, tmp_path_factory):
     r = float(np.sqrt(1 - 2 * np.mean((plus - minus) ** 2) / np.mean(plus**2)))
     files = {}
     for prior, correlation in (("wilson", None), ("double-wilson", r)):
-        config = MergeConfig(
-            anomalous=True, epochs=60, prior=prior, correlation=correlation
-        )
+        config = MergeConfig(anomalous=True, epochs=60, prior=prior, correlation=correlation)
         inputs = MergeInputs((folder / "unmerged.mtz",), folder / prior)
         (path,) = merge(inputs, config)
         files[prior] = read_merged_mtz(path)
