@@ -41,12 +41,12 @@ def solve_amplitudes(merger: Merger, sums: ObservationSums) -> None:
     target = sums.spread + step
     newton = RowNewton(merger)
     parameters = [merger.log_spread_step, merger.log_concentration]
-    weight = torch.ones_like(information)
+    weight, none = torch.ones_like(information), information.new_zeros(0)  # no observation here
     for _ in range(N_STEPS):
         q = merger.inference()
         square = (q.spread - target) ** 2 + q.spread**2 / q.concentration
         log_likelihood, kl = -0.5 * (precision * square).sum(), merger.prior.kl(q).sum()
-        terms = MergeTerms(log_likelihood, kl, torch.zeros_like(kl), information, weight)
+        terms = MergeTerms(log_likelihood, kl, torch.zeros_like(kl), information, weight, none)
         (-elbo(terms)).backward(inputs=parameters)
         newton.move(precision * q.spread.detach() ** 2, weight, DAMPING)
     merger.information = precision * merger.inference().spread.detach() ** 2
