@@ -123,15 +123,17 @@ def set_correlation(
     n_shells = len(prior.one_minus_r2)
     found = [_mean(value[shell == s]) for s in range(n_shells)]
     smoothed = smooth(found)
+    if smoothed is None:  # too few pairs in every shell: all shells together
+        smoothed = smooth([_mean(value)])
     if smoothed is None:
         logger.warning(
-            "fewer than %d pairs of relatives in every shell: r stays at %.4f",
+            "fewer than %d pairs of relatives: r stays at %.4f",
             *(MIN_PAIRS, float(prior.correlation.mean())),
         )
     else:
         prior.one_minus_r2.copy_(smoothed)
     chosen = prior.correlation.tolist()
-    logger.info("r by shell, low to high resolution: %s", " ".join(f"{r:.4f}" for r in chosen))
+    logger.debug("r by shell, low to high resolution: %s", " ".join(f"{r:.4f}" for r in chosen))
     return [
         {
             "shell": s,

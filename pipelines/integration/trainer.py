@@ -29,13 +29,15 @@ from braggflux.integrator.types import IntensityTable, ShoeboxBatch
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.full_batch import FullBatchFit, restart_doubted
 from braggflux.merge.fit.half_set_correlation import half_set_correlation
-from braggflux.merge.fit.training import start
+from braggflux.merge.fit.training import fit, start
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.integration.joint_model import ElboTerms, assemble_elbo
 from braggflux.pipelines.integration.problem import Problem
 
 GRADIENT_CLIP = 10.0
+#: Newton steps of the amplitudes at epoch 0, with the scales that they were started from.
+FIRST_STEPS = 20
 #: Boxes that a CPU works on at once: their arrays stay in its cache, which is twice as fast.
 CPU_ROWS = 512
 Progress = Callable[[int, int], None]
@@ -106,6 +108,8 @@ class Trainer:
         table = self.merge_table()
         start(self.model.merger, table)
         self._update_correlation(table)
+        # mates start alike
+        fit(self.model.merger, table, self.config.merge, epochs=FIRST_STEPS, with_scales=False)
         return self._result(0, began, self._full_batch_terms(table), None)
 
     def run_epoch(self, progress: Progress | None = None) -> EpochResult:
