@@ -74,7 +74,7 @@ class Expectation:
     scale : Tensor
         K; with harmonics, ``mean`` over <F^2> of the first.
     common : Tensor or None
-        Error s m that the observations of a cluster share.
+        Error s m that the observations of a cluster share; laws without one leave it out.
     alternatives : Alternatives or None
         What else may have been measured.
     shared : Tensor or None

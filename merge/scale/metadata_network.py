@@ -144,7 +144,7 @@ class MetadataNetwork(nn.Module):
 
     def penalty(self) -> Tensor:
         """Minus the log-prior, up to a constant, () [nats]."""
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device="cpu")
         for module in (self.network, self.encoder):
             for p in module.parameters() if module is not None else ():
                 total = total + 0.5 * (p**2).sum() / WEIGHT_SD**2

@@ -34,7 +34,8 @@ class ScaleTerm(nn.Module, ABC):
 
     def penalty(self) -> Tensor:
         """Minus the log-prior of the parameters, up to a constant, () [nats]."""
-        return torch.zeros((), dtype=torch.float64)
+        # a number, which adds to tensors of any device
+        return torch.zeros((), dtype=torch.float64, device="cpu")
 
     def start(self, batch: Batch, observed: Tensor, expected: Tensor) -> bool:
         """Set the parameters to what ratios of intensities say before anything is fitted.
