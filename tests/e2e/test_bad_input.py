@@ -288,6 +288,7 @@ def test_sweeps_of_two_space_groups_are_not_merged(job, tmp_path, capsys):
     assert not job.out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["truncated data file", "cell of the model", "all masked"])
 def test_the_corrected_command_works_as_it_is(name, job, tiny, capsys):
     """Early and late mistakes alike: no --resume, nothing to delete."""

@@ -45,6 +45,7 @@ def scaled(dials, straight, tiny, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_dials_scale_keeps_what_we_call_usable(scaled, straight):
     ours = read_reflections(straight.integrated_refl)
     excluded, total = re.search(
@@ -135,6 +136,7 @@ def whole_spots_beside_dials(run: RunDirectory) -> tuple[int, float]:
     return int(chosen.sum()), float(np.corrcoef(mine[chosen], value[chosen])[0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_small_molecule_from_real_frames(dials, shared, tmp_path, capsys):
     """l-cysteine, Pilatus 2M: two sweeps of 15 frames, 80 spots, no mates, no anomalous model."""

@@ -12,6 +12,8 @@ from braggflux.pipelines.dials.process import finish
 from braggflux.pipelines.integration.epoch_outputs import EpochWriter
 from braggflux.pipelines.integration.run import run
 
+pytestmark = pytest.mark.slow
+
 
 def merged(directory) -> np.ndarray:
     return np.array(gemmi.read_mtz_file(str(directory.merged)), copy=True)

@@ -24,6 +24,8 @@ from braggflux.pipelines.config.schema import updated
 from braggflux.pipelines.integration.run import run
 from braggflux.pipelines.workspace.rundir import read_rows
 
+pytestmark = pytest.mark.slow
+
 ICE = (3.90, 3.67, 3.44, 2.67, 2.25)
 SHORT = {"training.epochs": 3, "training.batch_size": 512, "training.device": "cpu"}
 

@@ -24,6 +24,8 @@ from braggflux.pipelines.dials.process import finish
 from braggflux.pipelines.integration.run import run
 from braggflux.pipelines.workspace.rundir import read_rows
 
+pytestmark = pytest.mark.slow
+
 
 def amplitudes(path, label="F") -> dict[tuple[int, int, int], float]:
     mtz = gemmi.read_mtz_file(str(path))

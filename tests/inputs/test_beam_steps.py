@@ -31,6 +31,7 @@ def steady(tmp_path_factory):
     return merged(tmp_path_factory.mktemp("steady"), "steady", np.ones(N_IMAGES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "last", "factor"), [(30, 33, 0.3), (41, 41, 5.0)])
 def test_images_of_another_beam_cost_what_they_hold(first, last, factor, steady, tmp_path, caplog):
     """They are named, and the rest is scaled as without them."""
@@ -45,6 +46,7 @@ def test_images_of_another_beam_cost_what_they_hold(first, last, factor, steady,
     assert merged(tmp_path, "again", factors, *frozen) > steady - 0.01
 
 
+@pytest.mark.slow
 def test_a_steady_beam_has_no_steps(tmp_path, caplog):
     merged(tmp_path, "steady", np.ones(N_IMAGES))
     assert "levels of their own" not in caplog.text

@@ -100,6 +100,7 @@ def test_spots_smaller_than_a_pixel_keep_their_peaks(tmp_path, caplog):
     assert np.array_equal(valid(on), valid(off))
 
 
+@pytest.mark.slow
 def test_frames_of_another_simulator(shared, tmp_path, caplog):
     """Sharp spots with long tails, no shadow: 7,845 tiles and frames were lost near the beam."""
     folder = shared / "data/nanobragg"

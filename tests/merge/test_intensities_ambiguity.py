@@ -110,6 +110,7 @@ def seed(p63):
     return seeded(p63.problem, p63.masks, CONFIG)
 
 
+@pytest.mark.slow
 def test_a_thousand_flipped_images(p63, seed):
     assert 50 < len(p63.data) / 1000 < 100
     assert 0.45 < (p63.truth > 0).mean() < 0.55
@@ -119,6 +120,7 @@ def test_a_thousand_flipped_images(p63, seed):
     assert seed.ambiguity.share[0] >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [0, 1])
 def test_a_reference_decides_for_all(p63, operator):
     chosen = seeded(p63.problem, p63.masks, CONFIG, p63.true_intensity(operator)).ambiguity.choice

@@ -278,6 +278,7 @@ def test_smoothing_is_least_squares_of_a_random_walk():
     assert [s.believed for s in nothing] == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_a_random_model_does_no_harm():
     c = crystal(d_min=3.0, sigma_a=0.0)
     noise = 100.0

@@ -84,6 +84,7 @@ def test_images_are_assigned_consistently(merged, data):
     assert "indexing: h,k,l" in (merged / "run.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("is_flipped", "option"), [(False, "--reference-intensities"), (True, "--prior-model")]
 )

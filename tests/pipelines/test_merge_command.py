@@ -154,6 +154,7 @@ def test_half_sets_are_of_different_splits_and_their_statistics_averaged(tmp_pat
     assert float(overall["cc_half"]) == pytest.approx(np.mean(correlations), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_same_seed_same_file(tmp_path, truth):
     path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0, 8))
     for name in ("one", "two"):

@@ -50,6 +50,7 @@ def merge(*argv) -> tuple[float, set[str]]:
     return grown, set(modules)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="units of ru_maxrss")
 @pytest.mark.parametrize("kind", ["--stills", "--anomalous"])
 def test_a_small_merge_needs_little_beside_torch(tmp_path, kind):
@@ -63,6 +64,7 @@ def test_a_small_merge_needs_little_beside_torch(tmp_path, kind):
     assert grown < 90, grown
 
 
+@pytest.mark.slow
 def test_a_store_needs_hdf5_but_no_filters(tmp_path):
     write_stills(tmp_path / "stills", stills(60, d_min=4.0, width=6e-4))
     more = ("--stills", *FAST, "--set", "stream_above=0", "--out", tmp_path / "out")

@@ -142,6 +142,7 @@ def test_reference_from_file_to_file(tmp_path, calculated):
     assert better > metrics[0]["held_out"]["observation"]["log_likelihood"]
 
 
+@pytest.mark.slow
 def test_reference_with_double_wilson(tmp_path, calculated):
     """The root dataset takes the model, its child the parent; both get closer to the truth."""
     asu, f_calc = calculated

@@ -38,6 +38,7 @@ def merged(folder, name):
     return read_merged_mtz(folder / f"{name}_merged.mtz").table
 
 
+@pytest.mark.slow
 def test_the_operator_of_one_dataset(files, tmp_path):
     assert run(files["a"], files["b"], "--out", tmp_path / "one", *FAST) == 0
     flipped = files["a"], files["flipped b"]

@@ -146,6 +146,7 @@ def test_friedel_halves(pair, tmp_path):
         assert np.corrcoef(ours[seen], theirs[seen])[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_reindexed_datasets(tmp_path, ambiguous):
     settings = {"model": ambiguous, "n_images": 60}
     first = write(tmp_path, "a", **settings)
@@ -162,6 +163,7 @@ def test_reindexed_datasets(tmp_path, ambiguous):
     np.testing.assert_allclose(one.f, two.f, rtol=0.02)
 
 
+@pytest.mark.slow
 def test_indexing_is_chosen_alike_in_all_stores(tmp_path, ambiguous):
     operators, paths = [], []
     for name, seed in (("a", 0), ("b", 1)):

@@ -102,6 +102,7 @@ def test_geometry_that_fails_is_one_line(frames, programs, tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"dials", "run.log"}
 
 
+@pytest.mark.slow
 def test_a_model_of_another_cell_is_found_before_the_reference(frames, programs, tmp_path, capsys):
     """The geometry is done and stays; the command with the right model goes on from there."""
     wrong = gemmi.read_structure(str(frames.model))

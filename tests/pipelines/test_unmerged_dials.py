@@ -112,6 +112,7 @@ def by_observation(data):
     return {(*index, batch): row for row, (index, batch) in enumerate(keys)}
 
 
+@pytest.mark.slow
 @pytest.mark.dials
 @pytest.mark.realdata
 @pytest.mark.parametrize("name", ["integrated", "scaled"])
