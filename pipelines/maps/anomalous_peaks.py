@@ -212,7 +212,7 @@ class AnomalousModel:
         )
 
     def score(self, table: MergedTable, d_min: float | None = None) -> list[SitePeak]:
-        """Score the sites in a merged table, by its coupled differences where it has any.
+        """Score the sites in a merged table, by its coupled differences where they give a map.
 
         Parameters
         ----------
@@ -225,10 +225,8 @@ class AnomalousModel:
             return own
         try:
             density = self.coupled_map(table.miller_index, table.difference, d_min)
-        except NoMapError as error:
-            return [
-                replace(p, peak_sigma=None, reason=str(error), difference=COUPLED) for p in own
-            ]
+        except NoMapError:  # before the first step of a run all are 0
+            return own
         return [
             replace(
                 p,

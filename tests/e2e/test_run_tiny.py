@@ -12,6 +12,7 @@ import torch
 from braggflux.integrator.io.dials import DialsFlag, read_reflections
 from braggflux.integrator.io.intensity_file import read_experiment_records, read_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.pipelines import cli
 from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.workspace.rundir import read_rows
 
@@ -89,6 +90,36 @@ def test_the_table_is_what_the_integrator_left(straight):
     ):
         written = ours[f"intensity.prf.{name}"][used]
         np.testing.assert_array_equal(written, values[used].double())
+
+
+def test_merge_writes_the_same_columns(straight, tmp_path):
+    argv = ["merge", str(straight.intensities), "--anomalous", "--prior", "double-wilson"]
+    argv += ["--correlation", "0.999", "--epochs", "3", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    for name in ("merged.mtz", "half_sets.mtz"):
+        ours, theirs = (
+            gemmi.read_mtz_file(str(folder / name)) for folder in (straight.path, tmp_path / "out")
+        )
+        assert [(c.label, c.type) for c in ours.columns] == [
+            (c.label, c.type) for c in theirs.columns
+        ]
+        assert ours.datasets[-1].wavelength == pytest.approx(theirs.datasets[-1].wavelength)
+        np.testing.assert_allclose(ours.cell.parameters, theirs.cell.parameters)
+        assert ours.nreflections == theirs.nreflections
+
+
+def test_differences_of_the_mates_are_coupled(straight):
+    c = columns(straight.path / "merged.mtz")
+    pairs = np.isfinite(c["F(+)"]) & np.isfinite(c["F(-)"])
+    assert np.array_equal(np.isfinite(c["DANO"]), pairs)
+    alone = np.hypot(c["SIGF(+)"], c["SIGF(-)"])
+    assert (c["SIGDANO"][pairs] < alone[pairs]).mean() > 0.95
+    own = (c["F(+)"] - c["F(-)"])[pairs]
+    assert np.corrcoef(own, c["DANO"][pairs])[0, 1] > 0.7
+    assert np.std(c["DANO"][pairs]) < np.std(own)
+    last = [r for r in read_rows(straight.peaks_file) if r["epoch"] == str(EPOCHS)]
+    assert {r["difference"] for r in last} == {"coupled"}
+    assert all(np.isfinite(float(r["peak_sigma_own"])) for r in last)
 
 
 def test_merged_values_are_consistent(straight):

@@ -262,6 +262,20 @@ def test_coupled_differences_are_used_as_they_are(shared, tmp_path, d_min):
     assert own == pytest.approx({p.label: p.peak_sigma for p in plain})
 
 
+@pytest.mark.realdata
+def test_coupled_differences_that_are_all_zero_leave_the_own(shared, tmp_path):
+    """As before the first step of a run, which starts the mates alike."""
+    data = shared / "data/hewl_nai"
+    merged = read_merged_mtz(data / "dials_merged.mtz")
+    nothing = 0 * merged.table.f_minus
+    table = replace(merged.table, difference=nothing, sigma_difference=1 + nothing)
+    crystal = merged.cell, merged.space_group, merged.wavelength
+    write_merged_mtz(tmp_path / "zero.mtz", table, *crystal, history=DIFFERENCE)
+    peaks = anomalous.peak_heights_from_mtz(tmp_path / "zero.mtz", data / "9b7c.pdb")
+    assert {p.difference for p in peaks} == {anomalous.OWN}
+    assert heights(peaks)["IOD204:I"] > 15
+
+
 def test_without_weights_and_clipping_a_map_is_its_coefficients(toy, model):
     f_plus, _, f_minus, _ = toy["data"]
     difference = f_plus - f_minus
