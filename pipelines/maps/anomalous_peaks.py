@@ -225,7 +225,7 @@ class AnomalousModel:
             return own
         try:
             density = self.coupled_map(table.miller_index, table.difference, d_min)
-        except NoMapError:  # before the first step of a run all are 0
+        except NoMapError:  # all are 0 where no step has parted the mates
             return own
         return [
             replace(
