@@ -92,9 +92,9 @@ class MergeConfig:
     # Stills in memory: each image departs from what the encoder says of it by parameters of its
     # own; images never trained on have none.
     image_parameters: bool = True
-    # What keeps the mean falloff of intensities with resolution, which the data cannot say: scale;
-    # amplitudes, as far as the fit left it to them; sphere: the scale has none where a lattice
-    # point lies on the Ewald sphere. auto: scale for Laue, sphere for stills, else amplitudes.
+    # Data fix only K F^2; this chooses whether K (scale) or F^2 (amplitudes) has the mean decay
+    # with resolution. sphere: K has none where a lattice point lies on the Ewald sphere. auto:
+    # scale for Laue, sphere for stills, else amplitudes.
     falloff: Literal["auto", "amplitudes", "scale", "sphere"] = "auto"
     # Where the scale keeps it: B of the amplitudes in the files [A^2], F ~ exp(-B / (4 d^2)).
     wilson_b: float = 0.0

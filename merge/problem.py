@@ -61,7 +61,7 @@ class MergeProblem:
     ambiguity: Ambiguity | None = None
 
     def with_choice(self, choice: Tensor, confidence: Tensor) -> MergeProblem:
-        """Give each image its operator, (G,), with its probability, (G,)."""
+        """Copy with the operator of each image, (G,), and its probability, (G,)."""
         own = choice[self.table.observations.image][:, None]
         terms = replace(self.table.terms, row=self.ambiguity.rows.gather(1, own)[:, 0])
         return replace(
@@ -119,14 +119,14 @@ def build_problem(
         kept &= (alternatives >= 0).all(1)
     if not kept.any():
         raise UserError("no observation is inside the resolution limit; give a smaller --d-min")
-    unit, cluster = _units(columns, config)
+    exposure_group, cluster = _exposure_groups(columns, config)
     order = np.flatnonzero(kept)
     # within an image by index, so that nothing drawn by row depends on the order in the file
-    group = (columns.dataset, cluster, unit) if len(data) > 1 else (unit,)
+    group = (columns.dataset, cluster, exposure_group) if len(data) > 1 else (exposure_group,)
     keys = (columns.sigma, columns.intensity, *columns.miller_index.T[::-1], *group)
     order = order[np.lexsort([key[order] for key in keys])]
     feature_scaling = feature_scaling or measure_feature_scaling(columns, given, order)
-    table = _table(columns, given, feature_scaling, unit, cluster, order, unique, config)
+    table = _table(columns, given, feature_scaling, exposure_group, cluster, order, unique, config)
     table = replace(table, sweeps=_sweeps(data, columns, order, config))
     problem = MergeProblem(unique, table, tuple(d.name for d in data), order)
     if alternatives is None:
@@ -159,8 +159,10 @@ def _asus(
     return asus
 
 
-def _units(columns: Columns, config: MergeConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return unit and cluster of each observation, (N,) each.
+def _exposure_groups(
+    columns: Columns, config: MergeConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the exposure group and the cluster of each observation, (N,) each.
 
     When enough spots have a partner (:mod:`braggflux.merge.data.pairing`), the files are exposures
     of the same crystal orientations.
@@ -210,7 +212,7 @@ def _table(
     columns: Columns,
     given: Mapping[str, Array],
     feature_scaling: FeatureScaling,
-    unit: NDArray[np.int64],
+    exposure_group: NDArray[np.int64],
     cluster: NDArray[np.int64],
     order: NDArray[np.int64],
     unique: UniqueRows,
@@ -219,7 +221,7 @@ def _table(
     c = columns
     scale = feature_scaling.unit_intensity
     intensity, sigma = c.intensity[order] / scale, c.sigma[order] / scale
-    units, unit = np.unique(unit[order], return_inverse=True)
+    groups, exposure_group = np.unique(exposure_group[order], return_inverse=True)
     _, first_row, image = np.unique(c.image[order], return_index=True, return_inverse=True)
     level = _image_level(intensity, image)
     base = c.base[order] + (level if config.stills else 0.0)
@@ -233,7 +235,7 @@ def _table(
         measurement_of(intensity, sigma, counted),
         torch.as_tensor(image),
         torch.as_tensor(c.dataset[order]),
-        torch.as_tensor(unit),
+        torch.as_tensor(exposure_group),
         torch.as_tensor(np.cumsum(np.diff(cluster[order], prepend=cluster[order[0]]) != 0)),
         is_used,
         is_used.clone(),
@@ -241,8 +243,8 @@ def _table(
     )
     sums = harmonics(c, order, unique) if config.laue else single_terms(c, order)
     terms = _terms(c, order, sums, base, given, feature_scaling, config.laue and config.laue_lp)
-    first = np.searchsorted(unit, np.arange(len(units) + 1))
-    first_term = np.searchsorted(unit[sums.observation], np.arange(len(units) + 1))
+    first = np.searchsorted(exposure_group, np.arange(len(groups) + 1))
+    first_term = np.searchsorted(exposure_group[sums.observation], np.arange(len(groups) + 1))
     # images that are neighbours: of one dataset, and of one member where it is a group
     part = np.stack([c.dataset, c.member])[:, order[first_row]]
     starts = np.flatnonzero(np.concatenate([[True], (np.diff(part) != 0).any(0)]))

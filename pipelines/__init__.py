@@ -1,1 +1,1 @@
-"""What composes integrator and merge and talks to people: commands, run directory, report."""
+"""Pipelines of integrator and merge: commands, settings, run directory, report."""

@@ -1,4 +1,4 @@
-r"""What was measured of an intensity: a number with its error, or the photons themselves.
+r"""Measurements of an intensity: a number with its error, or the photons themselves.
 
 A measurement says how far it lies from an expected intensity m: half of its *deviance*, by which
 its log-likelihood l falls short of the maximum there. Of a number with an error it is
@@ -49,7 +49,7 @@ class Comparison(NamedTuple):
 
 
 class Measurement(TensorRecord, ABC):
-    """What was measured of each observation, (N,)."""
+    """Measured intensities, and how far they lie from expected ones, (N,)."""
 
     @property
     @abstractmethod

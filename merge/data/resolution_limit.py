@@ -1,4 +1,4 @@
-r"""Where data really end: a stray index must not set the resolution limit of all others.
+r"""Resolution limit of the data without stray indices, which must not set that of all others.
 
 Rows fill reciprocal space, whose volume to resolution d goes as v = 1 / d^3. Behind the real end
 there may be a few rows with wrong indices, far from all others: one of them at 0.6 A among data to

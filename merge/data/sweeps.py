@@ -1,4 +1,4 @@
-"""Where the observations of rotation data lie on their sweeps: what their scale depends on."""
+"""Places of rotation data on their sweeps, on which their scale depends."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Observations of all datasets in one sorted table, and batches of whole images from it.
 
 An observation is the sum of its *terms*: the harmonics that fall on one spot in a polychromatic
-beam, a single one otherwise. Observations are sorted by *unit* (an image, or the images that
-several datasets recorded together) and within a unit by cluster, so that a batch of images is
-a few contiguous pieces and no loop runs over reflections or images.
+beam, a single one otherwise. Observations are sorted by *exposure group* (an image, or the
+images that several datasets recorded together) and within it by cluster, so that a batch of
+images is a few contiguous pieces and no loop runs over reflections or images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Observations(TensorRecord):
         In units of the table's ``unit_intensity``.
     image : Tensor, int64
         Counted through all datasets.
-    dataset, unit, cluster : Tensor, int64
+    dataset, exposure_group, cluster : Tensor, int64
         ``cluster``: observations with an error in common; not decreasing along the table.
     is_used : Tensor, bool
         Enters the likelihood; others are held out.
@@ -44,7 +44,7 @@ class Observations(TensorRecord):
     measured: Measurement
     image: Tensor
     dataset: Tensor
-    unit: Tensor
+    exposure_group: Tensor
     cluster: Tensor
     is_used: Tensor
     is_seen: Tensor
@@ -94,7 +94,7 @@ class Terms(TensorRecord):
 
 @dataclass(frozen=True)
 class Batch:
-    """Some units of a table, with local numbers.
+    """Some exposure groups of a table, with local numbers.
 
     ``rows`` are those of the observations in the table. ``terms.observation``, ``image`` and
     ``cluster`` count from 0 within the batch; ``cluster`` and ``observation_of_term`` are None
@@ -147,7 +147,7 @@ class ObservationTable:
     observations : Observations
     terms : Terms
     first_observation, first_term : Tensor, (U + 1,) int64
-        Where each unit starts.
+        Where each exposure group starts.
     images_of_dataset : tuple of int
         Of each dataset, of a group (:mod:`braggflux.merge.data.grouping`) of each member.
     unit_intensity : float
@@ -170,7 +170,7 @@ class ObservationTable:
 
     @property
     def n_units(self) -> int:
-        """Number of units."""
+        """Number of exposure groups."""
         return len(self.first_observation) - 1
 
     @property
@@ -189,11 +189,11 @@ class ObservationTable:
         n, device = len(self.observations), self.first_observation.device
         return self._batch(self.observations, self.terms, torch.arange(n, device=device))
 
-    def batch(self, units: Tensor) -> Batch:
-        """Batch of the given units, (U',), each once."""
-        units = units.to(self.first_observation.device).sort().values
-        rows = _ranges(self.first_observation, units)
-        term_rows = _ranges(self.first_term, units)
+    def batch(self, groups: Tensor) -> Batch:
+        """Batch of the given exposure groups, (U',), each once."""
+        groups = groups.to(self.first_observation.device).sort().values
+        rows = _ranges(self.first_observation, groups)
+        term_rows = _ranges(self.first_term, groups)
         terms = self.terms[term_rows]
         position = torch.searchsorted(rows, terms.observation)
         values = {f.name: getattr(terms, f.name) for f in fields(Terms)}
@@ -206,7 +206,7 @@ class ObservationTable:
         Raises
         ------
         ValueError
-            Observations have clusters or harmonics, which only whole units keep together.
+            Observations have clusters or harmonics: take whole exposure groups.
         """
         if self.has_clusters or self.has_harmonics:
             raise ValueError("observations with clusters or harmonics are not taken one by one")
@@ -222,7 +222,7 @@ class ObservationTable:
         return replace(self, observations=observations)
 
     def unit_batches(self, batch_size: int | None, generator: torch.Generator) -> list[Tensor]:
-        """Random units of at most about ``batch_size`` observations each; every unit once.
+        """Random exposure groups of at most about ``batch_size`` observations each; each once.
 
         At least ``MIN_BATCHES`` of them: a pass over few data must not be a single step.
         """

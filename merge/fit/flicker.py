@@ -23,7 +23,7 @@ MANY = 100
 
 
 def is_in_doubt(merger: Merger, table: ObservationTable, config: MergeConfig) -> bool:
-    """Say whether there is a choice to make."""
+    """Whether held-out data must decide: frames with few observations, and no setting."""
     if merger.scale.frames is None or config.flicker != "auto":
         return False
     count = torch.bincount(table.observations.image)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
-from braggflux.merge.fit.newton import RowNewton
+from braggflux.merge.fit.newton import AmplitudeNewton
 from braggflux.merge.fit.training import make_optimizer, set_rate
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
@@ -52,7 +52,7 @@ class FullBatchFit:
         """
         merger = self.merger
         merger.count(table)
-        batch, amplitudes = table.everything(), RowNewton(merger)
+        batch, amplitudes = table.everything(), AmplitudeNewton(merger)
         for k in range(n):
             set_rate(self.optimizer, done(k))
             merger.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-r"""Which falloff with resolution belongs to the amplitudes, and which to the scale.
+r"""Gauge of the model: whether amplitudes or scale hold the mean decay with resolution.
 
 K F^2 stays the same when F^2 is multiplied and K divided by any function of resolution, so no data
 tell the two apart: it takes knowledge of K. What is known depends on the experiment.
@@ -25,8 +25,8 @@ from braggflux.merge.prior.wilson import Wilson
 
 
 @torch.no_grad()
-def settle_falloff(merger: Merger, table: ObservationTable, config: MergeConfig) -> None:
-    """Move falloff between scale and amplitudes; nothing else changes.
+def fix_gauge(merger: Merger, table: ObservationTable, config: MergeConfig) -> None:
+    """Move the mean decay with resolution to scale or amplitudes; K F^2 does not change.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def settle_falloff(merger: Merger, table: ObservationTable, config: MergeConfig)
 
 
 def _move(merger: Merger, excess: Tensor) -> None:
-    """Give ``exp(excess)``, (n_knots,) and up to its mean, from Sigma and F^2 to K."""
+    """Divide Sigma and F^2 by ``exp(excess)``, (n_knots,) about its mean, multiply K by it."""
     wilson = merger.prior.part(Wilson)
     excess = excess - excess.mean()
     merger.scale.terms["falloff"].add(wilson.knots, excess)

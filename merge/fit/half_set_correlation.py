@@ -83,7 +83,7 @@ def half_set_correlation(
         prior.parent,
         difference_norm(merger),
         random_halves(
-            table.observations.unit[used], torch.Generator().manual_seed(seed), N_SPLITS
+            table.observations.exposure_group[used], torch.Generator().manual_seed(seed), N_SPLITS
         ),
     )
     return set_correlation(merger, product, known)

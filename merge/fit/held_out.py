@@ -23,7 +23,7 @@ from braggflux.merge.model.merger import Merger
 
 @dataclass(frozen=True)
 class Split:
-    """Which observations are held out, (N,) bool each."""
+    """Masks of the held-out observations, and of those the encoder may see, (N,) bool each."""
 
     by_image: Tensor
     by_observation: Tensor
@@ -58,14 +58,14 @@ class Prediction:
 def split(
     table: ObservationTable, share: float, is_still: bool, seed: int | Sequence[int]
 ) -> Split:
-    """Hold out ``share`` of the units and ``share`` of the clusters of the others."""
+    """Hold out ``share`` of the exposure groups and ``share`` of the clusters of the others."""
     rng = np.random.default_rng(seed)
     o = table.observations
     n_units = round(share * table.n_units)
     if share and table.n_units > 5:
         n_units = max(n_units, 1)
     chosen = rng.permutation(table.n_units)[:n_units]
-    by_image = torch.as_tensor(np.isin(o.unit.numpy(), chosen))
+    by_image = torch.as_tensor(np.isin(o.exposure_group.numpy(), chosen))
     drawn = rng.random(int(o.cluster.max()) + 1) < share
     by_observation = torch.as_tensor(drawn)[o.cluster] & ~by_image
     seen = ~by_observation

@@ -1,4 +1,4 @@
-r"""What scales may know of Bijvoet differences: those that independent halves of the data confirm.
+r"""Bijvoet differences that scales may know: those that independent halves of the data confirm.
 
 While scales are fitted the mates share one amplitude (:meth:`Merger.tied`). Large
 differences would then be errors of the scales. They are taken out as far as they are known,

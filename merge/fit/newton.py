@@ -18,7 +18,7 @@ from braggflux.merge.model.merger import Merger
 MAX_STEP = 0.7  # in the log: far from the optimum the information is not to be trusted
 
 
-class RowNewton:
+class AmplitudeNewton:
     """Steps for the parameters of q(F).
 
     Parameters

@@ -14,7 +14,7 @@ from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.fit.adam import Adam
 from braggflux.merge.fit.mates import confirmed_log_ratio
-from braggflux.merge.fit.newton import RowNewton
+from braggflux.merge.fit.newton import AmplitudeNewton
 from braggflux.merge.likelihood.expectation import Expectation
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
@@ -74,7 +74,7 @@ def start_amplitudes(merger: Merger, table: ObservationTable) -> None:
 
 
 def _first(batch: Batch) -> Tensor:
-    """Say which terms are the first of their observation, (T,) bool."""
+    """Mask of the first term of each observation, (T,) bool."""
     first = torch.ones_like(batch.terms.observation, dtype=torch.bool)
     first[1:] = batch.terms.observation.diff() > 0
     return first
@@ -127,7 +127,7 @@ def pool_trees(merger: Merger) -> None:
 
 
 @torch.no_grad()
-def adopt(
+def start_held_out(
     merger: Merger,
     table: ObservationTable,
     training: ObservationTable,
@@ -249,7 +249,7 @@ def _fit_scales(
 ) -> float:
     """Move everything, batch by batch."""
     merger.count(table)
-    amplitudes = RowNewton(merger)
+    amplitudes = AmplitudeNewton(merger)
     optimizer = make_optimizer(merger, config)
     generator = torch.Generator().manual_seed(config.seed)
     batches = table.unit_batches(config.batch_size, generator)
@@ -285,7 +285,7 @@ def _fit_amplitudes(
     The scales are computed once.
     """
     merger.count(table)
-    everything, amplitudes, elbo = table.everything(), RowNewton(merger), math.nan
+    everything, amplitudes, elbo = table.everything(), AmplitudeNewton(merger), math.nan
     with merger.with_fixed_scale(everything):
         for epoch in range(1, epochs + 1):
             elbo = _step(merger, everything, optimizer, amplitudes, (epoch - 1) / epochs)
@@ -299,7 +299,7 @@ def _step(
     merger: Merger,
     batch: Batch,
     optimizer: Adam | None,
-    amplitudes: RowNewton,
+    amplitudes: AmplitudeNewton,
     share: float,
 ) -> float:
     """Move scales and amplitudes by one batch; returns its part of the ELBO."""

@@ -1,4 +1,4 @@
-"""Which operator each image was given, and the table that results."""
+"""Indexing operator of each image, and the rows of its observations under any operator."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def refined(
 
 
 def reassigned(merger: Merger, problem: MergeProblem, masks: Split | None = None) -> MergeProblem:
-    """Give each image the operator under which it is predicted best.
+    """Copy of the problem with the operator of each image under which it is predicted best.
 
     Held-out observations (``masks``) have no say.
     """

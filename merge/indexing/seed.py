@@ -33,7 +33,7 @@ LIMIT = 3.0  # of t, in its standard deviations
 
 @dataclass(frozen=True)
 class StandardIntensities:
-    """What the operators are told apart by.
+    """Standardised intensities, by which the operators are told apart.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What images of known operators say of each reflection.
+    """Sums over the images of known operators, for each reflection.
 
     Parameters
     ----------

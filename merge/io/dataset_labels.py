@@ -1,4 +1,4 @@
-"""What files say of a data set beside its numbers: names, title, wavelength."""
+"""Labels of a data set: names, title, wavelength."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class DatasetNames(NamedTuple):
 
 
 class DatasetLabels(NamedTuple):
-    """What goes from the input to the merged file.
+    """Labels that go from the input to the merged file.
 
     Parameters
     ----------

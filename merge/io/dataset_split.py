@@ -40,7 +40,7 @@ ENOUGH = 20
 
 
 def wavelength_groups(wavelength: ArrayLike, gap: float = WAVELENGTH_TOLERANCE) -> Groups:
-    """Give the group of each wavelength (n,), rising; groups are more than ``gap`` [A] apart."""
+    """Group of each wavelength (n,), rising; groups are more than ``gap`` [A] apart."""
     values, which = np.unique(np.asarray(wavelength, dtype=float), return_inverse=True)
     return np.concatenate([[0], np.cumsum(np.diff(values) > gap)])[which]
 
@@ -341,7 +341,7 @@ def _valley(values: Array) -> float:
 
 
 def _spread(values: Array) -> float:
-    """Give the standard deviation, robust where strays can be told from spread."""
+    """Return the standard deviation, robust where strays can be told from spread."""
     robust = 1.4826 * float(np.median(np.abs(values - np.median(values))))
     if len(values) >= ENOUGH:
         return robust

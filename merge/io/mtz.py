@@ -54,7 +54,7 @@ Column = tuple[str, str, NDArray]  # label, type, values
 
 @dataclass(frozen=True)
 class MergedMtz:
-    """What a merged MTZ file holds.
+    """Contents of a merged MTZ file.
 
     ``table`` has NaN in the columns the file lacks. The DANO of other programs is the plain
     difference of the mates, in need of weights: a DANO whose history does not say that it is the

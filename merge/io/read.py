@@ -31,7 +31,7 @@ EXPERIMENTS = ".expt"
 
 
 class Given(NamedTuple):
-    """What the user says of a crystal where a file does not, and the .expt beside it."""
+    """Space group and cell that the user gives for files without, and the .expt beside one."""
 
     space_group: gemmi.SpaceGroup | None = None
     cell: gemmi.UnitCell | None = None

@@ -1,4 +1,4 @@
-"""Where an observation lies on its sweep, as metadata of unmerged observations.
+"""Place of an observation on its sweep, as metadata of unmerged observations.
 
 Files of rotation data say it in their own ways: DIALS by the experiment's models, MTZ files by the
 headers of their batches. Here is what the scale of a sweep needs of it, under fixed names.
@@ -162,5 +162,5 @@ def _sweeps(
 
 
 def has_sweeps(metadata: Sequence[Mapping[str, Array]]) -> bool:
-    """Say whether all datasets know where their observations lie."""
+    """Whether all datasets have the places of their observations on sweeps."""
     return all(name in d for d in metadata for name in SWEEP_COLUMNS)

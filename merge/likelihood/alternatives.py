@@ -1,4 +1,4 @@
-"""What else than the spot may have been measured.
+"""Alternatives to the spot: blank places and stray reflections.
 
 Where the scale model gives log-odds that a spot is *blank* (in a shadow, on a dead module:
 predicted and integrated, but without a photon of its own), the density is a mixture with

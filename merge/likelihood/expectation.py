@@ -1,4 +1,4 @@
-"""What the model expects of each observation, and what else may have been measured."""
+"""Expected intensity of each observation, and the alternatives to its spot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STRAY_NORM = math.log(math.pi * math.sqrt(3.0) / 2)  # of Student's t, 3 degrees
 
 @dataclass(frozen=True)
 class Alternatives:
-    """What else may have been measured, (N,) each.
+    """Densities of what may have been measured instead of the spot, (N,) each.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Alternatives:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the model expects of each observation, (N,).
+    """Intensity that the model expects of each observation, with its variances, (N,).
 
     Parameters
     ----------

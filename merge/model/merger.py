@@ -127,7 +127,7 @@ class Merger(nn.Module):
 
     @torch.no_grad()
     def _part_amplitudes(self) -> None:
-        """Give the mates what was found for both."""
+        """Set the amplitude of each mate to the one that both shared."""
         self.set_log_spread(self.log_spread[self.joined] + self.log_ratio)
         self.log_concentration.copy_(self.log_concentration[self.joined])
 
@@ -144,7 +144,7 @@ class Merger(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.group.device
 
     @property

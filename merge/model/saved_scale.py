@@ -48,7 +48,7 @@ FREE = {
 
 @dataclass(frozen=True)
 class SavedScale:
-    """What the file holds.
+    """Scale model and error model of an earlier merge.
 
     Parameters
     ----------

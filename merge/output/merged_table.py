@@ -146,7 +146,7 @@ def merged_table(
 
 
 def observed_reflections(asu: ReciprocalAsu, n_obs: ArrayLike) -> NDArray[np.bool_]:
-    """Tell which unique reflections, mates joined, have an observation, (U,)."""
+    """Mask of the unique reflections, mates joined, with an observation, (U,) bool."""
     seen = np.asarray(n_obs) > 0
     plus, minus = friedel_rows(asu)
     return seen[plus] | ((minus >= 0) & seen[minus])

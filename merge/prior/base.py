@@ -122,7 +122,7 @@ class AmplitudePrior(nn.Module, ABC):
         raise LookupError(f"{type(self).__name__} stands on no {kind.__name__}")
 
     def has(self, kind: type[AmplitudePrior]) -> bool:
-        """Tell whether this prior, or one below it, is of a class."""
+        """Whether this prior, or one below it, is of a class."""
         return isinstance(self, kind)
 
 
@@ -183,5 +183,5 @@ class PriorOver(AmplitudePrior, ABC):
         return self if isinstance(self, kind) else self.below.part(kind)
 
     def has(self, kind: type[AmplitudePrior]) -> bool:
-        """Tell whether this prior, or one below it, is of a class."""
+        """Whether this prior, or one below it, is of a class."""
         return isinstance(self, kind) or self.below.has(kind)

@@ -1,4 +1,4 @@
-"""How alike mates or relatives are: 1 - r^2 by shell, from half sets that share no observation.
+"""Correlation of relatives: 1 - r^2 by shell, from half sets that share no observation.
 
 The mean product of two independent estimates of the same normalised difference
 

@@ -103,7 +103,7 @@ class Wilson(AmplitudePrior):
 
     @property
     def full_design(self) -> Tensor:
-        """What log Sigma is linear in: knots, then tensors, (R, n_knots + m)."""
+        """Design matrix of log Sigma: knots, then tensors, (R, n_knots + m)."""
         if self.anisotropy is None:
             return self.design
         return torch.cat([self.design, self.tensor_design], -1)

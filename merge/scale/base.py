@@ -1,4 +1,4 @@
-"""What the scale model says of an observation."""
+"""Scale of observations, and what depends on their place: the answer of a scale model."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from braggflux.merge.scale.base import Scale
 from braggflux.merge.scale.networks import ImageEncoder, ResidualNetwork
 
 WEIGHT_SD = 1.0
-DEVIATION_SD = 0.5  # of an image from the others of its unit
+DEVIATION_SD = 0.5  # of an image from the others of its exposure group
 IMAGES_WITHOUT = 0.2  # share of the images that do without parameters of their own in a step
 BLANK_LOG_ODDS = -6.0  # of a missing spot, before anything is learned
 
@@ -103,7 +103,7 @@ class MetadataNetwork(nn.Module):
         """Describe the image of each observation, (N, size)."""
         if self.embedding is not None and self.deviation is not None:
             o = batch.observations
-            return self.embedding[o.unit] + self.deviation[o.image]
+            return self.embedding[o.exposure_group] + self.deviation[o.image]
         features = batch.terms.features
         if self.encoder is None or batch.observation_of_term is not None:
             raise ValueError("reflections describe the images of stills, which have no harmonics")
@@ -128,17 +128,17 @@ class MetadataNetwork(nn.Module):
             self.deviation = nn.Parameter(self.deviation.detach()[:0])
 
     @torch.no_grad()
-    def describe_unseen(self, unit: Tensor, is_used: Tensor) -> None:
-        """Describe units without any used observation by the mean of the others.
+    def describe_unseen(self, exposure_group: Tensor, is_used: Tensor) -> None:
+        """Describe exposure groups without any used observation by the mean of the others.
 
         Parameters
         ----------
-        unit, is_used : Tensor, (N,)
+        exposure_group, is_used : Tensor, (N,)
         """
         if self.embedding is None:
             return
-        seen = torch.zeros(len(self.embedding), dtype=torch.bool, device=unit.device)
-        seen[unit[is_used]] = True
+        seen = torch.zeros(len(self.embedding), dtype=torch.bool, device=exposure_group.device)
+        seen[exposure_group[is_used]] = True
         if seen.any():
             self.embedding[~seen] = self.embedding[seen].mean(0)
 

@@ -137,10 +137,10 @@ class ScaleModel(nn.Module):
         if self.network is not None:
             self.network.forget_images()
 
-    def describe_unseen(self, unit: Tensor, is_used: Tensor) -> None:
-        """Describe units, (N,), without any used observation by the mean of the others."""
+    def describe_unseen(self, exposure_group: Tensor, is_used: Tensor) -> None:
+        """Describe exposure groups, (N,), without a used observation by the mean of others."""
         if self.network is not None:
-            self.network.describe_unseen(unit, is_used)
+            self.network.describe_unseen(exposure_group, is_used)
 
     def restore(self) -> None:
         """Compute anew what depends on buffers that were loaded from a file."""

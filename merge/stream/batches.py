@@ -7,8 +7,8 @@ What the model needs to know of all data beforehand comes from a first look thro
 metadata, starting values). In memory are the rows of unique reflections, the sample, one batch,
 and 8 bytes per image that say where it begins.
 
-Images and observations are held out in a few random batches only (*carriers*): enough to predict,
-and quick to read again.
+Images and observations are held out in a few random batches only (*holdout batches*): enough to
+predict, and quick to read again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from braggflux.merge.io.stores.observation_store import ObservationStore
 from braggflux.merge.problem import build_problem
 from braggflux.merge.rows import UniqueRows
 
-MAX_CARRIERS = 64
+MAX_HOLDOUT_BATCHES = 64
 SAMPLE = 250_000  # observations
 ROWS_AT_A_TIME = 1 << 20  # of the first look
 LARGEST_BATCH = 1 << 17
@@ -63,7 +63,7 @@ class ObservationStream:
     sample : ObservationTable
         Some of the observations, in memory.
     feature_scaling : FeatureScaling
-    carriers : tuple of int
+    holdout_batches : tuple of int
         Batches with held-out observations.
     n_obs : ndarray, (R,) int64
         Observations of each unique reflection that train.
@@ -94,7 +94,9 @@ class ObservationStream:
         couple = config.prior == "double-wilson" and asus[0].anomalous
         self.unique = UniqueRows(asus, parents, couple)
         order = np.random.default_rng(config.seed).permutation(self.n_batches)
-        self.carriers = tuple(order[:MAX_CARRIERS].tolist()) if config.held_out else ()
+        self.holdout_batches = (
+            tuple(order[:MAX_HOLDOUT_BATCHES].tolist()) if config.held_out else ()
+        )
         self.sample = self._sample(order, feature_scaling)
         self.feature_scaling = self.sample.feature_scaling
         self.n_obs, self.filled = self._count()
@@ -125,12 +127,12 @@ class ObservationStream:
         return replace(table.everything(), share=n_used / max(self.n_used, 1))
 
     def split(self, number: int) -> tuple[ObservationTable, Split | None]:
-        """Read one batch, and what is held out in it if it is a carrier."""
+        """Read one batch, and what is held out in it if it is a holdout batch."""
         data = self._read(number)
         problem = build_problem(
             data, self.config, feature_scaling=self.feature_scaling, unique=self.unique
         )
-        if number not in self.carriers:
+        if number not in self.holdout_batches:
             return problem.table, None
         seed = [self.config.seed, number]
         return problem.table, split(problem.table, self.config.held_out, True, seed)
@@ -164,7 +166,7 @@ class ObservationStream:
     def _sample(
         self, order: NDArray[np.int64], feature_scaling: FeatureScaling | None
     ) -> ObservationTable:
-        """Read some batches as one table, not the carriers while there are others."""
+        """Read some batches as one table, not the holdout batches while there are others."""
         n = max(1, round(SAMPLE * self.n_batches / len(self)))
         chosen = np.sort(order[::-1][:n])
         parts = zip(*(self._read(k) for k in chosen), strict=True)
@@ -186,7 +188,7 @@ class ObservationStream:
                 own += np.bincount(row[kept], minlength=len(own))
                 batch = np.searchsorted(first, np.arange(rows.start, rows.stop)[kept], "right")
                 n_kept += np.bincount(batch - 1, minlength=self.n_batches)
-        for k in self.carriers:
+        for k in self.holdout_batches:
             if n_kept[k]:
                 table, masks = self.split(k)
                 row = table.terms.row[~masks.is_used].numpy()

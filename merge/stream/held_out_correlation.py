@@ -1,7 +1,7 @@
 """r of the double-Wilson prior for streamed data: chosen by held-out data, from sums of rows.
 
 As :mod:`braggflux.merge.fit.held_out_correlation` for data in memory; here each r costs a fit over
-the rows and a prediction of the carriers, not another pass.
+the rows and a prediction of the holdout batches, not another pass.
 """
 
 from __future__ import annotations

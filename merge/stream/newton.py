@@ -1,6 +1,6 @@
 """Steps for q(F) within a fraction of a pass: what each row has been told, forgetting slowly.
 
-:class:`~braggflux.merge.fit.newton.RowNewton` moves a row by the part of a batch in the
+:class:`~braggflux.merge.fit.newton.AmplitudeNewton` moves a row by the part of a batch in the
 information of the whole pass before. With data so large that there is no pass before, a row moves
 by its gradient over the information that it has gathered so far, this batch included: recursive
 least squares, which is as good after any number of observations as a fit to just those. What was
@@ -13,13 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from braggflux.merge.fit.newton import RowNewton
+from braggflux.merge.fit.newton import AmplitudeNewton
 from braggflux.merge.model.merger import Merger
 
 FORGET = 3.0
 
 
-class RowFilter(RowNewton):
+class StreamingNewton(AmplitudeNewton):
     """Steps for the parameters of q(F), batch after batch.
 
     Parameters

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 def read_ahead(read: Callable[[Key], Item], keys: Iterable[Key]) -> Iterator[tuple[Key, Item]]:
-    """Give each key with what is read for it, in order; one is read in advance in a thread.
+    """Yield each key with its item, in order; a thread reads one item in advance.
 
     Reading and sorting hold the interpreter for a small part of their time only. An error of
     ``read`` is raised where its item is asked for.

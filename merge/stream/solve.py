@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from braggflux.merge.fit.newton import RowNewton
+from braggflux.merge.fit.newton import AmplitudeNewton
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import MergeTerms, elbo
 from braggflux.merge.model.sums import ObservationSums
@@ -39,7 +39,7 @@ def solve_amplitudes(merger: Merger, sums: ObservationSums) -> None:
     precision = torch.where(seen, information / sums.spread**2, 0.0)
     step = torch.where(seen, sums["slope"] * sums.spread / information.clamp_min(1e-30), 0.0)
     target = sums.spread + step
-    newton = RowNewton(merger)
+    newton = AmplitudeNewton(merger)
     parameters = [merger.log_spread_step, merger.log_concentration]
     weight, none = torch.ones_like(information), information.new_zeros(0)  # no observation here
     for _ in range(N_STEPS):

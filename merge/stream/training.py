@@ -1,9 +1,10 @@
 """Training from a store: scales on a part of the data, amplitudes on all of them.
 
 A scale model for stills has no parameters of single images, so that some ten million observations
-tell it what more could: it is trained on batches until that many have been read, be that a part
-of a pass or several. The amplitudes follow with :class:`~braggflux.merge.stream.newton.RowFilter`,
-and at the end one look at all observations, scales frozen, gives q(F), intensities and half sets.
+tell it what more could: it is trained on batches until that many have been read, be that a part of
+a pass or several. The amplitudes follow with
+:class:`~braggflux.merge.stream.newton.StreamingNewton`, and at the end one look at all
+observations, scales frozen, gives q(F), intensities and half sets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
 from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.stream.batches import ObservationStream
-from braggflux.merge.stream.newton import RowFilter
+from braggflux.merge.stream.newton import StreamingNewton
 from braggflux.merge.stream.prefetch import read_ahead
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def fit_stream(
     """
     merger.set_counts(torch.as_tensor(stream.n_obs))
     n_steps = n_training_batches(stream, config)
-    optimizer, rows = make_optimizer(merger, config), RowFilter(merger)
+    optimizer, rows = make_optimizer(merger, config), StreamingNewton(merger)
     numbers = stream.numbers(torch.Generator().manual_seed(config.seed))
     pending = [torch.zeros_like(merger.log_concentration) for _ in range(2)]
     began, n_seen = time.monotonic(), 0
@@ -105,7 +106,7 @@ def all_batches(stream: ObservationStream, merger: Merger) -> Iterator[tuple[int
 
 def held_out_batches(stream: ObservationStream, merger: Merger) -> Iterator[tuple[int, Batch]]:
     """Carriers, with the held-out observations as the used ones."""
-    for k in sorted(stream.carriers):
+    for k in sorted(stream.holdout_batches):
         if stream.filled[k]:
             table, masks = stream.split(k)
             table = table.with_masks(~masks.is_used, masks.is_seen)
@@ -124,9 +125,9 @@ def look_at_all(merger: Merger, stream: ObservationStream, config: MergeConfig) 
 
 @torch.no_grad()
 def predict_held_out(merger: Merger, stream: ObservationStream) -> dict[str, Prediction]:
-    """Predict the held-out observations of the carriers, by kind."""
+    """Predict the held-out observations of the holdout batches, by kind."""
     found: dict[str, list[np.ndarray]] = {"image": [], "observation": []}
-    for k in sorted(stream.carriers):
+    for k in sorted(stream.holdout_batches):
         if not stream.filled[k]:
             continue
         table, masks = stream.split(k)

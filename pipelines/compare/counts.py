@@ -215,7 +215,7 @@ def _relative(
 def _kept(
     found: dict[str, Measured], photons: Array, flags: NDArray[np.int64], listed: Bools
 ) -> list[Row]:
-    """How many of those listed each program has, and how good ours are where DIALS has none."""
+    """Rows with the number of observations of each program, and errors of those DIALS lacks."""
     n = int(listed.sum())
     rows = [
         make_row(KEPT, "all", "count", subject, int((m.is_kept & listed).sum()), n)

@@ -161,7 +161,7 @@ def _is_centric(file: MergedMtz, hkl: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _different_crystal(a: MergedMtz, b: MergedMtz) -> str:
-    """Say why indices of two files do not mean the same reflections, or nothing.
+    """Reason why indices of two files do not mean the same reflections, or empty.
 
     Screw axes make no difference: only the point group and its asymmetric unit do.
     """

@@ -21,7 +21,7 @@ RENAMED = {
 
 
 def refuse_renamed(key: str) -> None:
-    """Say what an option of an earlier version has become.
+    """Refuse an option of an earlier version, with its name of today.
 
     Raises
     ------

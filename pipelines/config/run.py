@@ -62,7 +62,7 @@ class DialsConfig:
 
 @dataclass(frozen=True)
 class ExtractionConfig:
-    """Which reflections are cut out of the frames, and how large their boxes are."""
+    """Resolution limit of the reflections, size of their boxes, search for defects."""
 
     # High-resolution limit [A]; the detector's edge when null.
     d_min: float | None = None

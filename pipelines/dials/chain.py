@@ -38,7 +38,7 @@ class StepError(UserError):
 
 @dataclass(frozen=True)
 class Reference:
-    """What DIALS made of the same frames; a missing part is None and ``reason`` says why."""
+    """Files that DIALS made of the same frames; a missing one is None, with the ``reason``."""
 
     integrated: Path | None = None
     merged: Path | None = None

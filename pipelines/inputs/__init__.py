@@ -1,1 +1,1 @@
-"""What a merge is given: files, groups, reindexing, repeated photons."""
+"""Inputs of a merge: files, groups, reindexing, repeated photons."""

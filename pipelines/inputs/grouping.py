@@ -44,7 +44,7 @@ def parse_groups(texts: Sequence[str]) -> tuple[tuple[int, ...] | None, ...]:
 def complete_groups(
     groups: Sequence[tuple[int, ...] | None], n_datasets: int
 ) -> list[tuple[int, ...]]:
-    """Give every dataset its group, in the order of their first members.
+    """Members of each group of datasets, in the order of their first members.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What the command line of a merge names, read and checked."""
+"""Inputs that the command line of a merge names, read and checked."""
 
 from __future__ import annotations
 

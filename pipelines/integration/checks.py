@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the long work starts and the run directory is claimed."""
+"""Checks of a run before the long work starts and the run directory is claimed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written after every epoch: merged MTZ, peak heights, statistics, one row of metrics."""
+"""Outputs of every epoch: merged MTZ, peak heights, statistics, one row of metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written at the end: integrated.refl, unmerged.mtz and shoeboxes for the report."""
+"""Outputs at the end of a run: integrated.refl, unmerged.mtz and shoeboxes for the report."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from braggflux.pipelines.integration.joint_model import JointModel
 
 @dataclass(frozen=True)
 class Problem:
-    """What a run works on: data, unique reflections and model."""
+    """Data, unique reflections and model of a run."""
 
     store: ShoeboxStore
     merging: MergeProblem

@@ -1,4 +1,4 @@
-"""What the boxes themselves say of each spot: sums, centroids, agreement with the profile.
+"""Measures of each spot from its box alone: sums, centroid, agreement with the profile.
 
 One pass over the shoeboxes after training, for the columns of integrated.refl that are neither
 predicted nor fitted. A spot's *core* are the voxels that hold more than :data:`CORE` of its

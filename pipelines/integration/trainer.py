@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch leaves for the observers."""
+    """Number and metrics of an epoch."""
 
     epoch: int
     metrics: dict[str, float | int | None]

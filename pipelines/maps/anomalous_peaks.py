@@ -63,7 +63,7 @@ class SitePeak:
     peak_sigma_own: float | None = None
 
     def __post_init__(self) -> None:
-        """Where there is one height only, it is the own one."""
+        """Set the own height where there is no other."""
         if self.difference == OWN:
             object.__setattr__(self, "peak_sigma_own", self.peak_sigma)
 

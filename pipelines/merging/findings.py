@@ -1,4 +1,4 @@
-"""What a finished merge shows that its user should look at, in a line each."""
+"""Findings of a merge that its user should look at, in a line each."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def say_of_dataset(
     reference: Array,
     config: MergeConfig,
 ) -> None:
-    """Say what the merged intensities of one dataset show.
+    """Log what the merged intensities of one dataset show.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def say_of_dataset(
 def say_symmetry(
     name: str, asu: ReciprocalAsu, merged: MergedTable, spread: Array, tolerance: float
 ) -> None:
-    """Say which rotations of the lattice the intensities obey beyond their space group.
+    """Log the rotations of the lattice that the intensities obey beyond their space group.
 
     Parameters
     ----------

@@ -20,11 +20,18 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.flicker import choose_flicker, is_in_doubt
-from braggflux.merge.fit.gauge import settle_falloff
+from braggflux.merge.fit.gauge import fix_gauge
 from braggflux.merge.fit.held_out import predict, split
 from braggflux.merge.fit.held_out_correlation import choose_correlation
 from braggflux.merge.fit.sigma_a import set_sigma_a
-from braggflux.merge.fit.training import Observer, adopt, fit, pool_trees, start, start_amplitudes
+from braggflux.merge.fit.training import (
+    Observer,
+    fit,
+    pool_trees,
+    start,
+    start_amplitudes,
+    start_held_out,
+)
 from braggflux.merge.indexing.refine import reassigned, refined, seeded
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import SavedScale
@@ -40,8 +47,8 @@ COUPLED_EPOCHS = 60
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """What is known beside the observations.
+class FixedInputs:
+    """Inputs of a fit that stay as they are.
 
     Parameters
     ----------
@@ -100,7 +107,7 @@ class MergeFit:
     ----------
     problem : MergeProblem
     config : MergeConfig
-    known : Knowledge
+    known : FixedInputs
     device : torch.device
     """
 
@@ -108,7 +115,7 @@ class MergeFit:
         self,
         problem: MergeProblem,
         config: MergeConfig,
-        known: Knowledge,
+        known: FixedInputs,
         device: torch.device,
     ) -> None:
         self.config, self.known, self.device = config, known, device
@@ -142,7 +149,7 @@ class MergeFit:
             self._fit(self.training, 1.0, lambda e, _: advance(e, config.epochs))
         if self.with_scales:
             o = self.training.observations
-            merger.scale.describe_unseen(o.unit, o.is_used)
+            merger.scale.describe_unseen(o.exposure_group, o.is_used)
             self._choose_flicker()
         if self.known.f_calc is not None:
             self._choose_sigma_a()
@@ -153,10 +160,10 @@ class MergeFit:
         if self.problem.ambiguity is not None:
             self.problem = reassigned(merger, self.problem)
         table = self.problem.table.to(self.device)
-        adopt(merger, table, self.training, self.with_scales)
+        start_held_out(merger, table, self.training, self.with_scales)
         self._fit_all(table)
         if self.with_scales:
-            settle_falloff(merger, table, config)
+            fix_gauge(merger, table, config)
         return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
 
     def _start(self) -> None:

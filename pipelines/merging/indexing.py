@@ -75,7 +75,7 @@ def summary(ambiguity: Ambiguity) -> dict[str, Any]:
 
 
 def image_numbers(problem: MergeProblem, data: Sequence[UnmergedData]) -> NDArray:
-    """Give the number that each image has in its file, (G,)."""
+    """Return the number of each image in its file, (G,)."""
     first = np.unique(problem.table.observations.image.numpy(), return_index=True)[1]
     numbers = np.concatenate([d.metadata.get("BATCH", d.image) for d in data])
     return numbers[problem.source[first]]

@@ -13,7 +13,7 @@ from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, load_scale,
 from braggflux.merge.problem import MergeProblem, build_problem
 from braggflux.pipelines.inputs.inputs import MergeInputs
 from braggflux.pipelines.merging.findings import say_images, say_steps
-from braggflux.pipelines.merging.in_memory import Knowledge, MergeFit, check_coupling
+from braggflux.pipelines.merging.in_memory import FixedInputs, MergeFit, check_coupling
 from braggflux.pipelines.merging.indexing import (
     ambiguous_operators,
     image_numbers,
@@ -92,7 +92,7 @@ def _merge_in_memory(
     f_calc = None
     if inputs.prior_model is not None:
         f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, problem.unique.asus))
-    known = Knowledge(saved, f_calc, wanted_indexing(config, problem, f_calc))
+    known = FixedInputs(saved, f_calc, wanted_indexing(config, problem, f_calc))
     inputs.open_folder(config)
     _log_size(problem)
     fitted = MergeFit(problem, config, known, device).run()

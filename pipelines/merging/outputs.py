@@ -123,7 +123,7 @@ def _write_statistics(dataset: MergedDataset, path: Path, name: str) -> None:
 
 
 def doubt_of_cc_anom(overall: Mapping[str, float | int | str | None]) -> str | None:
-    """Say why CCanom is not to be believed; None where nothing speaks against it.
+    """Reason why CCanom is not to be believed; None where nothing speaks against it.
 
     Mean intensities and differences of two halves have the same noise. Where the differences agree
     better, in units of their errors, scales that have seen the mates apart have made them agree.

@@ -1,4 +1,4 @@
-"""What a merge is asked for, made definite; and what it was asked for in vain."""
+"""Settings of a merge made definite; warnings of those without effect."""
 
 from __future__ import annotations
 

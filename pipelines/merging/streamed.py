@@ -13,7 +13,7 @@ from torch import Tensor
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.file_kinds import PHOTON_COUNTS, file_kind
 from braggflux.merge.config import MergeConfig
-from braggflux.merge.fit.gauge import settle_falloff
+from braggflux.merge.fit.gauge import fix_gauge
 from braggflux.merge.fit.sigma_a import set_sigma_a_from_means
 from braggflux.merge.fit.training import start, start_amplitudes
 from braggflux.merge.io.stores.observation_store import ObservationStore
@@ -142,7 +142,7 @@ def _fit_scales(
     n_steps = n_training_batches(stream, config)
     with log.progress("merging") as advance:
         fit_stream(merger, stream, config, lambda step, _: advance(step, n_steps))
-    settle_falloff(merger, sample, config)
+    fix_gauge(merger, sample, config)
     return merger
 
 

@@ -94,7 +94,7 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
 
 
 def _which_differences(columns: Sequence[tuple[str, list[dict]]]) -> list[str]:
-    """Say what the heights are of, where not all are of F(+) - F(-)."""
+    """Note which difference the heights are of, where not all are of F(+) - F(-)."""
     peaks = [p for _, entries in columns for p in entries]
     coupled = {p["epoch"] for p in peaks if p["difference"] == "coupled"}
     if not coupled:

@@ -1,4 +1,4 @@
-"""Where the arithmetic is done."""
+"""Device of the arithmetic: CPU or GPU."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def detach_files() -> None:
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function to call with (done, total) as work goes on.
+    """Progress of some work: yields a function to call with (done, total).
 
     Shows a bar on stderr when that is a terminal, otherwise a log line every tenth of the way but
     at most every :data:`PLAIN_INTERVAL_S`.
@@ -87,7 +87,7 @@ def _rich_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 class _Early(logging.Handler):
-    """What is said before there is a file to write it to."""
+    """Records of messages before there is a file to write them to."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where results may be written: never over an earlier one, the same rule for every command.
+"""Guards of outputs: never over an earlier result, the same rule for every command.
 
 A file or folder that holds a result is refused at the start. Only ``--resume`` (run, process) goes
 on with what is there; what was interrupted before it had a result counts for nothing. `compare`

@@ -1,4 +1,4 @@
-"""How an output was made: program, machine, arguments and digests of the input files."""
+"""Provenance of an output: program, machine, arguments and digests of the input files."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def now() -> str:
-    """Give the current time, UTC, ISO 8601, whole seconds."""
+    """Return the current time, UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

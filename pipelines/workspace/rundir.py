@@ -175,11 +175,11 @@ class RunDirectory:
         return RunConfig.load(self.config_file)
 
     def checkpoint(self, epoch: int) -> Path:
-        """Where the state after ``epoch`` is kept."""
+        """Path of the checkpoint after ``epoch``."""
         return self.checkpoints / f"epoch_{epoch:04d}.pt"
 
     def epoch_mtz(self, epoch: int) -> Path:
-        """Where the merged MTZ after ``epoch`` is."""
+        """Path of the merged MTZ after ``epoch``."""
         return self.mtz_folder / f"epoch_{epoch:04d}.mtz"
 
     def mark_latest(self, epoch: int) -> None:
@@ -266,7 +266,7 @@ class RunDirectory:
         self._write_provenance(record)
 
     def _change(self, config: RunConfig, inputs: dict[str, dict[str, Any]]) -> str:
-        """Say what differs from the run that is here, or nothing."""
+        """Difference to the run that is here, in words; empty where there is none."""
         changed = set(schema.difference(config, self.read_config())) - _FREE_ON_RESUME
         if changed:
             names = ", ".join(sorted(changed))

@@ -11,7 +11,7 @@ from simulated_intensities import CELL, D_MIN, SPACE_GROUP, simulated
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import MergeConfig
-from braggflux.merge.fit.gauge import settle_falloff
+from braggflux.merge.fit.gauge import fix_gauge
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.model.merger import Merger
@@ -37,7 +37,7 @@ def test_falloff_moves_from_the_amplitudes_to_the_scale(wilson_b):
         scaled = scaled_observations(merger, problem.table)
         rows = merged_rows(merger, problem.table, scaled)
         assert merger.prior.log_sigma.std() > 0.1
-        settle_falloff(merger, problem.table, config)
+        fix_gauge(merger, problem.table, config)
         after = merger.loss(everything, merger.inference())
     for name in ("log_likelihood", "kl_structure_factor"):
         value, expected = (float(getattr(x, name)) for x in (after, before))
@@ -100,9 +100,9 @@ def test_falloff_of_stills_is_that_of_points_on_the_ewald_sphere():
         return np.ptp(ratio)
 
     before, wrong = merger.loss(everything, merger.inference()), error()
-    settle_falloff(merger, problem.table, replace(config, falloff="amplitudes"))
+    fix_gauge(merger, problem.table, replace(config, falloff="amplitudes"))
     assert error() == wrong
-    settle_falloff(merger, problem.table, config)
+    fix_gauge(merger, problem.table, config)
     after = merger.loss(everything, merger.inference())
     for name in ("log_likelihood", "kl_structure_factor"):
         value, expected = (float(getattr(x, name)) for x in (after, before))

@@ -14,7 +14,7 @@ from scipy import stats
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import GaussianMeasurement
-from braggflux.merge.fit.training import adopt, fit, start
+from braggflux.merge.fit.training import fit, start, start_held_out
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.likelihood.alternatives import WithAlternatives
 from braggflux.merge.likelihood.common_error import CommonError
@@ -122,6 +122,6 @@ def test_a_shadow_takes_reflections_away_and_spoils_none():
     assert (
         not scaled_observations(merger, problem.table).is_spot[torch.isin(scaled.row, lost)].any()
     )
-    adopt(merger, problem.table, problem.table)
+    start_held_out(merger, problem.table, problem.table)
     after = merged_rows(merger, problem.table, scaled_observations(merger, problem.table))
     torch.testing.assert_close(after.amplitude[lost], before, rtol=0.05, atol=0.0)

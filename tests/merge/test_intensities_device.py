@@ -12,14 +12,14 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.held_out import log_likelihoods, predict
-from braggflux.merge.fit.newton import RowNewton
+from braggflux.merge.fit.newton import AmplitudeNewton
 from braggflux.merge.fit.training import fit, pool_trees, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
 from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.problem import build_problem
-from braggflux.merge.stream.newton import RowFilter
+from braggflux.merge.stream.newton import StreamingNewton
 from braggflux.merge.stream.solve import solve_amplitudes
 from braggflux.pipelines.workspace.device import choose_device
 
@@ -94,7 +94,7 @@ def test_training_makes_no_tensor_without_a_device(config):
         start(merger, table)
         merger.prior.couple()
         pool_trees(merger)
-        for rows in (RowNewton(merger), RowFilter(merger)):
+        for rows in (AmplitudeNewton(merger), StreamingNewton(merger)):
             terms = merger.loss(table.batch(units[3:9]), merger.inference())
             (-elbo(terms)).backward()
             rows.step(terms.information, terms.row_weight, 1.0)

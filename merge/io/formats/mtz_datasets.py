@@ -31,7 +31,7 @@ _PHI = slice(36, 38)
 
 @dataclass(frozen=True)
 class MtzDatasets:
-    """Which data set each batch belongs to.
+    """Data set of each batch.
 
     Parameters
     ----------
@@ -52,7 +52,7 @@ class MtzDatasets:
     cells: tuple[gemmi.UnitCell, ...]
 
     def of_rows(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Give the data set of each observation, (N,), by its batch number."""
+        """Return the data set of each observation, (N,), by its batch number."""
         return self.group[np.searchsorted(self.batches, batch)]
 
 
@@ -103,7 +103,7 @@ def mtz_datasets(
 
 
 class _Batches:
-    """What the headers say of each batch with observations."""
+    """Header of each batch with observations."""
 
     def __init__(
         self, mtz: gemmi.Mtz, batches: NDArray[np.int64], intensity_label: str, path: Path
@@ -129,7 +129,7 @@ def _of_neighbours(
     own: gemmi.Mtz.Dataset | None,
     path: Path,
 ) -> list[gemmi.Mtz.Dataset | None]:
-    """Give batches without a header the data set of those before and after, if it is one."""
+    """Fill gaps: a batch without a header has the data set of those around it, if it is one."""
     known = [k for k, dataset in enumerate(found) if dataset is not None]
     if len({found[k].id for k in known}) < 2:
         return [own if dataset is None else dataset for dataset in found]

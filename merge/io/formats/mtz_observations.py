@@ -189,7 +189,7 @@ def _say_if_one_batch(data: UnmergedData, path: Path) -> None:
 
 
 def _say_unknown(unknown: NDArray[np.bool_], label: str, path: Path) -> None:
-    """Say that rows, (N,), are left out, whose mate the file does not tell."""
+    """Warn that rows, (N,), are left out whose mate the file does not tell."""
     if unknown.mean() > MOST_UNKNOWN:
         raise UserError(
             f"{path}: {label} is 0 or missing in {unknown.sum()} of {len(unknown)} rows, so that "

@@ -56,7 +56,7 @@ class UnmergedTable:
 
 @dataclass(frozen=True)
 class UnmergedMtz:
-    """What an unmerged MTZ file holds.
+    """Columns of an unmerged MTZ file.
 
     ``batch`` is (N,); ``columns`` has every other column by label, as it is in the file.
     """

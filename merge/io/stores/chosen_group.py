@@ -38,7 +38,7 @@ N_SHELLS = 10
 
 
 def in_group(data: UnmergedData, group: gemmi.SpaceGroup) -> UnmergedData:
-    """Give data another space group, and a cell that obeys it.
+    """Copy of data in another space group, with a cell that obeys it.
 
     Raises
     ------

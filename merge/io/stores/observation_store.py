@@ -87,7 +87,7 @@ class ObservationStore(ABC):
 
 
 class StoreView(ObservationStore):
-    """What another store holds, changed while it is read.
+    """Observations of another store, changed while they are read.
 
     Parameters
     ----------

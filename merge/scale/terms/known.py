@@ -1,4 +1,4 @@
-"""What is known of the scale before anything is learned."""
+"""Scale that is known before anything is learned."""
 
 from __future__ import annotations
 
