@@ -5,8 +5,9 @@ with original indices (.sca), unmerged mmCIF, a CrystFEL .stream, a store (.h5, 
 convert`), or the photon counts of a run (RUN/intensities.h5). Every file is a dataset of
 its own; one with several wavelengths (or data sets, of MTZ) is as many, numbered in their order.
 All are merged on one scale. Writes DIR/merged.mtz, for several datasets DIR/<input stem>[_<its
-dataset>]_merged.mtz, with statistics by resolution shell, the held-out predictions (metrics.json),
-the scale model and, where stills can be indexed in several ways, indexing.csv.
+dataset>]_merged.mtz, with half sets (half_sets.mtz), statistics by resolution shell, the held-out
+predictions (metrics.json), the scale model and, where stills can be indexed in several ways,
+indexing.csv.
 
 Examples
 --------
