@@ -48,24 +48,6 @@ def inv_d2(hkl: ArrayLike, cell: gemmi.UnitCell) -> Array:
     return np.einsum("...i,ij,...j->...", index, reciprocal_metric(cell), index)
 
 
-def inv_d2_from_setting(hkl: ArrayLike, setting: ArrayLike) -> Array:
-    """``1 / d^2`` from a setting matrix ``A = U B`` (or from ``B`` alone).
-
-    Parameters
-    ----------
-    hkl : array_like, (..., 3)
-    setting : array_like, (3, 3)
-        Columns a*, b*, c* [1/A].
-
-    Returns
-    -------
-    Array, (...)
-        [1/A^2]
-    """
-    r = np.asarray(hkl, dtype=np.float64) @ np.asarray(setting, dtype=np.float64).T
-    return np.einsum("...i,...i->...", r, r)
-
-
 def d_spacing(hkl: ArrayLike, cell: gemmi.UnitCell) -> Array:
     """Resolution of reflections.
 

@@ -308,16 +308,6 @@ class ShoeboxStore:
         is_valid = (mask & MaskBit.VALID).bool() & (mask & exclude == 0)
         return ShoeboxBatch(counts.float() * is_valid, is_valid, self._metadata[rows])
 
-    def iterate(
-        self, batch_size: int, generator: torch.Generator | None = None
-    ) -> Iterator[ShoeboxBatch]:
-        """All rows in batches; shuffled when a generator is given."""
-        order = torch.arange(len(self))
-        if generator is not None:
-            order = torch.randperm(len(self), generator=generator)
-        for start in range(0, len(self), batch_size):
-            yield self.read(order[start : start + batch_size])
-
     def background(self, experiment: int) -> BackgroundField:
         """Background statistic of a sweep."""
         group = self._handle[f"background/{experiment}"]

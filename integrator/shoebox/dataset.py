@@ -8,57 +8,15 @@ spreads over several.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
-from braggflux.integrator.types import Flag, ReflectionMetadata, ShoeboxBatch
+from braggflux.integrator.types import Flag, ShoeboxBatch
 
 POOL_CHUNKS = 32
 """Chunks of the file that are shuffled together when the store does not fit in memory."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows for training and rows held out, both increasing, (N,) int64."""
-
-    train: Tensor
-    held_out: Tensor
-
-
-def split_by_image(
-    metadata: ReflectionMetadata, fraction: float, *, seed: int, block_frames: int = 10
-) -> Split:
-    """Hold out whole blocks of frames.
-
-    Parameters
-    ----------
-    metadata : ReflectionMetadata
-    fraction : float
-        Of the blocks, in [0, 1); at least one block when positive and there are several.
-    seed : int
-        Same seed, same split.
-    block_frames : int
-        Frames in a block.
-
-    Returns
-    -------
-    Split
-        Positions in ``metadata``.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"the held-out fraction must be in [0, 1), got {fraction}")
-    block = torch.div(metadata.xyz_px[:, 2], block_frames, rounding_mode="floor").long()
-    key = torch.stack([metadata.experiment, block], dim=1)
-    blocks, member = torch.unique(key, dim=0, return_inverse=True)
-    n_out = min(max(round(fraction * len(blocks)), int(fraction > 0)), len(blocks) - 1)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
-    is_out = torch.zeros(len(blocks), dtype=torch.bool)
-    is_out[order[:n_out]] = True
-    held_out = is_out[member]
-    return Split(torch.nonzero(~held_out)[:, 0], torch.nonzero(held_out)[:, 0])
 
 
 class ShoeboxDataset:

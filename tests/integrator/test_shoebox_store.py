@@ -16,7 +16,7 @@ from braggflux.integrator.io.shoebox_store import (
     ShoeboxStore,
     writing_store,
 )
-from braggflux.integrator.shoebox.dataset import ShoeboxDataset, split_by_image
+from braggflux.integrator.shoebox.dataset import ShoeboxDataset
 from braggflux.integrator.shoebox.mask import MaskBit
 from braggflux.integrator.types import Flag, ReflectionMetadata
 
@@ -184,31 +184,3 @@ def test_an_epoch_has_every_row_once_and_follows_its_seed(written, byte_limit):
         assert not torch.equal(first, epoch(1))
         in_order = torch.cat([b.metadata.refl_row for b in dataset.batches(500)])
         torch.testing.assert_close(in_order, expected)
-
-
-def test_iterate_gives_all_rows(written):
-    with ShoeboxStore.open(written[0]) as store:
-        rows = torch.cat(
-            [b.metadata.refl_row for b in store.iterate(999, torch.Generator().manual_seed(3))]
-        )
-    assert not torch.equal(rows, torch.arange(N))
-    torch.testing.assert_close(rows.sort().values, torch.arange(N))
-
-
-def test_split_holds_out_whole_blocks_of_images(written):
-    with ShoeboxStore.open(written[0]) as store:
-        metadata = store.metadata()
-    split = split_by_image(metadata, 0.25, seed=5, block_frames=10)
-    assert len(split.train) + len(split.held_out) == N
-    blocks = [
-        {(int(e), int(z)) for e, z in zip(metadata.experiment[rows],
-                                          metadata.xyz_px[rows, 2] // 10, strict=True)}
-        for rows in (split.train, split.held_out)
-    ]  # fmt: skip
-    assert not blocks[0] & blocks[1]
-    assert len(blocks[1]) == 5
-    again = split_by_image(metadata, 0.25, seed=5, block_frames=10)
-    torch.testing.assert_close(again.held_out, split.held_out)
-    other = split_by_image(metadata, 0.25, seed=6, block_frames=10)
-    assert not torch.equal(other.held_out, split.held_out)
-    assert len(split_by_image(metadata, 0.0, seed=0).held_out) == 0
