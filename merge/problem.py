@@ -62,6 +62,8 @@ class MergeProblem:
 
     def with_choice(self, choice: Tensor, confidence: Tensor) -> MergeProblem:
         """Copy with the operator of each image, (G,), and its probability, (G,)."""
+        if self.ambiguity is None:
+            raise ValueError("the data have no indexing ambiguity to choose from")
         own = choice[self.table.observations.image][:, None]
         terms = replace(self.table.terms, row=self.ambiguity.rows.gather(1, own)[:, 0])
         return replace(
@@ -129,7 +131,7 @@ def build_problem(
     table = _table(columns, given, feature_scaling, exposure_group, cluster, order, unique, config)
     table = replace(table, sweeps=_sweeps(data, columns, order, config))
     problem = MergeProblem(unique, table, tuple(d.name for d in data), order)
-    if alternatives is None:
+    if alternatives is None or operators is None:
         return problem
     return replace(problem, ambiguity=Ambiguity.of(operators, alternatives[order], table))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -72,7 +73,7 @@ def batch_step(
     ranges : sequence of (float, float) or None
         Least and largest batch number of each dataset; None where it has none.
     """
-    known = [[ranges[k] for k in group if ranges[k] is not None] for group in groups]
+    known = [[own for k in group if (own := ranges[k]) is not None] for group in groups]
     in_order = [sorted(group) for group in known]
     if all(a[1] < b[0] for group in in_order for a, b in pairwise(group)):
         return 0
@@ -220,22 +221,26 @@ class GroupStore(StoreView):
                 replace(part, image=part.image + shift, metadata=metadata, wavelength=wavelength)
             )
 
-        def joined(column: Callable[[UnmergedData], NDArray]) -> NDArray:
+        def joined(column: Callable[[UnmergedData], NDArray[Any]]) -> NDArray[Any]:
             return np.concatenate([column(part) for part in parts])
 
+        waves = [part.wavelength for part in parts if part.wavelength is not None]
         return replace(
             parts[0],
             miller_index=joined(lambda p: p.miller_index),
             intensity=joined(lambda p: p.intensity),
             sigma=joined(lambda p: p.sigma),
             image=joined(lambda p: p.image),
-            wavelength=joined(lambda p: p.wavelength) if self.has_wavelength else None,
-            metadata={n: joined(lambda p, n=n: p.metadata[n]) for n in self.metadata_names},
+            wavelength=np.concatenate(waves) if self.has_wavelength else None,
+            metadata={
+                name: np.concatenate([p.metadata[name] for p in parts])
+                for name in self.metadata_names
+            },
             cell=self.cell,
             name=self.name,
         )
 
-    def column(self, name: str, rows: slice) -> NDArray:
+    def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column, as :meth:`ObservationStore.column`."""
         parts = []
         for k, low, high in self._pieces(self._first_row, rows.start, rows.stop):
@@ -244,7 +249,7 @@ class GroupStore(StoreView):
         return np.concatenate(parts)
 
     @staticmethod
-    def _pieces(firsts: NDArray, first: int, last: int) -> list[tuple[int, int, int]]:
+    def _pieces(firsts: NDArray[Any], first: int, last: int) -> list[tuple[int, int, int]]:
         """Members with anything of a range, and the range in each; at least one, be it empty."""
         found = []
         for k in range(len(firsts) - 1):

@@ -32,7 +32,9 @@ class Harmonics:
     ratio: NDArray[np.float64]
 
 
-def log_laue_factor(inv_d2: NDArray[np.float64], wavelength: NDArray[np.float64]) -> NDArray:
+def log_laue_factor(
+    inv_d2: NDArray[np.float64], wavelength: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Log of Lorentz and polarization factor of a still crystal in a polychromatic beam, (T,).
 
     The integrated intensity is i(lambda) F^2 lambda^4 / sin^2 theta P (Ren & Moffat 1995, J. Appl.
@@ -68,12 +70,9 @@ def harmonics(c: Columns, order: NDArray[np.int64], unique: UniqueRows) -> Harmo
     divisor = np.gcd.reduce(np.abs(index), axis=1)
     primitive = index // divisor[:, None]
     longest = wavelength * divisor
-    found, rows, multiples = [], [], []
     candidate = np.flatnonzero((divisor > 1) | (longest >= 2 * low))
     alone = np.setdiff1d(np.arange(len(order)), candidate)
-    found.append(alone)
-    rows.append(c.row[order][alone])
-    multiples.append(np.ones(len(alone), np.int64))
+    parts = [(alone, c.row[order][alone], np.ones(len(alone), np.int64))]
     finest = min(asu.d_min for asu in unique.asus)
     d_first = c.inv_d2[order] ** -0.5 * divisor  # of order 1
     last = np.maximum(divisor, np.minimum(longest / low, d_first / finest + 1).astype(np.int64))
@@ -89,11 +88,8 @@ def harmonics(c: Columns, order: NDArray[np.int64], unique: UniqueRows) -> Harmo
             refl = asu.refl_id(hkl) if inside.any() else np.empty(0, np.int64)
             row[inside] = np.where(refl >= 0, refl + unique.first[k], -1)
         which, row = which[row >= 0], row[row >= 0]
-        found.append(which)
-        rows.append(row)
-        multiples.append(np.full(len(which), n))
-    found, rows = np.concatenate(found), np.concatenate(rows)
-    multiples = np.concatenate(multiples)
+        parts.append((which, row, np.full(len(which), n)))
+    found, rows, multiples = (np.concatenate(column) for column in zip(*parts, strict=True))
     # the index that the file gives comes first
     rank = np.lexsort((multiples != divisor[found], found))
     found, rows, multiples = found[rank], rows[rank], multiples[rank]

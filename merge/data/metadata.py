@@ -34,11 +34,12 @@ def metadata_columns(
     common = set.intersection(*(set(d.metadata) for d in data))
     has_wavelength = all(d.wavelength is not None for d in data)
     allowed = sorted(common | {RESOLUTION} | ({"Wavelength"} if has_wavelength else set()))
-    wanted = config.metadata if feature_scaling is None else feature_scaling.names
-    if wanted is None:
-        wanted = [n for n in KNOWN_METADATA if n in allowed]
-        if not config.laue and "Wavelength" in wanted:
-            wanted.remove("Wavelength")
+    given_names = config.metadata if feature_scaling is None else feature_scaling.names
+    if given_names is None:
+        known = set(allowed) if config.laue else set(allowed) - {"Wavelength"}
+        wanted = [n for n in KNOWN_METADATA if n in known]
+    else:
+        wanted = list(given_names)
     if unknown := sorted(set(wanted) - set(allowed)):
         raise UserError(
             f"unknown metadata {', '.join(unknown)}; these files have {', '.join(allowed)}"

@@ -153,7 +153,9 @@ MAX_GAP = 100
 USUAL_SPAN = 180.0
 
 
-def plain_sweep_table(columns: Columns, rotation: Array | None, order: NDArray) -> SweepTable:
+def plain_sweep_table(
+    columns: Columns, rotation: Array | None, order: NDArray[np.int64]
+) -> SweepTable:
     """Take the places from batch numbers, and from the rotation where a file has it.
 
     Batches follow each other on the scan; where they do not, another sweep begins.

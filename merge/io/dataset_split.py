@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -145,7 +146,7 @@ def check_one_form(cells: ArrayLike, group: Groups, source: str, what: str) -> N
 
 def split_data(
     data: UnmergedData,
-    group: NDArray[np.integer],
+    group: NDArray[np.integer[Any]],
     suffixes: Sequence[str],
     labels: Sequence[DatasetLabels],
     cells: Sequence[gemmi.UnitCell],
@@ -242,7 +243,7 @@ def split_by_sweep(
         Of each sweep; the cells are of one form.
     """
     if not wavelength_groups(wavelength).any():
-        value = float(np.median(wavelength)) or None
+        value = float(np.median(np.asarray(wavelength))) or None
         return [replace(data, labels=data.labels._replace(wavelength=value))]
     sweep = data.metadata[SWEEP].astype(np.int64)
     wavelength, cells = np.asarray(wavelength, dtype=float), np.asarray(cells, dtype=float)
@@ -287,7 +288,8 @@ def split_sets(
     parameters = [cells[k].parameters for k in sets.tolist()]
     check_one_form(parameters, cell_groups(parameters), data.name, "sets")
     wavelength = np.array([wavelengths[k] for k in sets.tolist()])
-    group, start = wavelength_groups(wavelength), {}
+    group = wavelength_groups(wavelength)
+    start: dict[int, int] = {}
     of_set = np.array([start.setdefault(k, len(start)) for k in group.tolist()])  # in their order
     batches, first = np.unique(batch, return_index=True)
     of_batch = of_set[np.searchsorted(sets, np.asarray(iset)[first])]

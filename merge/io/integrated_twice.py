@@ -49,7 +49,8 @@ def check_integrated_once(
             frame = np.floor(table["xyzcal.px"][of_sweep, 2]).astype(int)
             rows.append(of_sweep[is_common[frame.clip(0, len(is_common) - 1)]])
         n_equal = len(np.intersect1d(intensity[rows[0]], intensity[rows[1]]))
-        n_same = _n_same_index(*(table["miller_index"][r] for r in rows), shared.change)
+        one, other = (table["miller_index"][r] for r in rows)
+        n_same = _n_same_index(one, other, shared.change)
         fewest = min(map(len, rows))
         if fewest >= MIN_SPOTS and n_same - n_equal > fewest / 2:
             raise UserError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -49,7 +50,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
-Column = tuple[str, str, NDArray]  # label, type, values
+Column = tuple[str, str, NDArray[Any]]  # label, type, values
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _columns(table: MergedTable) -> Iterable[Column]:
         yield "E", "E", t.normalised
 
 
-def _indices(miller_index: NDArray[np.integer]) -> Iterable[Column]:
+def _indices(miller_index: NDArray[np.integer[Any]]) -> Iterable[Column]:
     yield from ((axis, "H", miller_index[:, i]) for i, axis in enumerate("HKL"))
 
 
@@ -208,7 +209,7 @@ def _value_and_sigma(name: str, value: Array, sigma: Array) -> Iterable[Column]:
 def _mates(
     name: str, plus: Array, sigma_plus: Array, minus: Array, sigma_minus: Array
 ) -> Iterable[Column]:
-    value_type, sigma_type = {"F": "GL", "I": "KM"}[name[0]]
+    value_type, sigma_type = {"F": ("G", "L"), "I": ("K", "M")}[name[0]]
     yield from ((f"{name}(+)", value_type, plus), (f"SIG{name}(+)", sigma_type, sigma_plus))
     yield from ((f"{name}(-)", value_type, minus), (f"SIG{name}(-)", sigma_type, sigma_minus))
 
@@ -250,7 +251,8 @@ def read_merged_mtz(path: str | Path) -> MergedMtz:
         *i_mean,
         found.get("N(+)" if "N(+)" in found.data else "N"),
         found.get("N(-)"),
-        *(found.get(label if is_coupled else "") for label in ("DANO", "SIGDANO")),
+        found.get("DANO" if is_coupled else ""),
+        found.get("SIGDANO" if is_coupled else ""),
         found.get("E"),
         has_f or has_i,
     )
@@ -272,10 +274,10 @@ class _Columns:
         return {f"{p}{name}({m})" for p in ("", "SIG") for m in "+-"} <= self.data.keys()
 
     def mates(self, name: str) -> tuple[Array, Array, Array, Array]:
-        labels = (f"{name}(+)", f"SIG{name}(+)", f"{name}(-)", f"SIG{name}(-)")
-        return tuple(self.get(label) for label in labels)
+        plus, minus = f"{name}(+)", f"{name}(-)"
+        return self.get(plus), self.get(f"SIG{plus}"), self.get(minus), self.get(f"SIG{minus}")
 
-    def mean(self, name: str, mates: tuple[Array, ...]) -> tuple[Array, Array]:
+    def mean(self, name: str, mates: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         if name in self.data:
             return self.get(name), self.get(f"SIG{name}")
         return mean_of_mates(*mates)

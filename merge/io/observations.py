@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -254,10 +255,10 @@ def join_halves(*halves: UnmergedData) -> UnmergedData:
     """Join Friedel halves whose indices are as observed; see :func:`combine_friedel`."""
     plus, minus = halves
     has_batch = all("BATCH" in half.metadata for half in halves)
-    has_wavelength = all(half.wavelength is not None for half in halves)
+    waves = [half.wavelength for half in halves if half.wavelength is not None]
     shared = [key for key in plus.metadata if key in minus.metadata]
 
-    def joined(column) -> NDArray:
+    def joined(column: Callable[[UnmergedData], NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate([column(half) for half in halves])
 
     return make_unmerged(
@@ -266,8 +267,8 @@ def join_halves(*halves: UnmergedData) -> UnmergedData:
         intensity=joined(lambda half: half.intensity),
         sigma=joined(lambda half: half.sigma),
         image_label=joined(lambda half: half.metadata["BATCH"] if has_batch else half.image),
-        metadata={key: joined(lambda half, key=key: half.metadata[key]) for key in shared},
-        wavelength=joined(lambda half: half.wavelength) if has_wavelength else None,
+        metadata={key: np.concatenate([h.metadata[key] for h in halves]) for key in shared},
+        wavelength=np.concatenate(waves) if len(waves) == len(halves) else None,
         cell=plus.cell,
         space_group=plus.space_group,
         name=common_name(plus.name, minus.name),

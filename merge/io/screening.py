@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,7 +130,7 @@ def _copies(data: UnmergedData) -> NDArray[np.bool_]:
     return found
 
 
-def _repeats(columns: Sequence[NDArray], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+def _repeats(columns: Sequence[NDArray[Any]], rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Those of some ``rows`` that are equal in all columns to an earlier one."""
     values = np.stack([np.nan_to_num(c[rows].astype(np.float64)) for c in columns])
     order = np.lexsort(values)  # stable: of equal rows the first comes first

@@ -54,10 +54,11 @@ class Spots:
     """
 
     def __init__(self, data: UnmergedData, step: float | None, one_in: int) -> None:
-        if step is None:
+        place = spot_positions(data)
+        if step is None or place is None:
             label = data.metadata.get("BATCH", data.image)[:, None]
         else:
-            label = np.rint(spot_positions(data) / step)
+            label = np.rint(place / step)
         table = np.column_stack([data.miller_index, label]).astype(np.int64)
         with np.errstate(over="ignore"):
             key = (table.astype(np.uint64) * PRIMES[: table.shape[1]]).sum(1) * PRIMES[-1]
@@ -79,9 +80,9 @@ def shared_photons(data: Sequence[UnmergedData]) -> list[tuple[int, int, float]]
         Numbers of both, and their squared residuals over those of two measurements: 0 where
         intensities and sigmas are equal.
     """
-    places = [spot_positions(d) for d in data]
+    places = [place for d in data if (place := spot_positions(d)) is not None]
     step = None
-    if all(place is not None for place in places):
+    if len(places) == len(data):
         step = max(SAME_PLACE * max(float(np.ptp(p, axis=0).max()) for p in places), 1e-6)
     one_in = max(1, int(np.mean([len(d) for d in data])) // SPOTS_LOOKED_AT)
     spots = [Spots(d, step, one_in) for d in data]

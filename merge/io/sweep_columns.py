@@ -71,7 +71,7 @@ def sweep_columns(
     if not set(numbers.tolist()) <= set(headers):
         return {}
     used = [headers[n] for n in numbers.tolist()]
-    values = np.array([list(b.floats) for b in used])
+    values = np.array([np.array(b.floats, dtype=np.float64) for b in used])
     wavelength = np.array([b.wavelength for b in used])
     width = values[:, _PHI + 1] - values[:, _PHI]
     norms = [np.linalg.norm(values[:, part], axis=1) for part in (_U, _AXIS, _SOURCE)]
