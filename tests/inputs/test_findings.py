@@ -124,6 +124,7 @@ def said(argv, caplog):
     return " ".join(r.message for r in caplog.records if r.levelno >= logging.WARNING)
 
 
+@pytest.mark.slow
 def test_the_line_about_symmetry(r3, tmp_path, caplog):
     rng = np.random.default_rng(4)
     value = intensities(r3, rng)
@@ -160,6 +161,7 @@ def test_neighbours_are_of_the_same_dataset():
     assert against_neighbours(level, np.repeat([0, 1], 6))[3] == pytest.approx(-1.0)
 
 
+@pytest.mark.slow
 def test_a_prior_model_of_the_same_photons(r3, tmp_path, caplog):
     """A merge of these data is told from one of other data, and from the truth."""
     rng = np.random.default_rng(6)

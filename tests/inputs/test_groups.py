@@ -94,6 +94,7 @@ def correlation(asu, f, found):
     return np.corrcoef(found.f, f[asu.refl_id(found.miller_index)])[0, 1]
 
 
+@pytest.mark.slow
 def test_two_sweeps_are_one_dataset(asu, truth, tmp_path):
     """One file; all observations count; nearer to the truth than either sweep alone."""
     sweeps = [sweep(asu, truth, k, level=level) for k, level in enumerate((1.0, 5.0))]
@@ -116,6 +117,7 @@ def test_two_sweeps_are_one_dataset(asu, truth, tmp_path):
     assert np.corrcoef(grouped.f, whole.f)[0, 1] > 0.9995
 
 
+@pytest.mark.slow
 def test_the_order_of_the_files_does_not_matter(asu, truth, tmp_path):
     a, b = (save(tmp_path, n, sweep(asu, truth, k)) for k, n in enumerate("ab"))
     for name, pair in (("ab", (a, b)), ("ba", (b, a))):
@@ -201,6 +203,7 @@ def test_groups_after_reindexing_and_before_parents(asu, truth, tmp_path, caplog
     assert any("dataset 1: light1, of light1 light2" in r.message for r in caplog.records)
 
 
+@pytest.mark.slow
 def test_groups_of_friedel_halves(asu, truth, tmp_path):
     """plus, plus, minus, minus: first the sweeps, then the mates."""
     sign = asu.friedel_sign

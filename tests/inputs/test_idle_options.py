@@ -52,6 +52,7 @@ def merged(paths, out, *options):
     return read_merged_mtz(out / "light_merged.mtz").table
 
 
+@pytest.mark.slow
 def test_parents_alone_mean_the_double_wilson_prior(pair, tmp_path):
     """The same numbers as with all three options, and nearer to the truth than without."""
     paths, asu, truth = pair
@@ -148,6 +149,7 @@ def test_settings_that_frozen_scales_overrule_are_named(pair, tmp_path, caplog):
     assert "was fitted with studentt" in said
 
 
+@pytest.mark.slow
 def test_the_old_name_of_the_prior_model(pair, tmp_path, caplog):
     """The same numbers under both names, and a note for the old one."""
     reference = tmp_path / "alone" / "dark_merged.mtz"

@@ -68,6 +68,7 @@ def beside_truth(table, tiny):
     return table.select(ours[good]), chosen
 
 
+@pytest.mark.slow
 def test_frames_are_array_indices(table, run):
     (experiment,) = read_experiments(run.integrated_expt)
     assert experiment.scan.image_range == (FIRST, LAST)
@@ -156,6 +157,7 @@ def test_the_merge_reads_it_back(run, table):
     assert len(found) <= len(table)
 
 
+@pytest.mark.slow
 def test_compare_finds_the_same_observations(run, tiny):
     """True photons carry array indices of the whole sweep; also beside an older table."""
     argv = ["compare", str(run.path), "--true-counts", str(tiny.truth)]
@@ -181,6 +183,7 @@ def test_compare_finds_the_same_observations(run, tiny):
         run.integrated_expt.write_bytes(before[1])
 
 
+@pytest.mark.slow
 def test_dials_takes_both_files(dials, run, table, tmp_path):
     files = (run.integrated_expt, run.integrated_refl)
     scaled = run_dials("scale", *files, "anomalous=True", folder=tmp_path)
@@ -219,6 +222,7 @@ def test_z_lies_in_the_scan_of_dxtbx(dials, run):
     np.testing.assert_allclose(angle, phi.as_numpy_array(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sweeps_without_identifiers(dials, tiny, tmp_path):
     """DIALS gives them, where the table names none; an empty one stopped it with a KeyError."""
     document = json.loads(cut(tiny, tmp_path, 1, 8, "two").read_text())

@@ -45,6 +45,7 @@ def set_lookup(expt, **names) -> None:
     edit(expt, lambda e: e["imageset"][0].update(names))
 
 
+@pytest.mark.slow
 def test_a_mask_of_dials_generate_mask_is_applied(dials, tiny, tmp_path):
     """Under it no voxel is valid, elsewhere every count and voxel is as before, and dxtbx's."""
     expt = copy_of(tiny, tmp_path)

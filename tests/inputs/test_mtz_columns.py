@@ -65,6 +65,7 @@ def test_the_same_observations(kind, rows, options, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_zeros_in_m_isym_do_not_swap_the_mates(tmp_path):
     """The rows are those of a right file: so are F(+) and F(-), to the last digit."""
     zeros = ROWS.but(**{"M/ISYM": np.zeros(len(ROWS.hkl))})

@@ -32,6 +32,7 @@ def merge(*argv) -> int:
     return cli.main(["merge", *(str(a) for a in argv), *FAST])
 
 
+@pytest.mark.slow
 def test_opposite_anomalous_signals_stay_apart(tmp_path):
     """Merged together they cancel: correlations with the truths are .00; apart they are .99."""
     assert merge(two_wavelengths(tmp_path / "mad.mtz"), "--out", tmp_path / "out") == 0

@@ -83,6 +83,7 @@ def merged(tmp_path, **settings):
     return Truth(sweep), path, overall
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_scales_neither_swallow_nor_invent_the_signal(seed, tmp_path):
     truth, path, overall = merged(tmp_path, seed=seed)

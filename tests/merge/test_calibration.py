@@ -45,6 +45,7 @@ def bijvoet_pairs(fitted):
 # --- the scale
 
 
+@pytest.mark.slow
 def test_frame_scales_are_recovered(fitted):
     """Frame scales stand for the mean 1/d^2: the rest of the simulated damage is B's."""
     n = fitted.experiment.n_frames

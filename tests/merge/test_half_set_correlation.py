@@ -67,6 +67,7 @@ def pair(one_minus_r2: float, noise: float):
     return fitted(data, CONFIG, (None, 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [mates, pair])
 @pytest.mark.parametrize("true", [0.003, 0.01])
 def test_halves_find_how_alike_relatives_are(made, true):
@@ -82,6 +83,7 @@ def test_halves_find_how_alike_relatives_are(made, true):
     assert [r["chosen_r"] for r in rows] == pytest.approx(((1 - found) ** 0.5).tolist())
 
 
+@pytest.mark.slow
 def test_same_seed_same_answer_another_a_similar_one():
     merger, table = mates(0.004, 20.0)
     prior, found = merger.prior.part(DoubleWilson), []
