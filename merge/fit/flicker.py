@@ -59,7 +59,8 @@ def choose_flicker(
     state = {k: v.clone() for k, v in merger.state_dict().items()}
     ratio = merger.log_ratio.clone()
     scores = [log_likelihoods(merger, table, held_out)]
-    merger.scale.frames.has_flicker.fill_(False)
+    if merger.scale.frames is not None:
+        merger.scale.frames.has_flicker.fill_(False)
     fit(merger, table, config, epochs=epochs)
     scores.append(log_likelihoods(merger, table, held_out))
     on, off = (s[~s.isnan()] for s in scores)

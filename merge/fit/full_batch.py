@@ -10,6 +10,7 @@ could heal would be healed twice, hence the damping.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,11 +64,11 @@ class FullBatchFit:
             amplitudes.move(terms.information, terms.row_weight, DAMPING)
             self.optimizer.step()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on beside the merger."""
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint."""
         self.optimizer.load_state_dict(state)
 

@@ -22,6 +22,7 @@ from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.hat_functions import hat_design
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.prior.wilson import Wilson
+from braggflux.merge.scale.terms.falloff import Falloff
 
 
 @torch.no_grad()
@@ -49,9 +50,9 @@ def _move(merger: Merger, excess: Tensor) -> None:
     """Divide Sigma and F^2 by ``exp(excess)``, (n_knots,) about its mean, multiply K by it."""
     wilson = merger.prior.part(Wilson)
     excess = excess - excess.mean()
-    merger.scale.terms["falloff"].add(wilson.knots, excess)
+    next(t for t in merger.scale if isinstance(t, Falloff)).add(wilson.knots, excess)
     merger.set_log_spread(merger.log_spread - wilson.design @ excess)
-    wilson.log_sigma -= excess
+    wilson.log_sigma.sub_(excess)
 
 
 def _scale_on_the_sphere(merger: Merger, table: ObservationTable) -> Tensor:

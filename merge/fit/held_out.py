@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,9 @@ class Prediction:
     cc_pred: float | None
 
     @classmethod
-    def of(cls, measured: NDArray, expected: NDArray, density: NDArray) -> Prediction:
+    def of(
+        cls, measured: NDArray[Any], expected: NDArray[Any], density: NDArray[Any]
+    ) -> Prediction:
         """From intensities, (N,) each, and log-densities of observations or clusters."""
         n_obs = len(measured)
         if n_obs < 10:
@@ -128,7 +131,7 @@ def predict(merger: Merger, table: ObservationTable, chosen: Tensor) -> Predicti
 
 
 @torch.no_grad()
-def observed_and_expected(merger: Merger, batch: Batch) -> NDArray:
+def observed_and_expected(merger: Merger, batch: Batch) -> NDArray[Any]:
     """Measured and expected intensities and, without clusters, log-densities, (3, N)."""
     e = merger.generative(batch, merger.inference())
     expected = e.mean

@@ -11,7 +11,7 @@ add up to one damped Newton step, and no row chases the few observations of one 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from braggflux.merge.model.merger import Merger
 
@@ -67,9 +67,13 @@ class AmplitudeNewton:
         for rows, parent in reversed(merger.prior.levels):  # a parent's step moves its whole tree
             below.index_add_(0, parent, below[rows])
         below = below + weight * merger.prior.stiffness(merger.log_spread.exp())
-        change = -merger.log_spread_step.grad / below.clamp_min(1e-12)
-        merger.log_spread_step += damping * change.clamp(-MAX_STEP, MAX_STEP)
+        change = -_gradient(merger.log_spread_step) / below.clamp_min(1e-12)
+        merger.log_spread_step.add_(damping * change.clamp(-MAX_STEP, MAX_STEP))
         k = merger.log_concentration.exp()
         curvature = 0.5 * torch.maximum(own / k, weight) + 0.5 * weight
-        change = -merger.log_concentration.grad / curvature.clamp_min(1e-12)
-        merger.log_concentration += damping * change.clamp(-MAX_STEP, MAX_STEP)
+        change = -_gradient(merger.log_concentration) / curvature.clamp_min(1e-12)
+        merger.log_concentration.add_(damping * change.clamp(-MAX_STEP, MAX_STEP))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

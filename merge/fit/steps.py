@@ -57,7 +57,7 @@ def find_steps(problem: MergeProblem, config: MergeConfig) -> Steps:
         merger = Merger(problem.unique, problem.table, config)
     start(merger, problem.table)
     frames = merger.scale.frames
-    if not bool(frames.is_odd.any()):
+    if frames is None or not bool(frames.is_odd.any()):
         return nothing
     frame, image = frames.centre_frame().numpy(), problem.table.observations.image.numpy()
     is_odd = frames.is_odd.numpy()[frame]

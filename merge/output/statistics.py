@@ -14,6 +14,7 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -32,7 +33,7 @@ from braggflux.merge.output.half_sets import (
 )
 
 Array = NDArray[np.float64]
-Row = dict[str, float | int | str | None]
+Row = dict[str, Any]
 
 #: Fewer pairs than this give no correlation: with three points any value is likely.
 MIN_PAIRS = 10
@@ -185,8 +186,8 @@ class ReflectionSums:
             n_obs,
             np.bincount(o.refl_id[o.friedel_sign > 0], minlength=n_refl),
             np.bincount(o.refl_id[o.friedel_sign < 0], minlength=n_refl),
-            np.bincount(o.refl_id, weights=deviation, minlength=n_refl),
-            np.bincount(o.refl_id, weights=o.intensity, minlength=n_refl),
+            np.asarray(np.bincount(o.refl_id, deviation, n_refl), dtype=float),
+            np.asarray(np.bincount(o.refl_id, o.intensity, n_refl), dtype=float),
         )
 
 
@@ -231,13 +232,15 @@ def shell_statistics(
         per_reflection = ReflectionSums.of(usable, len(unique))
         intensity_halves = intensity_halves or half_sets(usable, len(unique), seed)
         halves = halves or intensity_halves
+    if halves is None or intensity_halves is None:
+        raise ValueError("sums of observations need halves of both kinds")
     shell_of = shells.assign(unique.inv_d2)
-    possible_shell = None if possible is None else shells.assign(possible.inv_d2)
     rows = []
     for i in [*range(len(shells)), None]:
         chosen = shell_of >= 0 if i is None else shell_of == i
         row, reasons = _moments(per_reflection, unique, chosen)
         if possible is not None:
+            possible_shell = shells.assign(possible.inv_d2)
             inside = possible_shell >= 0 if i is None else possible_shell == i
             _add_completeness(row, reasons, per_reflection, unique, chosen, possible, inside)
         _add_half_set_statistics(row, reasons, halves, chosen & ~unique.is_centric, chosen)
