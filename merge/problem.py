@@ -60,16 +60,21 @@ class MergeProblem:
     source: NDArray[np.int64]
     ambiguity: Ambiguity | None = None
 
+    @property
+    def indexing(self) -> Ambiguity:
+        """The indexing ambiguity, of data that have one."""
+        if self.ambiguity is None:
+            raise ValueError("the data have no indexing ambiguity")
+        return self.ambiguity
+
     def with_choice(self, choice: Tensor, confidence: Tensor) -> MergeProblem:
         """Copy with the operator of each image, (G,), and its probability, (G,)."""
-        if self.ambiguity is None:
-            raise ValueError("the data have no indexing ambiguity to choose from")
         own = choice[self.table.observations.image][:, None]
-        terms = replace(self.table.terms, row=self.ambiguity.rows.gather(1, own)[:, 0])
+        terms = replace(self.table.terms, row=self.indexing.rows.gather(1, own)[:, 0])
         return replace(
             self,
             table=replace(self.table, terms=terms),
-            ambiguity=replace(self.ambiguity, choice=choice, confidence=confidence),
+            ambiguity=replace(self.indexing, choice=choice, confidence=confidence),
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+import gemmi
 import torch
 from torch import Tensor
 
@@ -66,10 +67,10 @@ def seeded(
     confidence, choice = mixture.responsibility.max(1)
     problem = problem.with_choice(choice, confidence)
     if known is None:
-        shift = _inverse(problem, problem.ambiguity.identity)
+        shift = _inverse(problem, problem.indexing.identity)
     else:
         shift = _like_reference(problem, data, mixture, known)
-    after = torch.as_tensor(problem.ambiguity.operators.after(shift, _space_group(problem)))
+    after = torch.as_tensor(problem.indexing.operators.after(shift, _space_group(problem)))
     return problem.with_choice(after[choice], confidence)
 
 
@@ -87,13 +88,13 @@ def standard_intensities(problem: MergeProblem, masks: Split) -> StandardIntensi
         variance,
         masks.is_used & masks.is_seen,
         masks.is_seen,
-        common[problem.ambiguity.rows],
+        common[problem.indexing.rows],
         o.image,
-        len(problem.ambiguity.choice),
+        len(problem.indexing.choice),
     )
 
 
-def _space_group(problem: MergeProblem):
+def _space_group(problem: MergeProblem) -> gemmi.SpaceGroup:
     return problem.unique.asus[0].space_group
 
 
@@ -118,7 +119,7 @@ def _standard_reference(problem: MergeProblem, intensity: Tensor) -> Tensor:
 
 def _inverse(problem: MergeProblem, number: int) -> int:
     """Operator after which ``number`` is the identity."""
-    operators = problem.ambiguity.operators
+    operators = problem.indexing.operators
     for b in range(len(operators)):
         if operators.is_symmetric[b] and operators.after(b, _space_group(problem))[number] == 0:
             return b
@@ -129,7 +130,7 @@ def _like_reference(
     problem: MergeProblem, data: StandardIntensities, mixture: Mixture, known: Tensor
 ) -> int:
     """Operator for all images after which their means agree best with the reference."""
-    asu, operators = problem.unique.asus[0], problem.ambiguity.operators
+    asu, operators = problem.unique.asus[0], problem.indexing.operators
     noise = torch.tensor(0.5, dtype=torch.float64)
     total, weight = means(data, mixture.responsibility, noise)
     merged, common = torch.full_like(known, torch.nan), _common_rows(problem)
@@ -170,7 +171,7 @@ def refined(
         training = problem.table.with_masks(masks.is_used, masks.is_seen).to(merger.device)
         fit(merger, training, config, epochs=epochs, with_scales=with_scales)
         problem = reassigned(merger, problem, masks)
-        if problem.ambiguity.changed[-1] <= SETTLED:
+        if problem.indexing.changed[-1] <= SETTLED:
             break
     return problem
 
@@ -180,7 +181,7 @@ def reassigned(merger: Merger, problem: MergeProblem, masks: Split | None = None
 
     Held-out observations (``masks``) have no say.
     """
-    table, before = problem.table, problem.ambiguity
+    table, before = problem.table, problem.indexing
     if masks is not None:
         table = table.with_masks(masks.is_used, masks.is_seen)
     score = image_log_likelihoods(merger, table, before.rows)
@@ -189,7 +190,7 @@ def reassigned(merger: Merger, problem: MergeProblem, masks: Split | None = None
     changed = float((choice != before.choice).double().mean())
     problem = problem.with_choice(choice, confidence)
     return replace(
-        problem, ambiguity=replace(problem.ambiguity, changed=(*before.changed, changed))
+        problem, ambiguity=replace(problem.indexing, changed=(*before.changed, changed))
     )
 
 

@@ -64,9 +64,14 @@ class StandardIntensities:
         """Keep some images, (n_images,) bool, with new numbers."""
         kept = chosen[self.image]
         number = chosen.long().cumsum(0) - 1
-        columns = (self.value, self.variance, self.is_merged, self.is_scored, self.row)
         return StandardIntensities(
-            *(c[kept] for c in columns), number[self.image[kept]], int(chosen.sum())
+            self.value[kept],
+            self.variance[kept],
+            self.is_merged[kept],
+            self.is_scored[kept],
+            self.row[kept],
+            number[self.image[kept]],
+            int(chosen.sum()),
         )
 
 
@@ -273,7 +278,7 @@ def _log_likelihood(
     prior = _prior_weight(noise)
     score = torch.zeros_like(responsibility)
     own = [_own_weight(data, responsibility, noise, a) for a in range(data.row.shape[1])]
-    square, count = 0.0, 0.0
+    square, count = noise.new_zeros(()), noise.new_zeros(())
     for a in range(data.row.shape[1]):
         row = data.row[:, a]
         itself = sum(

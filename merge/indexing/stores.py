@@ -68,7 +68,7 @@ def resolve_stores(
     problem = seeded(problem, _no_masks(problem), config, wanted(problem))
     agreed = agreement(
         standard_intensities(problem, _no_masks(problem)),
-        torch.nn.functional.one_hot(problem.ambiguity.choice, n_operators).double(),
+        torch.nn.functional.one_hot(problem.indexing.choice, n_operators).double(),
     )
     choice = np.zeros(n, dtype=np.int64)
     number = np.concatenate([np.arange(store.n_images) for store in stores])
@@ -93,8 +93,8 @@ def resolve_stores(
         if progress is not None:
             progress(sum(high for _, high in ranges), n)
     found = replace(
-        problem.ambiguity,
-        rows=problem.ambiguity.rows[:0],
+        problem.indexing,
+        rows=problem.indexing.rows[:0],
         choice=torch.as_tensor(choice),
         confidence=torch.as_tensor(confidence),
     )

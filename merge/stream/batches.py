@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,14 +129,20 @@ class ObservationStream:
 
     def split(self, number: int) -> tuple[ObservationTable, Split | None]:
         """Read one batch, and what is held out in it if it is a holdout batch."""
+        if number in self.holdout_batches:
+            return self.split_holdout(number)
+        return self._table(number), None
+
+    def split_holdout(self, number: int) -> tuple[ObservationTable, Split]:
+        """Read one of the holdout batches, and what is held out in it."""
+        table = self._table(number)
+        return table, split(table, self.config.held_out, True, [self.config.seed, number])
+
+    def _table(self, number: int) -> ObservationTable:
         data = self._read(number)
-        problem = build_problem(
+        return build_problem(
             data, self.config, feature_scaling=self.feature_scaling, unique=self.unique
-        )
-        if number not in self.holdout_batches:
-            return problem.table, None
-        seed = [self.config.seed, number]
-        return problem.table, split(problem.table, self.config.held_out, True, seed)
+        ).table
 
     def numbers(self, generator: torch.Generator) -> Iterator[int]:
         """Batch numbers in random order, pass after pass, without end."""
@@ -190,7 +197,7 @@ class ObservationStream:
                 n_kept += np.bincount(batch - 1, minlength=self.n_batches)
         for k in self.holdout_batches:
             if n_kept[k]:
-                table, masks = self.split(k)
+                table, masks = self.split_holdout(k)
                 row = table.terms.row[~masks.is_used].numpy()
                 n_obs -= np.bincount(row, minlength=len(n_obs))
         return n_obs, n_kept > 0
@@ -214,16 +221,18 @@ def joined(parts: Sequence[UnmergedData]) -> UnmergedData:
         images.append(part.image + first)
         first += part.n_images
 
-    def column(of: Callable[[UnmergedData], NDArray]) -> NDArray:
+    def column(of: Callable[[UnmergedData], NDArray[Any]]) -> NDArray[Any]:
         return np.concatenate([of(part) for part in parts])
 
-    has_wavelength = parts[0].wavelength is not None
+    waves = [part.wavelength for part in parts if part.wavelength is not None]
     return replace(
         parts[0],
         miller_index=column(lambda p: p.miller_index),
         intensity=column(lambda p: p.intensity),
         sigma=column(lambda p: p.sigma),
         image=np.concatenate(images),
-        wavelength=column(lambda p: p.wavelength) if has_wavelength else None,
-        metadata={n: column(lambda p, n=n: p.metadata[n]) for n in parts[0].metadata},
+        wavelength=np.concatenate(waves) if waves else None,
+        metadata={
+            name: np.concatenate([p.metadata[name] for p in parts]) for name in parts[0].metadata
+        },
     )

@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch
@@ -79,7 +80,7 @@ def fit_stream(
         set_rate(optimizer, step / n_steps)
         optimizer.step()
         if is_row_step:
-            rows.step(*pending)
+            rows.step(pending[0], pending[1])
             pending = [torch.zeros_like(p) for p in pending]
         n_seen += len(batch.observations)
         if observer is not None:
@@ -108,7 +109,7 @@ def held_out_batches(stream: ObservationStream, merger: Merger) -> Iterator[tupl
     """Carriers, with the held-out observations as the used ones."""
     for k in sorted(stream.holdout_batches):
         if stream.filled[k]:
-            table, masks = stream.split(k)
+            table, masks = stream.split_holdout(k)
             table = table.with_masks(~masks.is_used, masks.is_seen)
             yield k, stream.masked(table, None).to(merger.device)
 
@@ -126,11 +127,11 @@ def look_at_all(merger: Merger, stream: ObservationStream, config: MergeConfig) 
 @torch.no_grad()
 def predict_held_out(merger: Merger, stream: ObservationStream) -> dict[str, Prediction]:
     """Predict the held-out observations of the holdout batches, by kind."""
-    found: dict[str, list[np.ndarray]] = {"image": [], "observation": []}
+    found: dict[str, list[NDArray[np.float64]]] = {"image": [], "observation": []}
     for k in sorted(stream.holdout_batches):
         if not stream.filled[k]:
             continue
-        table, masks = stream.split(k)
+        table, masks = stream.split_holdout(k)
         batch = stream.masked(table, masks).to(merger.device)
         values = observed_and_expected(merger, batch)
         found["image"].append(values[:, masks.by_image.numpy()])

@@ -12,7 +12,8 @@ import numpy as np
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
-from braggflux.pipelines.config.run import RunConfig, schema
+from braggflux.pipelines.config import schema
+from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.report import figures, plots
 from braggflux.pipelines.report.epochs import published_table, write_published_table
 from braggflux.pipelines.workspace import provenance

@@ -47,7 +47,7 @@ def peak_heights(peaks: Rows) -> str | None:
     epochs = sorted({p["epoch"] for p in peaks if p["epoch"] != REFERENCE})
     if not epochs:
         return None
-    sites: dict[str, dict] = {}
+    sites: dict[str, dict[str, Any]] = {}
     for p in peaks:
         name = f"{p['residue']} {p['chain']}{p['seqid']} {p['atom']}"
         sites.setdefault(name, {})[p["epoch"]] = p["peak_sigma"]
@@ -164,7 +164,7 @@ def comparison_by_bin(rows: Rows, title: str, metrics: Sequence[str]) -> str | N
         return svg(figure)
 
 
-def shoebox(counts: NDArray, rate: NDArray | None, is_valid: NDArray) -> str:
+def shoebox(counts: NDArray[Any], rate: NDArray[Any] | None, is_valid: NDArray[Any]) -> str:
     """Draw counts, model rate and residual of one box, summed over frames.
 
     Parameters
@@ -176,7 +176,7 @@ def shoebox(counts: NDArray, rate: NDArray | None, is_valid: NDArray) -> str:
     """
     blank = ~is_valid.any(axis=0)
     observed = np.ma.array(np.where(is_valid, counts, 0).sum(axis=0), mask=blank)
-    images = [("counts", observed, "viridis", None)]
+    images: list[tuple[str, Any, str, float | None]] = [("counts", observed, "viridis", None)]
     if rate is not None:
         expected = np.ma.array(np.where(is_valid, rate, 0.0).sum(axis=0), mask=blank)
         residual = (observed - expected) / np.sqrt(np.maximum(expected, 1e-3))
@@ -199,7 +199,7 @@ def shoebox(counts: NDArray, rate: NDArray | None, is_valid: NDArray) -> str:
         return _png(figure)
 
 
-def _label_with_d(axes: Axes, x: NDArray) -> None:
+def _label_with_d(axes: Axes, x: NDArray[Any]) -> None:
     """Label an axis of 1/d^2 with d [A]."""
     ticks = x[:: max(1, len(x) // 6)]
     axes.set_xticks(ticks, [f"{t**-0.5:.2f}" for t in ticks])

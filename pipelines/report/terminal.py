@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
@@ -72,7 +73,7 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
         Epochs downwards, the reference last; a note says why the reference has no row.
     """
     peaks = run.read_peaks()
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for peak in peaks:
         groups.setdefault((peak["residue"], peak["atom"]), []).append(peak)
     strongest = sorted(groups.values(), key=lambda g: -_mean_height(g))
@@ -93,7 +94,7 @@ def peaks_table(run: RunDirectory) -> tuple[list[str], list[list[str]], list[str
     return ["epoch", *(name for name, _ in columns)], rows, notes
 
 
-def _which_differences(columns: Sequence[tuple[str, list[dict]]]) -> list[str]:
+def _which_differences(columns: Sequence[tuple[str, list[dict[str, Any]]]]) -> list[str]:
     """Note which difference the heights are of, where not all are of F(+) - F(-)."""
     peaks = [p for _, entries in columns for p in entries]
     coupled = {p["epoch"] for p in peaks if p["difference"] == "coupled"}
@@ -110,9 +111,9 @@ def _which_differences(columns: Sequence[tuple[str, list[dict]]]) -> list[str]:
     return [note, f"epoch {last} by F(+) - F(-), weighted: {', '.join(shown)}"]
 
 
-def _columns(group: list[dict]) -> list[tuple[str, list[dict]]]:
+def _columns(group: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Name and entries (of all epochs) of each column for one kind of site."""
-    sites: dict[tuple[str, str], list[dict]] = {}
+    sites: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for peak in group:
         sites.setdefault((peak["chain"], peak["seqid"]), []).append(peak)
     residue, atom = group[0]["residue"], group[0]["atom"]
@@ -125,12 +126,12 @@ def _columns(group: list[dict]) -> list[tuple[str, list[dict]]]:
     ]
 
 
-def _height(entries: list[dict]) -> str:
+def _height(entries: list[dict[str, Any]]) -> str:
     has_height = any(p["peak_sigma"] is not None for p in entries)
     return f"{_mean_height(entries):.2f}" if has_height else "-"
 
 
-def _mean_height(entries: list[dict]) -> float:
+def _mean_height(entries: list[dict[str, Any]]) -> float:
     heights = [p["peak_sigma"] for p in entries if p["peak_sigma"] is not None]
     return sum(heights) / len(heights) if heights else 0.0
 
