@@ -65,9 +65,9 @@ class MergeConfig:
     # of --prior-model when null.
     reference_intensities: Path | None = None
     # wilson: every amplitude for itself; double-wilson: given its parent (or Bijvoet mate). auto:
-    # double-wilson where --parents or a correlation is given.
+    # double-wilson where amplitudes have relatives, by --parents or --anomalous.
     prior: str = "auto"
-    # Correlation r of an amplitude with its parent; by shell from held-out data when null.
+    # Correlation r of an amplitude with its parent; by shell from half sets of the data when null.
     correlation: float | None = None
     # SIGF where --parents are given: amplitude is right for F alone; difference, which auto means,
     # leaves out what relatives have in common, for programs that weigh differences as if F were

@@ -111,7 +111,7 @@ def build_problem(
     _check(data, config)
     if unique is None:
         asus = _asus(data, config, operators)
-        couple = config.prior == "double-wilson" and asus[0].anomalous
+        couple = config.prior != "wilson" and asus[0].anomalous
         unique = UniqueRows(asus, parents, couple)
     columns = join_columns(data, unique, config)
     if config.anomalous:

@@ -5,6 +5,9 @@ of them gives is free of noise; its mean is (1 - r^2) / 2 for acentric and 1 - r
 reflections (:mod:`braggflux.merge.prior.mate_correlation`). Nothing is maximised: no r can win by
 swallowing noise, and no amplitude is fitted again.
 
+Means are weighted by the error model's variances; outliers are left out. Robust weights would draw
+the observations of both halves to the same amplitude, and the halves would agree about its noise.
+
 Shells change gradually. Their estimates m_s +- e_s of 1 - r^2 are those of a random walk u_s of
 log(1 - r^2),
 
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import Merger
-from braggflux.merge.output.amplitudes import scaled_observations
+from braggflux.merge.model.sums import N_SIGMA, ObservationSums
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.mate_correlation import mean_half_set_covariance, random_halves
 
@@ -72,21 +75,33 @@ def half_set_correlation(
         Of the halves.
     """
     prior = merger.prior.part(DoubleWilson)
-    scaled = scaled_observations(merger, table)
-    used = scaled.is_spot & table.observations.is_used
-    unit = table.unit_intensity
+    batch = table.everything()
+    o, e = batch.observations, merger.generative(batch, merger.inference())
+    variance = e.alone.variance
+    used = o.is_used & (merger.likelihood.share_of_spots(batch, e) > 0.5)
+    used &= (o.intensity - e.mean) ** 2 < N_SIGMA**2 * variance
     product, known = mean_half_set_covariance(
-        scaled.row[used],
-        scaled.intensity[used] / unit,
-        unit**2 / scaled.variance[used],
+        batch.first_rows[used],
+        (o.intensity / e.scale)[used],
+        (e.scale**2 / variance)[used],
         prior.child,
         prior.parent,
         difference_norm(merger),
-        random_halves(
-            table.observations.exposure_group[used], torch.Generator().manual_seed(seed), N_SPLITS
-        ),
+        random_halves(o.exposure_group[used], torch.Generator().manual_seed(seed), N_SPLITS),
     )
     return set_correlation(merger, product, known)
+
+
+@torch.no_grad()
+def half_set_correlation_of_sums(
+    merger: Merger, sums: ObservationSums
+) -> list[dict[str, float | None]]:
+    """Set r as :func:`half_set_correlation`, from sums over two halves of the images."""
+    prior = merger.prior.part(DoubleWilson)
+    mean = sums.half_set_means()
+    difference = (mean[:, prior.child] - mean[:, prior.parent]) / difference_norm(merger)
+    product = difference.prod(0)
+    return set_correlation(merger, product, torch.isfinite(product))
 
 
 def difference_norm(merger: Merger) -> Tensor:

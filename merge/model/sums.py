@@ -17,6 +17,9 @@ from braggflux.merge.data.table import Batch
 from braggflux.merge.model.merger import Merger
 
 COLUMNS = ("n", "weight", "weighted", "intensity", "deviation", "slope", "information")
+COLUMNS += ("plain_weight", "plain_weighted")
+#: Residuals beyond this many standard deviations are outliers where no robust weight is used.
+N_SIGMA = 5.0
 
 
 class ObservationSums:
@@ -31,11 +34,12 @@ class ObservationSums:
 
     Attributes
     ----------
-    by_half : Tensor, (2, R, 7)
+    by_half : Tensor, (2, R, 9)
         Columns :data:`COLUMNS`. Of spots, neither blank nor stray: ``n``, and of the scaled
         intensities, in units of the table, sums of ``1 / variance``, of ``I / variance``, of ``I``
         and of ``|I - <F^2>|``. Of all: slope of the
-        log-likelihood against log <F^2>, and its expected curvature.
+        log-likelihood against log <F^2>, and its expected curvature. Of spots that are no outliers
+        sums of ``1 / D`` and ``I / D``, see :meth:`half_set_means`.
     """
 
     def __init__(self, merger: Merger, seed: int) -> None:
@@ -61,13 +65,24 @@ class ObservationSums:
         total = torch.where(sums[:, 1] > 0, sums[:, 1], torch.nan)
         return sums[:, 2] / total, total**-0.5
 
+    def half_set_means(self) -> Tensor:
+        """Mean scaled intensity of the rows in each half, (2, R), NaN without any.
+
+        Without robust weights, which draw the observations of both halves to the same q(F): what
+        they have in common then is noise too.
+        """
+        weight, weighted = (
+            self.by_half[:, :, COLUMNS.index(k)] for k in ("plain_weight", "plain_weighted")
+        )
+        return weighted / torch.where(weight > 0, weight, torch.nan)
+
     def _add(self, number: int, batch: Batch) -> None:
         if batch.observation_of_term is not None or batch.cluster is not None:
             raise ValueError("batches of a store have neither harmonics nor common errors")
         used = batch.observations.is_used
         half = self._half_of_image(number, batch)[batch.image]
         into = (half * len(self.spread) + batch.terms.row)[used]
-        # one pass over the rows for all seven sums
+        # one pass over the rows for all sums
         columns = torch.stack(self._columns(batch), -1)[used]
         self.by_half.view(-1, len(COLUMNS)).index_add_(0, into, columns)
 
@@ -88,6 +103,8 @@ class ObservationSums:
             share = likelihood.share_of_spots(batch, expected)
             robust = likelihood.weight(batch, expected) * share
             is_spot = (share > 0.5).double()
+            plain = is_spot * ((o.intensity - mean) ** 2 < N_SIGMA**2 * variance)
+            plain = plain / variance * scale**2
             value, weight = o.intensity / scale, is_spot * robust / variance * scale**2
             return [
                 is_spot,
@@ -97,6 +114,8 @@ class ObservationSums:
                 is_spot * (value - self.spread[row]).abs(),
                 slope * mean,
                 robust * mean**2 / variance,
+                plain,
+                plain * value,
             ]
 
     def _half_of_image(self, number: int, batch: Batch) -> Tensor:

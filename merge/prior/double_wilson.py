@@ -10,7 +10,7 @@ For an acentric reflection (Read 1990, Acta Cryst. A46, 900),
 Parents form trees over any number of datasets (Hekstra et al. 2025), or F(-) has F(+); rows
 without a parent have the prior below. r is a constant per resolution shell. It must not be learned
 by gradient with F, its likelihood there runs to 1; see
-:mod:`braggflux.merge.prior.mate_correlation` and :mod:`braggflux.merge.fit.held_out_correlation`.
+:mod:`braggflux.merge.fit.half_set_correlation`.
 
 Width. q(F) is a product, whose width is that of F with its relatives known exactly. The precision
 matrix of a tree is the data's plus the prior's links; its inverse along a tree is one pass from
@@ -53,7 +53,6 @@ class DoubleWilson(PriorOver):
     child: Tensor
     parent: Tensor
     shell: Tensor
-    shell_inv_d2: Tensor
     one_minus_r2: Tensor
 
     def __init__(self, below: AmplitudePrior, rows: UniqueRows, n_shells: int) -> None:
@@ -69,9 +68,6 @@ class DoubleWilson(PriorOver):
                 self.register_buffer(f"level_{level}_{name}", buffer, persistent=False)
         shell = rows.shells(n_shells)
         self.register_buffer("shell", torch.as_tensor(shell))  # (R,)
-        total, n = (np.bincount(shell, w, n_shells) for w in (rows.d**-2.0, None))
-        mean = torch.as_tensor(np.where(n > 0, total / np.maximum(n, 1), np.mean(rows.d**-2.0)))
-        self.register_buffer("shell_inv_d2", mean, persistent=False)  # (n_shells,) [1/A^2]
         self.register_buffer("one_minus_r2", torch.full((n_shells,), 0.01, dtype=torch.float64))
         self._is_coupled = False
 

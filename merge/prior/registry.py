@@ -36,6 +36,13 @@ def check_prior(name: str) -> None:
         raise UserError(f"prior must be one of auto, {', '.join(PRIORS)}, got {name!r}")
 
 
+def prior_name(rows: UniqueRows, config: MergeConfig) -> str:
+    """Key of :data:`PRIORS`; under "auto", rows that have parents resemble them."""
+    if config.prior != "auto":
+        return config.prior
+    return "double-wilson" if (rows.parent >= 0).any() else "wilson"
+
+
 def build_prior(
     rows: UniqueRows, config: MergeConfig, f_calc: Tensor | None = None
 ) -> AmplitudePrior:
@@ -45,7 +52,6 @@ def build_prior(
     ----------
     rows : UniqueRows
     config : MergeConfig
-        Under ``prior`` "auto", rows that have parents resemble them.
     f_calc : Tensor, (R,), optional
         Amplitudes of a model on any scale, NaN where there is none.
 
@@ -58,7 +64,4 @@ def build_prior(
     prior: AmplitudePrior = Wilson.of_rows(rows, config.n_wilson_knots, config.anisotropic)
     if f_calc is not None:
         prior = Reference(prior, f_calc, config.n_reference_shells)
-    name = config.prior
-    if name == "auto":
-        name = "double-wilson" if (rows.parent >= 0).any() else "wilson"
-    return PRIORS[name](prior, rows, config)
+    return PRIORS[prior_name(rows, config)](prior, rows, config)

@@ -92,7 +92,7 @@ class ObservationStream:
         asus = [
             ReciprocalAsu(s.cell, s.space_group, self._d_min(s), config.anomalous) for s in stores
         ]
-        couple = config.prior == "double-wilson" and asus[0].anomalous
+        couple = config.prior != "wilson" and asus[0].anomalous
         self.unique = UniqueRows(asus, parents, couple)
         order = np.random.default_rng(config.seed).permutation(self.n_batches)
         self.holdout_batches = (

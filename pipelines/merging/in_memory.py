@@ -21,8 +21,8 @@ from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.flicker import choose_flicker, is_in_doubt
 from braggflux.merge.fit.gauge import fix_gauge
+from braggflux.merge.fit.half_set_correlation import half_set_correlation
 from braggflux.merge.fit.held_out import predict, split
-from braggflux.merge.fit.held_out_correlation import choose_correlation
 from braggflux.merge.fit.sigma_a import set_sigma_a
 from braggflux.merge.fit.training import (
     Observer,
@@ -78,26 +78,19 @@ class FittedMerge:
     tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
-def check_coupling(unique: UniqueRows, config: MergeConfig) -> bool:
-    """Check that a double-Wilson prior can act; tell whether there is one.
+def check_coupling(unique: UniqueRows, config: MergeConfig) -> None:
+    """Check that a double-Wilson prior can act.
 
     Raises
     ------
     UserError
-        They should, and there is no relative, or nothing to choose r by.
+        It was asked for, and there is no relative.
     """
-    if config.prior != "double-wilson":
-        return False
-    if not (unique.parent >= 0).any():
+    if config.prior == "double-wilson" and not (unique.parent >= 0).any():
         raise UserError(
             "--prior double-wilson finds no amplitude with a relative; give --parents for "
             "datasets or --anomalous for Bijvoet mates"
         )
-    if config.correlation is None and not config.held_out:
-        raise UserError(
-            "r is chosen by held-out data and held_out is 0; raise it or give --correlation"
-        )
-    return True
 
 
 class MergeFit:
@@ -123,9 +116,10 @@ class MergeFit:
         if problem.ambiguity is not None:
             problem = seeded(problem, self.masks, config, known.indexing)
         self.problem = problem
-        self.couples = check_coupling(problem.unique, config)
+        check_coupling(problem.unique, config)
         merger = Merger(problem.unique, self.training, config, known.f_calc)
         self.merger = merger.to(device)
+        self.couples = merger.prior.has(DoubleWilson)
         self.tables: dict[str, Sequence[Mapping[str, Any]]] = {}
 
     @property
@@ -232,8 +226,7 @@ class MergeFit:
         if self.config.correlation is not None:
             self.merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - self.config.correlation**2)
         else:
-            held_out = (~self.masks.is_used).to(self.device)
-            rows = choose_correlation(self.merger, self.training, held_out, self.config)
+            rows = half_set_correlation(self.merger, self.training, self.config.seed)
             self.tables["correlation"] = rows
         pool_trees(self.merger)
         if self.problem.unique.ties_datasets:

@@ -13,6 +13,7 @@ from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.output.amplitudes import scaled_observations
 from braggflux.merge.output.datasets import MergedDataset, merged_datasets, streamed_datasets
 from braggflux.merge.output.statistics import write_statistics_csv
+from braggflux.merge.prior.registry import prior_name
 from braggflux.merge.problem import MergeProblem
 from braggflux.merge.rows import UniqueRows
 from braggflux.merge.stream.batches import ObservationStream
@@ -88,7 +89,7 @@ def _write(
     config: MergeConfig,
     out: Path,
 ) -> list[Path]:
-    paths, made_by = [], f"merge, prior {config.prior}"
+    paths, made_by = [], f"merge, prior {prior_name(unique, config)}"
     for k, dataset in enumerate(datasets):
         stem = _stem(names, k)
         paths.append(out / f"{stem}merged.mtz")

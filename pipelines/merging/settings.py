@@ -49,8 +49,8 @@ RULES: tuple[Rule, ...] = (
     (("dof",), lambda a: a.config.likelihood == "normal", "a Normal has no degrees of freedom"),
     (
         ("n_correlation_shells",),
-        lambda a: a.config.prior != "double-wilson",
-        "no amplitudes are coupled; give --parents, or --prior double-wilson",
+        lambda a: a.config.prior == "wilson",
+        "no amplitudes are coupled; give --parents or --anomalous",
     ),
     (
         ("sigma",),
@@ -104,10 +104,11 @@ def settled(
     has_model: bool = False,
     has_scales: bool = False,
 ) -> MergeConfig:
-    """Return ``config`` without "auto" priors, and warn of options without effect.
+    """Return ``config`` with what "auto" means, and warn of options without effect.
 
     To name parents, or r, is to ask for the double-Wilson prior; to name parents is to ask for
-    the sigma of the difference as well.
+    the sigma of the difference as well. Whether there are Bijvoet mates the data say: with
+    ``anomalous`` the prior stays "auto".
 
     Parameters
     ----------
@@ -134,8 +135,10 @@ def settled(
             "itself; leave --prior out, or give --prior double-wilson"
         )
     prior = config.prior
-    if prior == "auto":
-        prior = "double-wilson" if asked else "wilson"
+    if prior == "auto" and asked:
+        prior = "double-wilson"
+    elif prior == "auto" and not config.anomalous:
+        prior = "wilson"
     sigma = config.sigma
     if sigma == "auto":
         sigma = "difference" if has_parents else "amplitude"

@@ -14,6 +14,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.file_kinds import PHOTON_COUNTS, file_kind
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.gauge import fix_gauge
+from braggflux.merge.fit.half_set_correlation import half_set_correlation_of_sums
 from braggflux.merge.fit.sigma_a import set_sigma_a_from_means
 from braggflux.merge.fit.training import start, start_amplitudes
 from braggflux.merge.io.stores.observation_store import ObservationStore
@@ -23,7 +24,6 @@ from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, save_scale
 from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.stream.batches import ObservationStream
-from braggflux.merge.stream.held_out_correlation import choose_from_sums
 from braggflux.merge.stream.solve import solve_amplitudes
 from braggflux.merge.stream.training import (
     fit_stream,
@@ -82,7 +82,7 @@ def merge_stores(
         stores = indexed(stores, indexing)
         feature_scaling = None if saved is None else saved.feature_scaling
         stream = ObservationStream(stores, config, feature_scaling, inputs.parents)
-        couples = check_coupling(stream.unique, config)
+        check_coupling(stream.unique, config)
         f_calc = None
         if inputs.prior_model is not None:
             f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, stream.unique.asus))
@@ -99,8 +99,9 @@ def merge_stores(
             solve_amplitudes(merger, sums)
         if f_calc is not None:
             _choose_sigma_a(merger, sums, inputs.out)
-        if couples:
-            _choose_correlation(merger, stream, sums, config, inputs.out)
+        merger.prior.couple()
+        if merger.prior.has(DoubleWilson):
+            _choose_correlation(merger, sums, config, inputs.out)
         predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
         solve_amplitudes(merger, sums.add(held_out_batches(stream, merger)))
         merger.to("cpu")
@@ -154,16 +155,14 @@ def _choose_sigma_a(merger: Merger, sums: ObservationSums, out: Path) -> None:
 
 def _choose_correlation(
     merger: Merger,
-    stream: ObservationStream,
     sums: ObservationSums,
     config: MergeConfig,
     out: Path,
 ) -> None:
-    """Choose r of the mates and fit the amplitudes with it; scales know Wilson's prior only."""
-    merger.prior.couple()
+    """Choose r of relatives and fit the amplitudes with it; scales know Wilson's prior only."""
     if config.correlation is not None:
         merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - config.correlation**2)
     else:
-        rows = choose_from_sums(merger, stream, sums)
+        rows = half_set_correlation_of_sums(merger, sums)
         write_rows(out / "correlation.csv", rows, rows[0])
     solve_amplitudes(merger, sums)

@@ -41,10 +41,6 @@ class Folder:
         hkl = self.hkl if hkl is None else hkl
         return write_mtz(self.path / f"{name}.mtz", hkl, columns, **form)
 
-    def both_mates(self):
-        """Write every other reflection under the index of its Friedel mate."""
-        return self.mtz(hkl=self.hkl * np.where(np.arange(len(self.hkl)) % 2, 1, -1)[:, None])
-
     def partials(self, *, has_fraction=True):
         """Every fourth reflection lies on two images, 30 and 70 per cent of it."""
         mapping = to_asu(self.hkl, GROUP)
@@ -161,12 +157,6 @@ CASES = {
         "leave --parents out",
     ),
     "nothing to couple": (lambda f: [f.mtz(), "--prior", "double-wilson"], "--parents"),
-    "no data to choose r by": (
-        lambda f: [
-            *(f.both_mates(), "--anomalous", "--prior", "double-wilson", "--set", "held_out=0"),
-        ],
-        "held_out is 0",
-    ),
     "everything beyond d_min": (lambda f: [f.mtz(), "--d-min", "70"], "choose a smaller d_min"),
     "negative d_min": (lambda f: [f.mtz(), "--d-min", "-1"], "`d_min` must be positive"),
     "unknown option": (lambda f: [f.mtz(), "--set", "colour=red"], "unknown configuration key"),

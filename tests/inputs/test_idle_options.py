@@ -83,6 +83,7 @@ def test_what_auto_means():
     assert settled(default, (None, None)).prior == "wilson"
     assert settled(default, (None, 0)).prior == "double-wilson"
     assert settled(default, (None, 0)).sigma == "difference"
+    assert settled(MergeConfig(anomalous=True), None).prior == "auto"
     with_r = settled(MergeConfig(anomalous=True, correlation=0.99), None)
     assert (with_r.prior, with_r.sigma) == ("double-wilson", "amplitude")
     with pytest.raises(UserError, match="--correlation cannot act"):

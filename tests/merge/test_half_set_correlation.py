@@ -105,6 +105,20 @@ def test_r_never_runs_to_one():
     assert found.max() < 10 * pooled
 
 
+@pytest.mark.parametrize("dof", [4.0, 30.0])
+def test_robust_likelihoods_add_no_noise(dof):
+    """Under strong noise; weights of Student's t would give 13e-4 +- 2e-4 with 4 degrees."""
+    c = crystal(d_min=4.0, anomalous=True, noise_r2=4e-4, b=15.0)
+    config = replace(CONFIG, anomalous=True, dof=dof)
+    merger, table = fitted([observe(c, 150.0, n_obs=16, flicker=0.0)], config)
+    rows = half_set_correlation(merger, table, 0)
+    weight = np.array([r["error"] ** -2 for r in rows])
+    pooled = weight @ [r["one_minus_r2"] for r in rows] / weight.sum()
+    error = weight.sum() ** -0.5
+    assert error < 2.5e-4
+    assert abs(pooled - 4e-4) < 2.5 * error
+
+
 def test_too_few_pairs_leave_r_as_it_is(caplog):
     merger, _ = mates(0.004, 20.0)
     prior = merger.prior.part(DoubleWilson)

@@ -18,7 +18,6 @@ from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.measurement import GaussianMeasurement
 from braggflux.merge.data.pairing import paired_clusters
 from braggflux.merge.fit.held_out import split
-from braggflux.merge.fit.held_out_correlation import GRID, best_line, bounded_scores
 from braggflux.merge.fit.training import fit, start
 from braggflux.merge.io.observations import make_unmerged
 from braggflux.merge.likelihood.common_error import CommonError
@@ -157,27 +156,6 @@ def test_width_of_a_coupled_pair_is_that_of_the_joint_normal(one_minus_r2):
         assert float(width.sigma[p]) == pytest.approx(joint[0, 0] ** 0.5, rel=1e-6)
         assert float(width.sigma[c]) == pytest.approx(joint[1, 1] ** 0.5, rel=1e-6)
         assert float(width.shared[p] * width.shared[c]) == pytest.approx(joint[0, 1], rel=1e-6)
-
-
-def test_line_of_correlations_is_found_through_the_noise_of_the_shells():
-    inv_d2 = torch.linspace(0.02, 0.3, 10, dtype=torch.float64)
-    true = -7.5 + 10 * inv_d2
-    grid = (1 - torch.tensor(GRID, dtype=torch.float64) ** 2).log()
-    torch.manual_seed(0)
-    seen = true + 0.8 * torch.randn(10).double()
-    scores = -2 * (grid[:, None] - seen) ** 2
-    found = best_line(scores, inv_d2)
-    assert float((found - true).abs().max()) < 0.6
-    assert float((found.diff() / inv_d2.diff()).std()) < 1e-6
-
-
-def test_one_outlier_does_not_choose_the_correlation():
-    density = torch.zeros(len(GRID), 40, dtype=torch.float64)
-    density[7] = 0.5
-    density[2, 0] = 200.0
-    scores = bounded_scores(density, torch.arange(40) % 2, 2)
-    assert scores.argmax(0).tolist() == [7, 7]
-    assert scores[7].tolist() == [10.0, 10.0]
 
 
 def test_expected_student_t_is_a_lower_bound():
