@@ -221,14 +221,12 @@ class MergeFit:
 
         Scales are fitted with the mates tied to one amplitude: r of the mates is nothing to them.
         """
-        if not self.merger.prior.is_coupled:
-            self._couple()
         if self.config.correlation is not None:
             self.merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - self.config.correlation**2)
         else:
             rows = half_set_correlation(self.merger, self.training, self.config.seed)
             self.tables["correlation"] = rows
-        pool_trees(self.merger)
+        self._couple()
         if self.problem.unique.ties_datasets:
             self._fit(self.training, SHORT)
         else:
