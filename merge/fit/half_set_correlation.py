@@ -13,8 +13,8 @@ log(1 - r^2),
 
     sum_s (m_s - exp u_s)^2 / (2 e_s^2) + sum_s (u_s - u_s-1)^2 / (2 STEP^2)  ->  min,
 
-where a poor one leans on its neighbours. 1 - r^2 is never taken for smaller than what is known of
-it, its standard error.
+where a poor one leans on its neighbours. 1 - r^2 is never taken for smaller than twice its standard
+error: too small, it takes true differences away; too large, it leaves some noise in them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ STEP = 0.3
 #: Products this many times the median are taken for that: no two outliers shall set a shell.
 LARGEST = 50.0
 MIN_PAIRS = 50
+N_ERRORS = 2.0
 N_SPLITS = 16
 N_ROUNDS = 50
 SMALLEST, GREATEST = 1e-5, 0.5
@@ -189,4 +190,4 @@ def smooth(shells: Sequence[Share]) -> Tensor | None:
         u = (u + torch.linalg.solve(precision, score).clamp(-1, 1)).clamp_min(math.log(SMALLEST))
     share = u.exp()
     error = share * torch.linalg.inv((weight * share**2).diag() + walk).diag().sqrt()
-    return torch.hypot(share, error).clamp(SMALLEST, GREATEST)
+    return torch.hypot(share, N_ERRORS * error).clamp(SMALLEST, GREATEST)

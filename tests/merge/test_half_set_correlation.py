@@ -11,6 +11,7 @@ from simulated_priors import crystal, observe
 
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.half_set_correlation import (
+    N_ERRORS,
     STEP,
     Share,
     half_set_correlation,
@@ -150,8 +151,8 @@ def test_smoothing_is_the_best_random_walk():
 
     optimizer.step(closure)
     best = u.detach().exp()
-    # and its error, added in quadrature
+    # and two errors, added in quadrature
     assert (got > best).all()
     precision = torch.autograd.functional.hessian(cost, u.detach())
     error = best * torch.linalg.inv(precision).diag().sqrt()
-    torch.testing.assert_close(got, torch.hypot(best, error), rtol=0.05, atol=0)
+    torch.testing.assert_close(got, torch.hypot(best, N_ERRORS * error), rtol=0.05, atol=0)

@@ -93,7 +93,7 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
     assert 0.6 < float(overall["z_spread"]) < 1.4
     assert {p.name for p in out.iterdir()} == {
         *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
-        *("config.yaml", "provenance.json", "scale_model.pt"),
+        *("config.yaml", "provenance.json", "scale_model.pt", "correlation.csv"),
     }
 
 
@@ -113,6 +113,7 @@ def test_columns_of_the_merged_file(tmp_path, truth, flags):
     wanted = {"F": "F", "SIGF": "Q", "IMEAN": "J", "SIGIMEAN": "Q", "E": "E"}
     halves = {f"{p}F{k}": t for k in range(1, 7) for p, t in (("", "F"), ("SIG", "Q"))}
     if flags:
+        wanted |= {"DANO": "D", "SIGDANO": "Q"}
         for name, value, sigma in (("F", "G", "L"), ("I", "K", "M")):
             wanted |= {f"{name}({m})": value for m in "+-"}
             wanted |= {f"SIG{name}({m})": sigma for m in "+-"}
