@@ -13,8 +13,8 @@ log(1 - r^2),
 
     sum_s (m_s - exp u_s)^2 / (2 e_s^2) + sum_s (u_s - u_s-1)^2 / (2 STEP^2)  ->  min,
 
-where a poor one leans on its neighbours. 1 - r^2 is never taken for smaller than twice its standard
-error: too small, it takes true differences away; too large, it leaves some noise in them.
+where a poor one leans on its neighbours. 1 - r^2 is never taken for smaller than two standard
+errors: too small, it takes true differences away; too large, it leaves some noise in them.
 """
 
 from __future__ import annotations
