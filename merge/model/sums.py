@@ -16,8 +16,10 @@ from torch import Tensor
 from braggflux.merge.data.table import Batch
 from braggflux.merge.model.merger import Merger
 
-COLUMNS = ("n", "weight", "weighted", "intensity", "deviation", "slope", "information")
-COLUMNS += ("plain_weight", "plain_weighted")
+COLUMNS = (
+    *("n", "weight", "weighted", "intensity", "deviation", "slope", "information"),
+    *("plain_weight", "plain_weighted"),
+)
 #: Residuals beyond this many standard deviations are outliers where no robust weight is used.
 N_SIGMA = 5.0
 
