@@ -93,6 +93,7 @@ def test_a_wedge_reads_as_if_counted_from_1(twin, tmp_path):
     assert 0 <= found.metadata[FRAME].min() < found.metadata[FRAME].max() < 100
 
 
+@pytest.mark.slow
 def test_a_wedge_merges_to_the_truth(twin, shared, tmp_path):
     """Before: one batch, CC .983 and .979, R_pim .085; counted from 1 it was as it is now."""
     read(tmp_path, "wedge", [twin.wedge(101, 200)])
@@ -335,6 +336,7 @@ def test_stores_of_earlier_versions(tiny, tmp_path):
         ShoeboxStore.open(tmp_path / "wedge.h5")
 
 
+@pytest.mark.slow
 def test_a_slice_by_dials(dials, tiny, tmp_path):
     """dials.slice_sequence and dials.predict: their tables are cut as our own predictions."""
     expt = cut(tiny, tmp_path, 1, 16, "refined")

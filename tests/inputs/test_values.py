@@ -46,6 +46,7 @@ def assert_as_dxtbx(expt) -> None:
     np.testing.assert_array_equal(ours[good], theirs[good])
 
 
+@pytest.mark.slow
 def test_the_expt_decides_what_is_saturated(dials, tiny, tmp_path):
     """The file says 20, the .expt 65533: every voxel of every box is dxtbx's."""
     expt = copy_of(tiny, tmp_path)

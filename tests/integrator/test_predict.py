@@ -170,6 +170,7 @@ def test_refined_lysozyme_predicts_as_dials(shared, dials, tmp_path, static):
     assert_same_reflections(ours, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.dials
 @pytest.mark.realdata
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_frame_scales_are_recovered(fitted):
     assert np.corrcoef(true, found)[0, 1] > 0.99
 
 
+@pytest.mark.slow
 def test_damage_is_recovered(fitted):
     b = fitted.merger.scale.terms["b_factor"].b_factor.detach().numpy()
     slope = np.polyfit(np.linspace(0, 1, len(b)), b, 1)[0]
