@@ -82,6 +82,7 @@ def test_frames_are_array_indices(table, run):
     place_on_scans(table, [experiment])  # its own angles agree
 
 
+@pytest.mark.slow
 def test_centroids_are_measured(beside_truth):
     """They scatter about the true ones as their variances say."""
     table, truth = beside_truth

@@ -135,6 +135,7 @@ def test_as_gemmi_writes_it(shared, tmp_path):
     assert ours.labels.wavelength == pytest.approx(1.892)
 
 
+@pytest.mark.slow
 @pytest.mark.dials
 @pytest.mark.realdata
 @pytest.mark.parametrize("version", ["v5", "v5_next"])

@@ -133,6 +133,7 @@ def test_gaps_in_a_column_that_nothing_reads_cost_nothing(tmp_path, capsys):
     assert "CHISQ is missing in 2000 of 6000" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("column", "share"), [("XDET", 0.03), ("XDET", 0.5), ("ROT", 0.03)])
 def test_amplitudes_are_finite_and_right(column, share, tmp_path):
     rows, _ = gap(column, share, np.nan)

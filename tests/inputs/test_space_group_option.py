@@ -30,6 +30,7 @@ def merged(path, out, *argv):
     return read_merged_mtz(out / "merged.mtz")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mtz", "store", "streamed", "converted"])
 def test_amplitudes_are_those_of_a_file_in_that_group(tmp_path, kind):
     """Reduced in P 1 2 1, merged in P 21 21 21: other asymmetric unit, fewer reflections."""

@@ -147,6 +147,7 @@ COPIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_places", [True, False])
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_count_once(name, has_places, rows, tmp_path, caplog):

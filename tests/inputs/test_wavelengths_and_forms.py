@@ -46,6 +46,7 @@ def wavelength_of(path) -> float:
 
 
 class TestSweeps:
+    @pytest.mark.slow
     def test_opposite_anomalous_signals_stay_apart(self, tmp_path):
         sweeps = [
             (mad.observe(mad.truth(sign), seed), mad.sweep(wavelength))

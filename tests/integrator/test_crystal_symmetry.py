@@ -100,6 +100,7 @@ def test_miller_index_of_wrong_shape_or_type_is_refused(bad):
         symmetry.as_miller_index(bad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anomalous", [False, True])
 def test_reciprocal_asu_in_every_setting(anomalous):
     """Each observable index of a cube has one row, shared exactly by its equivalents."""

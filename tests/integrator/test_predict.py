@@ -160,6 +160,7 @@ def assert_same_reflections(ours, reference, *, beam_varies: bool = False) -> No
     assert (np.median(mm, axis=0) < 1e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.dials
 @pytest.mark.realdata
 @pytest.mark.parametrize("static", [False, True])

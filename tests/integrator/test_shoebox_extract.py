@@ -187,6 +187,7 @@ def rows_of(store, spots):
     return [int(torch.nonzero((xyz == p).all(1))) for p in spots.xyz_px]
 
 
+@pytest.mark.slow
 def test_boxes_and_masks_equal_a_loop_over_voxels(random_store):
     store, frames, spots, around = random_store
     counts, mask = store.read_raw(slice(0, len(store)))

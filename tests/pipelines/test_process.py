@@ -64,6 +64,7 @@ def test_extract_with_a_given_box(frames, tmp_path):
         assert len(store) > 1000
 
 
+@pytest.mark.slow
 def test_a_refused_reference_does_not_fail_the_run(frames, programs, tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["process", str(frames.master), "--model", str(frames.model), "--out", str(out)]
