@@ -166,7 +166,9 @@ def _mean(products: Tensor) -> Share:
     n = len(products)
     if n < MIN_PAIRS:
         return Share(0.0, math.inf, n)
-    return Share(float(products.mean()), float(products.std()) / n**0.5, n)
+    mean, error = float(products.mean()), float(products.std()) / n**0.5
+    # below zero the halves contradict each other: errors of the scales that they share
+    return Share(mean, max(error, -mean), n)
 
 
 def smooth(shells: Sequence[Share]) -> Tensor | None:
