@@ -60,7 +60,7 @@ def test_what_is_no_table_of_reflections(frames, tmp_path, capsys):
     ("assignment", "meant"),
     [
         ("training.epoch=3", "did you mean training.epochs?"),
-        ("epochs=3", "did you mean training.epochs?"),
+        ("epochs=3", "did you mean merge.epochs or training.epochs?"),
         ("find_defect=no", "did you mean extraction.find_defects?"),
         ("extraction.dmin=2", "did you mean extraction.d_min?"),
     ],
