@@ -139,7 +139,11 @@ class RunConfig:
     @classmethod
     def load(cls, path: Path) -> Self:
         """Read a YAML or JSON file; keys left out keep their defaults."""
-        return schema.from_mapping(cls, schema.load_mapping(path))
+        mapping = schema.load_mapping(path)
+        try:
+            return schema.from_mapping(cls, mapping)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def resolved(self) -> Self:
         """Copy with absolute paths, so that it means the same from any directory."""
