@@ -57,6 +57,7 @@ def test_dials_scale_keeps_what_we_call_usable(scaled, straight):
     assert int(excluded) <= rejected + 0.02 * len(ours)
 
 
+@pytest.mark.slow
 def test_dials_reads_our_intensities_as_we_wrote_them(scaled, straight):
     """scaled.refl was written by DIALS and holds what it has read."""
     ours, theirs = (

@@ -102,6 +102,7 @@ def test_centroids_are_measured(beside_truth):
     )
 
 
+@pytest.mark.slow
 def test_partiality_is_what_the_scan_recorded(beside_truth):
     table, truth = beside_truth
     p, z = table["partiality"], table["xyzcal.px"][:, 2]

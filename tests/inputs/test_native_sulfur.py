@@ -100,6 +100,7 @@ def test_scales_neither_swallow_nor_invent_the_signal(seed, tmp_path):
     assert 0.9 < float(overall["z_spread_anom"]) < 1.1
 
 
+@pytest.mark.slow
 def test_without_signal_halves_do_not_agree(tmp_path):
     _, _, overall = merged(tmp_path, anomalous=0.0, redundancy=4.4)
     assert abs(float(overall["cc_anom"])) < 0.1  # three standard errors of 1,700 pairs: 0.07

@@ -325,6 +325,7 @@ def test_info_of_misfits(small, caplog):
     assert "41 misfits" in caplog.text
 
 
+@pytest.mark.slow
 def test_merge_writes_the_wavelength_and_convert_a_store(small, tmp_path):
     source = str(small / "xds_ascii.hkl")
     assert main(["merge", source, "--out", str(tmp_path / "m"), "--anomalous", *FAST]) == 0

@@ -83,6 +83,7 @@ def test_start_finds_widths_and_offsets_by_place():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("photons", [30.0, 1000.0])
 def test_intensities_are_free_of_the_bias_that_one_profile_has(photons):
     rng = np.random.default_rng(1)

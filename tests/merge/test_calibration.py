@@ -63,6 +63,7 @@ def test_damage_is_recovered(fitted):
     assert slope == pytest.approx(DAMAGE, abs=0.5)
 
 
+@pytest.mark.slow
 def test_scales_are_recovered(fitted):
     """Frames, damage and absorption together; 25 observations a frame at 3 % each."""
     assert fitted.scale_error.std() < 0.013

@@ -120,6 +120,7 @@ def test_wrong_parents_are_one_line(pair, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_friedel_halves(pair, tmp_path):
     def of_sign(sign):
         def select(data):
