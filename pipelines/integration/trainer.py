@@ -29,8 +29,9 @@ from braggflux.integrator.types import IntensityTable, ShoeboxBatch
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.full_batch import FullBatchFit, restart_doubted
 from braggflux.merge.fit.half_set_correlation import half_set_correlation
-from braggflux.merge.fit.training import fit, start
+from braggflux.merge.fit.training import fit, start, start_amplitudes
 from braggflux.merge.prior.double_wilson import DoubleWilson
+from braggflux.merge.scale.terms.frames import MIN_OBSERVATIONS
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.integration.joint_model import ElboTerms, assemble_elbo
 from braggflux.pipelines.integration.problem import Problem
@@ -106,11 +107,25 @@ class Trainer:
         began = time.monotonic()
         self.table = self._exchanged(self.integrate_all(progress))
         table = self.merge_table()
-        start(self.model.merger, table)
+        self._start_merger(table)
         self._update_correlation(table)
         # mates start alike
         fit(self.model.merger, table, self.config.merge, epochs=FIRST_STEPS, with_scales=False)
         return self._result(0, began, self._full_batch_terms(table), None)
+
+    def _start_merger(self, table: ObservationTable) -> None:
+        """Start scales and amplitudes; where frames have few spots, amplitudes alone.
+
+        The mean ratio of two or three spots to their reflections says more of the spots than of
+        their frame.
+        """
+        merger = self.model.merger
+        frames, n_used = merger.scale.frames, int(table.observations.is_used.sum())
+        if frames is not None and n_used < MIN_OBSERVATIONS * sum(frames.n_frames):
+            merger.count(table)
+            start_amplitudes(merger, table)
+        else:
+            start(merger, table)
 
     def run_epoch(self, progress: Progress | None = None) -> EpochResult:
         """One epoch of training."""
