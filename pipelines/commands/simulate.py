@@ -9,6 +9,7 @@ Examples
 braggflux simulate --out demo/frames
 braggflux simulate --out small --preset tiny --seed 3
 braggflux simulate --out spoilt --preset tiny --effects ice,hot-pixel,shadow,zinger
+braggflux simulate --out light --model moved.pdb
 braggflux simulate --out serial --preset stills --images 1646
 """
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "what spoils the frames: some of ice,hot-pixel,shadow,zinger [none]"
     add("--effects", default="", metavar="NAMES", help=text)
     add("--images", metavar="N", help="of the preset stills [164639, as many as CXIDB 81]")
-    text = "of the preset stills [lysozyme with iodides]"
+    text = "crystal structure, .pdb or .cif [lysozyme with iodides]"
     add("--model", type=Path, metavar="PDB", help=text)
     text = "of the stills: images under other indices [0]"
     add("--reindexed", metavar="SHARE", help=text)
@@ -51,11 +52,12 @@ def run(args: argparse.Namespace) -> None:
     if args.preset == "stills":
         _run_stills(args, seed)
         return
-    if any(x is not None for x in (args.images, args.model, args.reindexed)):
-        raise UserError("--images, --model and --reindexed are of --preset stills; leave them out")
+    if any(x is not None for x in (args.images, args.reindexed)):
+        raise UserError("--images and --reindexed are of --preset stills; leave them out")
+    given = {} if args.model is None else {"model": args.model}
     effects = effect_overrides(name.strip() for name in args.effects.split(",") if name.strip())
     with log.progress("frames") as advance:
-        files = simulate(args.out, args.preset, seed, advance, overrides=effects)
+        files = simulate(args.out, args.preset, seed, advance, overrides=effects, **given)
     logger.info("frames: %s", files.master)
     logger.info("model: %s", files.model)
 

@@ -18,7 +18,7 @@ from braggflux.merge.config import MergeConfig
 from braggflux.merge.indexing.operators import Ambiguity
 from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.problem import MergeProblem
-from braggflux.pipelines.merging.reference import reference_intensities
+from braggflux.pipelines.maps.reference_amplitudes import reference_intensities
 from braggflux.pipelines.workspace.rundir import write_rows
 
 logger = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from braggflux.merge.fit.steps import find_steps, without_rows
 from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
 from braggflux.merge.problem import MergeProblem, build_problem
 from braggflux.pipelines.inputs.inputs import MergeInputs
+from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 from braggflux.pipelines.merging.findings import say_images, say_steps
 from braggflux.pipelines.merging.in_memory import FixedInputs, MergeFit, check_coupling
 from braggflux.pipelines.merging.indexing import (
@@ -22,7 +23,6 @@ from braggflux.pipelines.merging.indexing import (
 )
 from braggflux.pipelines.merging.metrics import write_metrics
 from braggflux.pipelines.merging.outputs import write_problem
-from braggflux.pipelines.merging.reference import reference_amplitudes
 from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settled
 from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
 from braggflux.pipelines.workspace.device import choose_device

@@ -33,11 +33,11 @@ from braggflux.merge.stream.training import (
     predict_held_out,
 )
 from braggflux.pipelines.inputs.inputs import MergeInputs
+from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 from braggflux.pipelines.merging.in_memory import check_coupling
 from braggflux.pipelines.merging.indexing import write_indexing
 from braggflux.pipelines.merging.metrics import write_metrics
 from braggflux.pipelines.merging.outputs import write_stream
-from braggflux.pipelines.merging.reference import reference_amplitudes
 from braggflux.pipelines.merging.streamed_indexing import indexed, resolve_indexing
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.rundir import write_rows

@@ -17,8 +17,8 @@ from braggflux.merge.io.stores.observation_store import ObservationStore
 from braggflux.merge.io.stores.reindexed_store import ReindexedStore
 from braggflux.merge.problem import MergeProblem
 from braggflux.pipelines.inputs.inputs import MergeInputs
+from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 from braggflux.pipelines.merging.indexing import ambiguous_operators, wanted_indexing
-from braggflux.pipelines.merging.reference import reference_amplitudes
 from braggflux.pipelines.workspace import log
 
 

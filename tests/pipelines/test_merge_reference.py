@@ -14,7 +14,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.pipelines import cli
 from braggflux.pipelines.maps.atomic_model import structure_factors
-from braggflux.pipelines.merging.reference import reference_amplitudes
+from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
