@@ -21,6 +21,7 @@ RUN_FLAGS = {
     "--model": "model",
     "--out": "out",
     "--reference": "reference",
+    "--prior-model": "prior_model",
     "--coupling": "training.coupling",
     "--epochs": "training.epochs",
     "--batch-size": "training.batch_size",

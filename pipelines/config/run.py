@@ -21,6 +21,8 @@ from braggflux.integrator.errors import UserError
 from braggflux.merge.config import MergeConfig
 from braggflux.pipelines.config import schema
 
+#: Options that name a file to read.
+INPUTS = ("expt", "refl", "model", "reference", "prior_model")
 REFERENCE_CONFIG = Path(__file__).parent / "reference_full.yaml"
 
 
@@ -128,6 +130,9 @@ class RunConfig:
     model: Path | None = None
     # Merged MTZ of a conventional program, shown beside every epoch.
     reference: Path | None = None
+    # Structure (PDB, mmCIF) or merged amplitudes (MTZ) that the data resemble: its |F_calc| is
+    # the prior as far as the data say that it fits.
+    prior_model: Path | None = None
     # Run directory; made by the run.
     out: Path | None = None
     dials: DialsConfig = field(default_factory=DialsConfig)
@@ -158,7 +163,7 @@ class RunConfig:
 
     def input_files(self) -> dict[str, Path]:
         """Files that the run reads, by what they are, those given only."""
-        named = {k: getattr(self, k) for k in ("expt", "refl", "model", "reference")}
+        named = {k: getattr(self, k) for k in INPUTS}
         images = {f"image {i + 1}": path for i, path in enumerate(self.dials.images)}
         return {k: v for k, v in (named | images).items() if v is not None}
 

@@ -11,7 +11,7 @@ from braggflux.pipelines.config.run import DialsConfig, RunConfig
 OF_MERGES_ALONE = (
     *("stills", "laue", "laue_lp", "flicker", "metadata", "overloads", "alternatives", "pairing"),
     *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities", "sigma"),
-    *("n_reference_shells", "n_spectrum_knots", "network_width", "network_depth"),
+    *("n_spectrum_knots", "network_width", "network_depth"),
     *("embedding_size", "image_parameters", "falloff", "wilson_b", "held_out"),
     *("stream_above", "stream_training", "network_learning_rate", "half_set_repeats"),
 )
@@ -36,6 +36,11 @@ _MERGE_RULES: tuple[Rule, ...] = (
         ("merge.n_correlation_shells",),
         lambda c: not c.merge.anomalous or c.merge.prior == "wilson" or c.merge.correlation,
         "r of Bijvoet mates is not estimated",
+    ),
+    (
+        ("merge.n_reference_shells",),
+        lambda c: c.prior_model is None,
+        "there is no --prior-model",
     ),
     (
         ("merge.prior",),

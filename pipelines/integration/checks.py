@@ -28,6 +28,7 @@ from braggflux.merge.io.dataset_split import wavelength_groups
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.pipelines.config.run import DialsConfig, RunConfig
 from braggflux.pipelines.maps.atomic_model import check_same_crystal, read_model
+from braggflux.pipelines.maps.reference_amplitudes import check_reference
 
 #: Largest relative difference of cell edges between sweeps that are merged into one crystal form.
 CELL_TOLERANCE = 0.03
@@ -63,6 +64,8 @@ def check_input(config: RunConfig) -> None:
     require_distinct(experiments)
     if why_no_peaks(config) is None:
         check_same_crystal(read_model(config.model), cell, space_group, config.model)
+    if config.prior_model is not None:
+        check_reference(config.prior_model, cell, space_group)
 
 
 def check_pair(expt: Path, refl: Path) -> None:

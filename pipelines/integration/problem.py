@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import gemmi
 import numpy as np
@@ -24,6 +25,7 @@ from braggflux.pipelines.config.run import RunConfig, RunMergeConfig
 from braggflux.pipelines.config.run_settings import OF_MERGES_ALONE
 from braggflux.pipelines.integration.checks import crystal_form, one_wavelength
 from braggflux.pipelines.integration.joint_model import JointModel
+from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,33 @@ def build(store: ShoeboxStore, config: RunConfig) -> Problem:
     integrator = build_integrator(store, config.integrator)
     start_from_strong_spots(integrator, store, config.training.seed)
     settings = merge_settings(config, float(store.metadata().d.min()))
-    merging, model = join(integrator, store, settings)
+    merging, model = join(integrator, store, settings, config.prior_model)
     return Problem(store, merging, model, wavelength)
 
 
 def join(
-    integrator: Integrator, store: ShoeboxStore, settings: MergeConfig
+    integrator: Integrator,
+    store: ShoeboxStore,
+    settings: MergeConfig,
+    prior_model: Path | None = None,
 ) -> tuple[MergeProblem, JointModel]:
-    """Bind an integrator to an untrained merger of the observations of a store."""
+    """Bind an integrator to an untrained merger of the observations of a store.
+
+    Parameters
+    ----------
+    integrator : Integrator
+    store : ShoeboxStore
+    settings : MergeConfig
+    prior_model : Path, optional
+        Model or merged MTZ whose amplitudes become the prior.
+    """
     merging, store_row = _observations(store, settings)
     table_row = torch.full((len(store),), -1)
     table_row[store_row] = torch.arange(len(store_row))
-    merger = Merger(merging.unique, merging.table, settings)
+    f_calc = None
+    if prior_model is not None:
+        f_calc = torch.as_tensor(reference_amplitudes(prior_model, merging.unique.asus))
+    merger = Merger(merging.unique, merging.table, settings, f_calc)
     merger.prior.couple()
     model = JointModel(integrator, merger, merging.table, table_row, store_row, store.flags)
     return merging, model

@@ -8,7 +8,7 @@ An epoch is
 2. a pass without gradients: the photon-count distribution of every observation at the posterior
    means;
 3. full-batch steps for the merge (scales, error model, Wilson prior, q(F)) on these distributions,
-   and the Bijvoet correlation from half sets.
+   sigma_A of a model from moments, and the Bijvoet correlation from half sets.
 
 The merge's parameters are fitted to all observations at once because most structure factors are
 seen by a handful of observations only: stochastic steps for them would be noise.
@@ -29,8 +29,10 @@ from braggflux.integrator.types import IntensityTable, ShoeboxBatch
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.full_batch import FullBatchFit, restart_doubted
 from braggflux.merge.fit.half_set_correlation import half_set_correlation
+from braggflux.merge.fit.sigma_a import set_sigma_a
 from braggflux.merge.fit.training import fit, start, start_amplitudes
 from braggflux.merge.prior.double_wilson import DoubleWilson
+from braggflux.merge.prior.reference import Reference
 from braggflux.merge.scale.terms.frames import MIN_OBSERVATIONS
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.integration.joint_model import ElboTerms, assemble_elbo
@@ -108,7 +110,7 @@ class Trainer:
         self.table = self._exchanged(self.integrate_all(progress))
         table = self.merge_table()
         self._start_merger(table)
-        self._update_correlation(table)
+        self._update_prior(table)
         # mates start alike
         fit(self.model.merger, table, self.config.merge, epochs=FIRST_STEPS, with_scales=False)
         return self._result(0, began, self._full_batch_terms(table), None)
@@ -168,11 +170,13 @@ class Trainer:
         restart_doubted(merger, table)
         n = training.merge_steps
         self.merge_fit.steps(table, n, lambda k: (self.epoch - 1 + k / n) / training.epochs)
-        self._update_correlation(table)
+        self._update_prior(table)
 
-    def _update_correlation(self, table: ObservationTable) -> None:
-        """Set r of Bijvoet mates, unless it is given."""
+    def _update_prior(self, table: ObservationTable) -> None:
+        """Set sigma_A of a model, and r of Bijvoet mates unless it is given."""
         merger, r = self.model.merger, self.config.merge.correlation
+        if merger.prior.has(Reference):
+            set_sigma_a(merger, table)
         if merger.prior.is_coupled and r is not None:
             merger.prior.part(DoubleWilson).one_minus_r2.fill_(1 - r**2)
         elif merger.prior.is_coupled:
@@ -255,6 +259,8 @@ class Trainer:
             "grad_norm": gradient_norm,
             **merger.likelihood.error_parameters,
         }
+        if merger.prior.has(Reference):
+            metrics["sigma_a"] = float(merger.prior.part(Reference).sigma_a2.sqrt().mean())
         return EpochResult(epoch, metrics)
 
     def state_dict(self) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""|F_calc| of a reference structure, or |F| of an MTZ file, for the rows of a merge.
+"""|F_calc| of a reference structure, or |F| of an MTZ file, for the rows of a merger.
 
 The reference says nothing of Bijvoet differences: both mates get the same amplitude, so that it
 cannot put an anomalous signal into the data.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -51,11 +52,26 @@ def reference_amplitudes(path: Path, asus: Sequence[ReciprocalAsu]) -> Array:
         It cannot be used, or is of another crystal form.
     """
     if path.suffix.lower() == ".mtz":
-        mtz = _merged_mtz(path, asus)
+        mtz = _mtz_of_form(path, asus)
         amplitude = np.array(mtz.column_with_label(_amplitude_label(mtz, path)), dtype=float)
         known = np.isfinite(amplitude) & (amplitude >= 0)
         return _of_all(asus, mtz.make_miller_array()[known], amplitude[known], path)
     return _of_all(asus, *_calculated(path, asus), path)
+
+
+def check_reference(path: Path, cell: gemmi.UnitCell, space_group: gemmi.SpaceGroup) -> None:
+    """Check that :func:`reference_amplitudes` can use a file, as far as that takes a moment.
+
+    Raises
+    ------
+    UserError
+    """
+    if path.suffix.lower() != ".mtz":
+        check_same_crystal(read_model(path), cell, space_group, path)
+        return
+    mtz = _merged_mtz(path)
+    check_same_form(mtz.cell, mtz.spacegroup, cell, space_group, path)
+    _amplitude_label(mtz, path)
 
 
 def reference_intensities(path: Path, asu: ReciprocalAsu) -> Array:
@@ -66,7 +82,7 @@ def reference_intensities(path: Path, asu: ReciprocalAsu) -> Array:
     """
     if path.suffix.lower() != ".mtz":
         return _of_all([asu], *_calculated(path, [asu]), path) ** 2
-    mtz = _merged_mtz(path, [asu])
+    mtz = _mtz_of_form(path, [asu])
     kind = next((k for k in KINDS if len(mtz.columns_with_type(k))), None)
     if kind is None:
         raise UserError(
@@ -79,7 +95,9 @@ def reference_intensities(path: Path, asu: ReciprocalAsu) -> Array:
     return _of_all([asu], mtz.make_miller_array()[known], value, path)
 
 
-def _calculated(path: Path, asus: Sequence[ReciprocalAsu]) -> tuple[NDArray[np.integer], Array]:
+def _calculated(
+    path: Path, asus: Sequence[ReciprocalAsu]
+) -> tuple[NDArray[np.integer[Any]], Array]:
     structure = read_model(path)
     for asu in asus:
         check_same_crystal(structure, asu.cell, asu.space_group, path)
@@ -89,7 +107,7 @@ def _calculated(path: Path, asus: Sequence[ReciprocalAsu]) -> tuple[NDArray[np.i
 
 
 def _of_all(
-    asus: Sequence[ReciprocalAsu], hkl: NDArray[np.integer], values: Array, path: Path
+    asus: Sequence[ReciprocalAsu], hkl: NDArray[np.integer[Any]], values: Array, path: Path
 ) -> Array:
     columns = [_of_rows(asu, hkl, values) for asu in asus]
     if not all((column > 0).any() for column in columns):
@@ -100,7 +118,7 @@ def _of_all(
     return np.concatenate(columns)
 
 
-def _of_rows(asu: ReciprocalAsu, hkl: NDArray[np.integer], amplitude: Array) -> Array:
+def _of_rows(asu: ReciprocalAsu, hkl: NDArray[np.integer[Any]], amplitude: Array) -> Array:
     values = np.full(len(asu), np.nan)
     for sign in (1, -1):
         row = asu.refl_id(sign * hkl)
@@ -108,14 +126,19 @@ def _of_rows(asu: ReciprocalAsu, hkl: NDArray[np.integer], amplitude: Array) -> 
     return values
 
 
-def _merged_mtz(path: Path, asus: Sequence[ReciprocalAsu]) -> gemmi.Mtz:
+def _mtz_of_form(path: Path, asus: Sequence[ReciprocalAsu]) -> gemmi.Mtz:
+    mtz = _merged_mtz(path)
+    for asu in asus:
+        check_same_form(mtz.cell, mtz.spacegroup, asu.cell, asu.space_group, path)
+    return mtz
+
+
+def _merged_mtz(path: Path) -> gemmi.Mtz:
     mtz = load_mtz(path)
     if mtz.batches or {"B", "Y"} & {column.type for column in mtz.columns}:
         raise UserError(
             f"reference {path} is unmerged; give coordinates or an MTZ file with merged amplitudes"
         )
-    for asu in asus:
-        check_same_form(mtz.cell, mtz.spacegroup, asu.cell, asu.space_group, path)
     return mtz
 
 
