@@ -116,7 +116,10 @@ class ShoeboxWriter:
         for panel, (total, count) in enumerate(zip(field.total, field.count, strict=True)):
             for name, image in (("sum", total), ("count", count)):
                 group.create_dataset(
-                    f"panel_{panel}/{name}", data=image.astype(np.float32), compression="gzip"
+                    f"panel_{panel}/{name}",
+                    data=image.astype(np.float32, copy=False),
+                    chunks=True,
+                    **bitshuffle(),
                 )
 
     def write_header(

@@ -20,7 +20,13 @@ from scipy import ndimage
 from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.io.shoebox_store import BackgroundField
 from braggflux.integrator.shoebox.canvas import FrameCanvas
-from braggflux.integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels
+from braggflux.integrator.shoebox.defects import (
+    HOT_REACH,
+    Defects,
+    flaring_pixels,
+    hot_pixels,
+)
+from braggflux.integrator.shoebox.kernels.frames import add_background, take_background_back
 from braggflux.integrator.shoebox.shadows import (
     TOUCHING,
     divide,
@@ -32,6 +38,8 @@ from braggflux.integrator.shoebox.sweep import Sweep
 
 MAX_TILES = 1024
 """Over all panels: bounds the memory of the per-frame sums."""
+BAND_ROWS, INV_D_ROWS = 256, 16
+"""Rows of a panel worked on at a time: no copy of a large panel is made, and caches hold them."""
 STRUCTURE_PX = 7
 """Side of the square over which structure finer than the smoothing is looked for."""
 
@@ -56,37 +64,63 @@ class BackgroundAccumulator:
         self._is_watched = np.zeros(canvas.size, dtype=bool)
         for panel, watched in enumerate(is_watched):
             canvas.panel_view(self._is_watched, panel)[...] = watched
+        self._n_frames = 0
+        # sums of counts n and of n (n - 1), and frames on which a pixel was not seen
         self._total = np.zeros(canvas.size, dtype=np.int64)
-        self._squares = np.zeros(canvas.size, dtype=np.int64)
-        self._count = np.zeros(canvas.size, dtype=np.int32)
+        self._excess = np.zeros(canvas.size, dtype=np.int64)
+        self._unseen = np.zeros(canvas.size, dtype=np.int32)
         self._side = _tile_side(canvas)
         self._grids = [(-(-a // self._side), -(-b // self._side)) for a, b in canvas.panel_shapes]
         n_tiles = sum(rows * columns for rows, columns in self._grids)
         self._lit = np.ones(n_tiles)  # share of the background that shadows let through
         self._frame_total = np.zeros((n_images, n_tiles))
         self._frame_count = np.zeros((n_images, n_tiles))
+        parts = [part for part, _ in tiles_of_panels(self._grids)]
+        self._places = [
+            (int(base), int(stride), *shape, self._side)
+            for base, stride, shape in zip(
+                canvas.base, canvas.stride, canvas.panel_shapes, strict=True
+            )
+        ]
+        self._panels = np.array(
+            [
+                (base, stride, self._side, grid[1], part.start)
+                for (base, stride, *_), grid, part in zip(
+                    self._places, self._grids, parts, strict=True
+                )
+            ]
+        )
+        self._watched_pixels = np.concatenate(
+            [self._tile_sums(canvas.panel_view(self._is_watched, p)) for p in range(len(parts))]
+        )
 
-    def add(self, frame: int, is_dark: NDArray[np.bool_]) -> None:
-        """Add a frame's pixels where ``is_dark`` (size of the canvas) and recorded."""
-        counts = self._canvas.counts
-        is_used = is_dark & self._is_watched
-        is_used &= counts >= 0
-        values = counts * is_used
-        self._total += values
-        self._squares += values.astype(np.int64) ** 2
-        self._count += is_used
-        self._frame_total[frame] = self._tile_sums(values)
-        self._frame_count[frame] = self._tile_sums(is_used)
+    def add(self, frame: int, hidden: NDArray[np.int64]) -> None:
+        """Add a frame's pixels where recorded, but for ``hidden`` ones (flat indices, unique)."""
+        counts, watched = self._canvas.counts, self._is_watched
+        sums = self._total, self._excess, self._unseen
+        of_tiles = self._frame_total[frame], self._frame_count[frame]
+        parts = (part for part, _ in tiles_of_panels(self._grids))
+        for place, part in zip(self._places, parts, strict=True):
+            add_background(counts, watched, place, *sums, *(a[part] for a in of_tiles))
+        take_background_back(hidden, counts, watched, self._panels, *sums, *of_tiles)
+        np.subtract(self._watched_pixels, of_tiles[1], out=of_tiles[1])
+        self._n_frames += 1
 
-    def _tile_sums(self, flat: NDArray[Any]) -> NDArray[np.float64]:
-        """Sum an array of the canvas' size over square tiles of the panels, (n_tiles,)."""
-        sums = []
-        for panel in range(len(self._canvas.panel_shapes)):
-            view = self._canvas.panel_view(flat, panel)
-            rows, columns = (np.arange(0, n, self._side) for n in view.shape)
-            partial = np.add.reduceat(view, rows, axis=0, dtype=np.float64)
-            sums.append(np.add.reduceat(partial, columns, axis=1).ravel())
-        return np.concatenate(sums)
+    def _tile_sums(self, image: NDArray[Any]) -> NDArray[np.float64]:
+        """Sum an image of a panel over square tiles, (n_tiles of the panel,)."""
+        rows, columns = (np.arange(0, n, self._side) for n in image.shape)
+        partial = np.add.reduceat(image, rows, axis=0, dtype=np.float64)
+        return np.add.reduceat(partial, columns, axis=1).ravel()
+
+    def _sums(self, panel: int, rows: slice) -> tuple[NDArray[np.float64], ...]:
+        """Give sums of counts and of their squares of some rows, and the frames they are from."""
+        view = self._canvas.panel_view
+        total, excess, unseen, watched = (
+            view(a, panel)[rows]
+            for a in (self._total, self._excess, self._unseen, self._is_watched)
+        )
+        count = (self._n_frames - unseen) * watched
+        return total.astype(float), (total + excess).astype(float), count.astype(float)
 
     def find_defects(self, is_hot: NDArray[np.bool_]) -> Defects:
         """Hot pixels and shadows of the frames added; :meth:`result` is free of them from now on.
@@ -95,13 +129,18 @@ class BackgroundAccumulator:
         """
         canvas = self._canvas
         is_hot, is_flaring = is_hot.copy(), np.zeros_like(is_hot)
-        for panel in range(len(canvas.panel_shapes)):
-            sums = (self._total, self._squares, self._count)
-            views = [canvas.panel_view(a, panel).astype(float) for a in sums]
-            canvas.panel_view(is_hot, panel)[...] |= hot_pixels(*views)
-            canvas.panel_view(is_flaring, panel)[...] = flaring_pixels(*views)
-        self._total[is_hot | is_flaring] = 0
-        self._count[is_hot | is_flaring] = 0
+        for panel, (slow, _) in enumerate(canvas.panel_shapes):
+            hot, flaring = (canvas.panel_view(a, panel) for a in (is_hot, is_flaring))
+            for first in range(0, slow, BAND_ROWS):
+                # a band with the rows around that its pixels are compared with
+                start, end = max(first - HOT_REACH, 0), min(first + BAND_ROWS, slow)
+                sums = self._sums(panel, slice(start, end + HOT_REACH))
+                own = slice(first - start, end - start)
+                hot[first:end] |= hot_pixels(*sums)[own]
+                flaring[first:end] = flaring_pixels(*sums)[own]
+        bad = np.flatnonzero(is_hot | is_flaring)
+        self._total[bad] = 0
+        self._is_watched[bad] = False
         is_shaded, level, ratio = shaded_tiles(self._frame_total, self._frame_count, self._grids)
         is_shaded = self._with_margin(is_shaded)
         # what the tile's pixels saw counts as so many frames without a shadow
@@ -139,23 +178,33 @@ class BackgroundAccumulator:
         expected = self._frame_count @ level
         if (expected * ratio).any():
             ratio = ratio / np.average(ratio, weights=expected)
-        panels = range(len(self._canvas.panel_shapes))
-        frames = self._count * self._lit[self._tile_map()]
-        return BackgroundField(
-            [self._canvas.panel_view(self._total, p).astype(np.float32) for p in panels],
-            [self._canvas.panel_view(frames, p).astype(np.float32) for p in panels],
-            ratio,
+        images = [self._images(panel) for panel in range(len(self._canvas.panel_shapes))]
+        return BackgroundField([i[0] for i in images], [i[1] for i in images], ratio)
+
+    def _images(self, panel: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Give the counts of a panel's pixels, and their frames less what shadows took."""
+        (slow, fast), (part, grid) = (
+            self._canvas.panel_shapes[panel],
+            list(tiles_of_panels(self._grids))[panel],
         )
+        total, count = np.empty((2, slow, fast), dtype=np.float32)
+        for tile_row, lit in enumerate(self._lit[part].reshape(grid)):
+            rows = slice(tile_row * self._side, (tile_row + 1) * self._side)
+            total[rows], _, seen = self._sums(panel, rows)
+            count[rows] = seen * np.repeat(lit, self._side)[:fast]
+        return total, count
 
 
-def pixel_inv_d(experiment: Experiment, panel: int) -> NDArray[np.float64]:
-    """1/d at the pixel centres of a panel, (slow, fast) [1/A].
+def pixel_inv_d(
+    experiment: Experiment, panel: int, rows: slice = slice(None)
+) -> NDArray[np.float64]:
+    """1/d at the pixel centres of a panel, or of some of its rows, (slow, fast) [1/A].
 
     ``1/d^2 = 2 |s0|^2 (1 - cos 2theta)``, cosine and distance being polynomials in x and y.
     """
     geometry, s0 = experiment.panels[panel], experiment.beam.s0
     x = (np.arange(geometry.image_size[0]) + 0.5) * geometry.pixel_size[0]
-    y = (np.arange(geometry.image_size[1]) + 0.5)[:, None] * geometry.pixel_size[1]
+    y = (np.arange(geometry.image_size[1])[rows, None] + 0.5) * geometry.pixel_size[1]
     gram = geometry.d_matrix.T @ geometry.d_matrix
     along = x * (geometry.fast_axis @ s0) + y * (geometry.slow_axis @ s0) + geometry.origin @ s0
     distance2 = x * x + y * y + 2 * (x * gram[0, 2] + y * gram[1, 2]) + gram[2, 2]
@@ -167,8 +216,14 @@ def where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
     """Pixels inside of the resolution limit of all known spots, per panel."""
     known = sweep.prediction if sweep.neighbours is None else sweep.neighbours
     d_min = float(torch.cat([known.d, sweep.prediction.d]).min())
-    panels = range(len(sweep.experiment.panels))
-    return [pixel_inv_d(sweep.experiment, panel) < 0.97 / d_min for panel in panels]
+    images = []
+    for panel, geometry in enumerate(sweep.experiment.panels):
+        image = np.empty(geometry.shape, dtype=bool)
+        for first in range(0, len(image), INV_D_ROWS):
+            rows = slice(first, first + INV_D_ROWS)
+            image[rows] = pixel_inv_d(sweep.experiment, panel, rows) < 0.97 / d_min
+        images.append(image)
+    return images
 
 
 def mean_image(

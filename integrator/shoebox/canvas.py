@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.shoebox.kernels.frames import load_panel
+
 INVALID = -1
 """In place of the photons of a pixel that was not recorded, is masked or overloaded."""
 
@@ -29,7 +31,9 @@ class FrameCanvas:
 
     Attributes
     ----------
-    counts : ndarray, (size,) int32
+    base, stride : ndarray, (n_panels,) int64
+        First pixel of each panel in the flat array, without its padding, and length of its rows.
+    counts : ndarray, (size,) int32, or int16 if the frame is
         Photons of the loaded frame; :data:`INVALID` in the padding and where not usable.
     """
 
@@ -37,36 +41,40 @@ class FrameCanvas:
         self.panel_shapes = tuple((int(slow), int(fast)) for slow, fast in panel_shapes)
         self.margin = margin
         padded = [(slow + 2 * margin, fast + 2 * margin) for slow, fast in self.panel_shapes]
-        self._stride = np.array([fast for _, fast in padded], dtype=np.int64)
+        self.stride = np.array([fast for _, fast in padded], dtype=np.int64)
         starts = np.cumsum([0, *(slow * fast for slow, fast in padded)])
-        self._base = starts[:-1].astype(np.int64)
+        self._start = starts[:-1].astype(np.int64)
+        self.base = self._start + margin * (self.stride + 1)
         self.size = int(starts[-1])
         self.counts = np.full(self.size, INVALID, dtype=np.int32)
 
     def panel_view(self, flat: NDArray[Any], panel: int) -> NDArray[Any]:
         """View of a panel's pixels, (slow, fast), in an array of the canvas' size."""
         slow, fast = self.panel_shapes[panel]
-        m, stride, base = self.margin, self._stride[panel], self._base[panel]
+        m, stride, base = self.margin, self.stride[panel], self._start[panel]
         padded = flat[base : base + (slow + 2 * m) * stride].reshape(slow + 2 * m, stride)
         return padded[m : m + slow, m : m + fast]
 
     def load(
         self,
-        images: Sequence[NDArray[np.int32]],
+        images: Sequence[NDArray[np.signedinteger[Any]]],
         usable: Sequence[NDArray[np.bool_]],
     ) -> None:
         """Take over a frame.
 
         Parameters
         ----------
-        images : sequence of ndarray, (slow, fast)
+        images : sequence of ndarray, (slow, fast) int16 or int32
             Photons per panel, negative where there is no count.
         usable : sequence of ndarray, (slow, fast) bool
             Static mask per panel.
         """
+        dtype = np.result_type(*images)
+        if self.counts.dtype != dtype:
+            self.counts = np.full(self.size, INVALID, dtype)
         for panel, image in enumerate(images):
-            good = usable[panel] & (image >= 0)
-            self.panel_view(self.counts, panel)[...] = np.where(good, image, INVALID)
+            base, stride = int(self.base[panel]), int(self.stride[panel])
+            load_panel(image, usable[panel], self.counts, base, stride, INVALID)
 
     def windows(
         self, panel: IntArray, slow: IntArray, fast: IntArray, shape: tuple[int, int]
@@ -84,16 +92,20 @@ class FrameCanvas:
         -------
         ndarray, (K, slow, fast) int64
         """
-        stride = self._stride[panel]
-        first = self._base[panel] + (slow + self.margin) * stride + fast + self.margin
+        first, stride = self.first(panel, slow, fast)
         rows = first[:, None] + np.arange(shape[0]) * stride[:, None]
         return rows[:, :, None] + np.arange(shape[1])
+
+    def first(self, panel: IntArray, slow: IntArray, fast: IntArray) -> tuple[IntArray, IntArray]:
+        """Flat indices of pixels (K,), and the length of the rows there."""
+        stride = self.stride[panel]
+        return self.base[panel] + slow * stride + fast, stride
 
     def around(self, index: IntArray) -> IntArray:
         """Flat indices of the 3 x 3 pixels around pixels of the panels, (K, 9).
 
         By slow, then fast: the pixel itself is in the middle.
         """
-        stride = self._stride[np.searchsorted(self._base, index, side="right") - 1]
+        stride = self.stride[np.searchsorted(self._start, index, side="right") - 1]
         rows = index[:, None] + np.array([-1, 0, 1]) * stride[:, None]
         return (rows[:, :, None] + np.array([-1, 0, 1])).reshape(len(index), 9)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.special import pdtrc
 
 from braggflux.integrator.io.shoebox_store import ShoeboxWriter
 from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.kernels.defects import third_largest_around
 from braggflux.integrator.shoebox.mask import MaskBit, MaskSettings
 from braggflux.integrator.types import Flag
 
@@ -29,6 +29,8 @@ Bools = NDArray[np.bool_]
 
 HOT_RATIO = 5.0
 """To the third largest mean of the 24 pixels around."""
+HOT_REACH = 2
+"""Pixels on each side that are looked at."""
 HOT_CHANCE = 1e-9
 HOT_DISPERSION = 3.0
 """Variance over mean of its counts, 1 for a steady rate."""
@@ -124,16 +126,18 @@ def hot_pixels(total: Array, squares: Array, count: Array) -> Bools:
     total, squares, count : ndarray, (slow, fast)
         Sums of background counts and of their squares, and the frames that they are from.
     """
-    mean, dispersion = _moments(total, squares, count)
-    ring = np.ones((5, 5), dtype=bool)
-    ring[2, 2] = False
-    around = ndimage.rank_filter(mean, -3, footprint=ring, mode="mirror")
-    is_above = mean > HOT_RATIO * around
+    frames = np.maximum(count, 1)
+    around = third_largest_around(total / frames, HOT_RATIO)
+    at = np.nonzero(around >= 0)
+    around, total, squares, count = around[at], total[at], squares[at], count[at]
+    _, dispersion = _moments(total, squares, count)
     # the surroundings' own rate may be larger than what they counted
     expected = 2 * around * count
     upper = expected + 3 * np.sqrt(expected) + 3
     chance = pdtrc(np.maximum(total - 1.0, 0.0), upper)
-    return is_above & (total > 0) & (chance < HOT_CHANCE) & (dispersion < HOT_DISPERSION)
+    is_hot = np.zeros(frames.shape, dtype=bool)
+    is_hot[at] = (chance < HOT_CHANCE) & (dispersion < HOT_DISPERSION)
+    return is_hot
 
 
 def flaring_pixels(total: Array, squares: Array, count: Array) -> Bools:
@@ -147,8 +151,10 @@ def flaring_pixels(total: Array, squares: Array, count: Array) -> Bools:
     total, squares, count : ndarray, (slow, fast)
         As for :func:`hot_pixels`.
     """
-    _, dispersion = _moments(total, squares, count)
-    return (dispersion > FLARE_DISPERSION) & (squares > FLARE_SHARE * total**2)
+    at = np.nonzero(squares > FLARE_SHARE * total**2)
+    is_flaring = np.zeros(total.shape, dtype=bool)
+    is_flaring[at] = _moments(total[at], squares[at], count[at])[1] > FLARE_DISPERSION
+    return is_flaring
 
 
 def _moments(total: Array, squares: Array, count: Array) -> tuple[Array, Array]:

@@ -26,6 +26,7 @@ from braggflux.integrator.shoebox.background import BackgroundAccumulator, where
 from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
 from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer, min_zeta
+from braggflux.integrator.shoebox.kernels.boxes import fill_boxes
 from braggflux.integrator.shoebox.mask import (
     MaskBit,
     MaskSettings,
@@ -167,26 +168,6 @@ class _OpenBoxes:
         """Where rows lie in the buffers."""
         return rows % self._size
 
-    def add(
-        self,
-        rows: NDArray[np.int64],
-        step: NDArray[np.int64],
-        counts: NDArray[np.int32],
-        mask: NDArray[np.uint8],
-    ) -> None:
-        """Add a frame, the ``step``-th of each row's box, to its layer.
-
-        Valid and background is a layer whose frames all are, foreground and overlapped one with a
-        frame that is.
-        """
-        slots, layer = self.slots(rows), step // self._per_layer[rows]
-        is_first = (step % self._per_layer[rows] == 0)[:, None, None]
-        old = self.mask[slots, layer]
-        every = np.where(is_first, mask, old & mask) & (MaskBit.VALID | MaskBit.BACKGROUND)
-        some = (old | mask) & (MaskBit.FOREGROUND | MaskBit.OVERLAPPED)
-        self.mask[slots, layer] = (every | some).astype(np.uint8)
-        self.counts[slots, layer] += counts
-
     def _close(self, slots: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         """Return counts and mask of complete rows; a sum too large for the file is no count."""
         counts, mask = self.counts[slots], self.mask[slots]
@@ -270,6 +251,7 @@ class _SweepCutter:
             for axis in range(3)
         ]
         self._terms[2][np.arange(lengths[2]) >= self._n_frames[:, None]] = np.inf
+        self._weights = [np.exp(-0.5 * terms) for terms in self._terms]
         self._recorded = np.zeros(len(corner))
         self._flags = edge_flags(
             self._corner, self._n_frames, self._prediction.panel.numpy(), sweep.frames, box
@@ -285,8 +267,9 @@ class _SweepCutter:
         boxes = self._open
         self._source.load(frame)
         self._map.update(frame)
-        is_dark = self._map.nearest > self._settings.foreground**2
-        self._background.add(frame, is_dark & ~self._source.is_odd)
+        near = self._map.touched
+        odd = self._source.odd
+        self._background.add(frame, np.concatenate([near, odd[np.isinf(self._map.nearest[odd])]]))
         rows = np.arange(boxes.begin[frame], boxes.end[frame])
         rows = rows[frame - self._corner[rows, 0] < self._n_frames[rows]]
         if len(rows):
@@ -295,38 +278,31 @@ class _SweepCutter:
 
     def _fill(self, frame: int, rows: NDArray[np.int64]) -> None:
         corner, boxes = self._corner[rows], self._open
-        step = frame - corner[:, 0]
-        height, width = boxes.counts.shape[2:]
-        panel = self._spots.panel[rows]
-        index = self._canvas.windows(panel, corner[:, 1], corner[:, 2], (height, width))
-        counts, nearest = self._canvas.counts[index], self._map.nearest[index]
-        fast, slow, along = (terms[rows] for terms in self._terms)
-        along = np.take_along_axis(along, step[:, None], axis=1)
-        own = slow[:, :, None] + fast[:, None, :] + along[:, :, None]
-        per_layer = self._per_layer[rows]
+        step, per_layer = frame - corner[:, 0], self._per_layer[rows]
+        layer, in_layer = np.divmod(step, per_layer)
         # a layer that the scan cuts is not recorded: its share of the profile would be unknown
-        is_cut = corner[:, 0] + (step // per_layer + 1) * per_layer > self._n_images
-        is_cut |= corner[:, 0] + step // per_layer * per_layer < 0
-        valid = (counts >= 0) & ~is_cut[:, None, None]
-        settings = self._settings
-        # The map holds this spot too, computed in another order: a rounding error is no neighbour
-        is_overlapped = (nearest <= settings.overlap**2) & (nearest < own * (1 - 1e-4) - 1e-6)
-        mask = (
-            valid * np.uint8(MaskBit.VALID)
-            | (valid & (nearest > settings.foreground**2)) * np.uint8(MaskBit.BACKGROUND)
-            | (own <= settings.foreground**2) * np.uint8(MaskBit.FOREGROUND)
-            | is_overlapped * np.uint8(MaskBit.OVERLAPPED)
+        starts = corner[:, 0] + layer * per_layer
+        is_recorded = (starts >= 0) & (starts + per_layer <= self._n_images)
+        canvas, settings = self._canvas, self._settings
+        distances = (settings.foreground, settings.overlap, settings.core)
+        foreground, overlap, core = (np.float32(d**2) for d in distances)
+        recorded, is_found, n_spikes = fill_boxes(
+            canvas.counts,
+            self._map.nearest,
+            self._source.is_spike,
+            canvas.first(self._spots.panel[rows], corner[:, 1], corner[:, 2]),
+            (boxes.slots(rows), layer, in_layer == 0, is_recorded),
+            (self._terms[0][rows], self._terms[1][rows], self._terms[2][rows, step]),
+            (self._weights[0][rows], self._weights[1][rows], self._weights[2][rows, step]),
+            (foreground, overlap, core),
+            (MaskBit.VALID, MaskBit.BACKGROUND, MaskBit.FOREGROUND, MaskBit.OVERLAPPED),
+            boxes.counts,
+            boxes.mask,
         )
-        boxes.add(rows, step, np.where(valid, counts, 0), mask)
-        axes = (1, 2)
-        self._recorded[rows] += (np.exp(-0.5 * own) * valid).sum(axis=axes)
-        is_spike = self._source.is_spike(index)
-        self._n_struck += int(np.count_nonzero(is_spike))
-        is_hit = (is_spike & (own <= settings.foreground**2)).any(axis=axes)
-        self._flags[rows[is_hit]] |= Flag.DEFECT
-        lost_core = ((own <= settings.core**2) & ~valid).any(axis=axes)
-        self._flags[rows[lost_core]] |= Flag.MASKED_CORE
-        self._flags[rows[is_overlapped.any(axis=axes)]] |= Flag.OVERLAPPED
+        self._recorded[rows] += recorded
+        self._n_struck += n_spikes
+        for column, flag in enumerate((Flag.DEFECT, Flag.MASKED_CORE, Flag.OVERLAPPED)):
+            self._flags[rows[is_found[:, column]]] |= flag
 
     def finish(self, experiment: int) -> dict[str, NDArray[Any]]:
         """Write what is left and return the columns of the sweep."""
@@ -335,8 +311,8 @@ class _SweepCutter:
             self._remove_defects()
         self._writer.write_background(experiment, self._background.result())
         whole = np.ones(len(self._corner))
-        for terms in self._terms:
-            whole *= np.exp(-0.5 * terms).sum(axis=1)
+        for weights in self._weights:
+            whole *= weights.sum(axis=1, dtype=np.float64)
         recorded = (self._recorded / whole).clip(0, 1)
         grazing = self._prediction.zeta.numpy() < self._min_zeta
         self._flags[(recorded < MIN_RECORDED) | grazing] |= Flag.REJECTED

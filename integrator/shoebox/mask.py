@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.kernels.boxes import draw_spots
 from braggflux.integrator.types import Flag
 
 if TYPE_CHECKING:
@@ -114,11 +114,12 @@ class SpotMap:
     ----------
     nearest : ndarray, (canvas.size,) float32
         For the frame of the last :meth:`update`.
+    touched : ndarray, (K,) int64
+        Flat indices of the pixels where it is not infinite.
     """
 
     def __init__(self, canvas: FrameCanvas, spots: Spots, reach: float, n_images: int) -> None:
         self.nearest = np.full(canvas.size, np.inf, dtype=np.float32)
-        self._tensor = torch.from_numpy(self.nearest)  # shares memory
         self._canvas, self._spots, self._reach = canvas, spots, reach
         half = window_half(spots, reach)
         self._shape = (2 * half[1] + 1, 2 * half[0] + 1)
@@ -127,23 +128,22 @@ class SpotMap:
         self._fast_terms = spots.axis_terms(0, self._fast, self._shape[1])
         self._slow_terms = spots.axis_terms(1, self._slow, self._shape[0])
         self._rows, self._starts = _rows_per_frame(spots, reach, n_images)
-        self._touched: torch.Tensor | None = None
+        self.touched = np.zeros(0, dtype=np.int64)
 
     def update(self, frame: int) -> None:
         """Recompute :attr:`nearest` for a frame."""
-        if self._touched is not None:
-            self._tensor[self._touched] = torch.inf
+        self.nearest[self.touched] = np.inf
         rows = self._rows[self._starts[frame] : self._starts[frame + 1]]
-        spots = self._spots
+        spots, canvas = self._spots, self._canvas
         along = ((frame + 0.5 - spots.centre[rows, 2]) / spots.sigma[rows, 2]) ** 2
-        plane = self._slow_terms[rows][:, :, None] + self._fast_terms[rows][:, None, :]
-        squared = plane + along.astype(np.float32)[:, None, None]
-        index = self._canvas.windows(
-            spots.panel[rows], self._slow[rows], self._fast[rows], self._shape
+        self.touched = draw_spots(
+            self.nearest,
+            *canvas.first(spots.panel[rows], self._slow[rows], self._fast[rows]),
+            self._slow_terms[rows],
+            self._fast_terms[rows],
+            along.astype(np.float32),
+            np.float32(self._reach**2),
         )
-        inside = squared <= self._reach**2
-        self._touched = torch.from_numpy(index[inside])
-        self._tensor.scatter_reduce_(0, self._touched, torch.from_numpy(squared[inside]), "amin")
 
 
 def window_half(spots: Spots, reach: float) -> tuple[int, int]:

@@ -15,13 +15,14 @@ left to the outlier part of the merge's likelihood.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf, pdtrc
 
 from braggflux.integrator.shoebox.canvas import INVALID, FrameCanvas
+from braggflux.integrator.shoebox.kernels.frames import sharp_candidates
 
 if TYPE_CHECKING:
     from braggflux.integrator.shoebox.sweep import Frames
@@ -46,6 +47,12 @@ OPPOSITE = ((), (0, 7), (1, 6), (2, 5), (3, 4))
 """Neighbours on the frame that are left out, by their place in the ring of eight."""
 HOT_SHARE, HOT_FRAMES = 0.5, 10
 """A pixel is hot when it is sharp on a larger share of the frames, and on so many at least."""
+
+ODD_RATIOS = (ODD_RATIO,) * len(OPPOSITE)
+NONE = np.zeros(0, dtype=np.int64)
+_LEFT_OUT = np.array([out or (-1, -1) for out in OPPOSITE], dtype=np.int64)
+
+Integers = NDArray[np.signedinteger[Any]]
 
 
 class SpikeFilter:
@@ -75,16 +82,16 @@ class SpikeFilter:
         self._is_active = is_active
         self._ratios, self._across = peak_ratios(sigma)
         self._ahead = FrameCanvas(canvas.panel_shapes, canvas.margin)
-        self._before = np.full(canvas.size, INVALID, dtype=np.int32)
+        self._before = FrameCanvas(canvas.panel_shapes, canvas.margin)
         self._static = np.zeros(canvas.size, dtype=bool)
         for panel, good in enumerate(self._usable):
             canvas.panel_view(self._static, panel)[...] = good
         self._next = -1
-        self._odd, self._spikes = (np.zeros(0, dtype=np.int64) for _ in range(2))
-        self._is_spike = np.zeros(canvas.size, dtype=bool)
-        self._n_sharp = np.zeros(canvas.size, dtype=np.int32)
+        self._spikes, self._taken = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
+        self._sharp: list[NDArray[np.int64]] = []  # of each frame
         self.n_spikes = 0
-        self.is_odd = np.zeros(canvas.size, dtype=bool)  # too sharp for background
+        self.is_spike = np.zeros(canvas.size, dtype=bool)  # on the loaded frame
+        self.odd = np.zeros(0, dtype=np.int64)  # flat indices, too sharp for background
 
     def load(self, frame: int) -> None:
         """Load a frame (each in turn) into the canvas, without its spikes."""
@@ -93,41 +100,43 @@ class SpikeFilter:
             canvas.load(self._frames.read(frame), self._usable)
             return
         if self._next != frame:
-            self._before[...] = INVALID
+            self._before.counts[...] = INVALID
             ahead.load(self._frames.read(frame), self._usable)
-        now = ahead.counts.copy()
+        else:
+            canvas.counts[self._spikes] = self._taken
+            self._before.counts, canvas.counts = canvas.counts, self._before.counts
+        canvas.counts, ahead.counts = ahead.counts, canvas.counts
         if frame + 1 < self._frames.n_images:
             ahead.load(self._frames.read(frame + 1), self._usable)
         else:
             ahead.counts[...] = INVALID
         self._next = frame + 1
-        self.is_odd[self._odd] = False
-        self._is_spike[self._spikes] = False
-        sharp, is_supported = self._find(now)
-        self._odd = self.find_sharp(now, (ODD_RATIO,) * len(OPPOSITE))
+        self.is_spike[self._spikes] = False
+        candidates = self._candidates(canvas.counts)
+        sharp, is_supported = self._find(canvas.counts, candidates)
+        self.odd = self._sharp_of(canvas.counts, candidates, ODD_RATIOS)
         self._spikes = sharp[~is_supported]
-        self.is_odd[self._odd] = True
-        self._is_spike[self._spikes] = True
-        self._n_sharp[sharp] += 1
+        self.is_spike[self._spikes] = True
+        self._sharp.append(sharp)
         self.n_spikes += len(self._spikes)
-        canvas.counts[...] = now
+        self._taken = canvas.counts[self._spikes]
         canvas.counts[self._spikes] = INVALID
-        self._before = now
-
-    def is_spike(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether pixels of the loaded frame are spikes, in the shape of ``index``."""
-        return self._is_spike[index]
 
     def hot_pixels(self) -> NDArray[np.bool_]:
         """Pixels that were sharp on most frames, (size,)."""
-        return self._n_sharp >= max(HOT_SHARE * self._frames.n_images, HOT_FRAMES)
+        pixels, n_sharp = np.unique(np.concatenate([NONE, *self._sharp]), return_counts=True)
+        is_hot = np.zeros(self._canvas.size, dtype=bool)
+        is_hot[pixels[n_sharp >= max(HOT_SHARE * self._frames.n_images, HOT_FRAMES)]] = True
+        return is_hot
 
-    def _find(self, now: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _find(
+        self, now: Integers, candidates: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Flat indices of sharp counts, (K,), and whether the frames beside support them."""
-        index = self.find_sharp(now, self._ratios)
+        index = self._sharp_of(now, candidates, self._ratios)
         around = self._canvas.around(index)
         support, n_frames = np.zeros(len(index)), np.zeros(len(index))
-        for frame in (self._before, self._ahead.counts):
+        for frame in (self._before.counts, self._ahead.counts):
             window = np.maximum(frame[around], 0)
             # all of a spot in one pixel, nothing of one that has a third there, as most have
             support += np.maximum(1.5 * window.max(axis=1) - 0.5 * window.sum(axis=1), 0.0)
@@ -135,13 +144,27 @@ class SpikeFilter:
         support *= 2.0 / np.maximum(n_frames, 1.0)
         return index, ~exceeds(now[index], self._across, support)
 
-    def find_hot_candidates(self, now: NDArray[np.int32]) -> NDArray[np.int64]:
+    def find_sharp(self, now: Integers) -> NDArray[np.int64]:
         """Flat indices of the sharp counts of a frame (canvas.size,)."""
-        return self.find_sharp(now, self._ratios)
+        return self._sharp_of(now, self._candidates(now), self._ratios)
 
-    def find_sharp(self, now: NDArray[np.int32], ratios: Sequence[float]) -> NDArray[np.int64]:
-        """Flat indices of counts above ``ratios`` to what each set of neighbours holds."""
-        index = np.flatnonzero(now >= MIN_COUNTS)
+    def _candidates(self, now: Integers) -> NDArray[np.int64]:
+        """Flat indices of counts above the mean that their neighbours allow."""
+        canvas = self._canvas
+        least = ALLOWANCE * np.minimum(self._ratios, ODD_RATIOS)
+        places = zip(canvas.base, canvas.stride, canvas.panel_shapes, strict=True)
+        found = [
+            sharp_candidates(
+                now, (int(base), int(stride), *shape), MIN_COUNTS, least, _LEFT_OUT, MIN_SHARE
+            )
+            for base, stride, shape in places
+        ]
+        return np.concatenate(found)
+
+    def _sharp_of(
+        self, now: Integers, index: NDArray[np.int64], ratios: Sequence[float]
+    ) -> NDArray[np.int64]:
+        """Those of some pixels whose counts are above ``ratios`` to each set of neighbours."""
         around = self._canvas.around(index)
         ring = np.delete(around, 4, axis=1)  # without the pixel itself
         values = now[ring]
@@ -171,7 +194,7 @@ class QuietFrames:
         looks = np.unique(np.linspace(0, frames.n_images - 1, 2 * HOT_FRAMES).astype(int))
         for frame in looks:
             canvas.load(frames.read(int(frame)), usable)
-            n_sharp[spikes.find_hot_candidates(canvas.counts)] += 1
+            n_sharp[spikes.find_sharp(canvas.counts)] += 1
         is_hot = n_sharp >= max(HOT_SHARE * len(looks), HOT_FRAMES)
         self._usable = [good & ~canvas.panel_view(is_hot, p) for p, good in enumerate(usable)]
 
@@ -184,7 +207,7 @@ class QuietFrames:
         return self._frames.read(frame)
 
 
-def _sums(neighbours: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _sums(neighbours: Integers) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Sum over neighbours (K, M), missing ones (negative) like the others, and how many are."""
     n = (neighbours >= 0).sum(axis=1)
     total = np.maximum(neighbours, 0).sum(axis=1) * neighbours.shape[1] / np.maximum(n, 1)
@@ -220,9 +243,7 @@ def peak_ratios(sigma: tuple[float, float, float]) -> tuple[list[float], float]:
     return in_frame, min(float(across), MAX_ACROSS)
 
 
-def exceeds(
-    count: NDArray[np.int32], ratio: float, total: NDArray[np.float64]
-) -> NDArray[np.bool_]:
+def exceeds(count: Integers, ratio: float, total: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether counts (K,) are too large for neighbours that hold ``total``."""
     # the neighbours' own rate may be larger than what they counted
     upper = total + 3.0 * np.sqrt(total) + 3.0
