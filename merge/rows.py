@@ -99,6 +99,29 @@ class UniqueRows:
         return slice(self.first[dataset], self.first[dataset + 1])
 
 
+def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
+    """Read ``none,0``.
+
+    Raises
+    ------
+    UserError
+    """
+    if text is None:
+        return None
+    parents: list[int | None] = []
+    for word in text.split(","):
+        if word.strip().lower() == "none":
+            parents.append(None)
+        elif word.strip().isdigit():
+            parents.append(int(word))
+        else:
+            raise UserError(
+                f"--parents {text}: {word!r} is neither none nor the number of a dataset, "
+                "counted from 0; give one of each, e.g. none,0"
+            )
+    return tuple(parents)
+
+
 def check_parents(parents: Sequence[int | None], n_datasets: int) -> list[int | None]:
     """Refuse parents that do not exist or lead back to their child.
 

@@ -204,7 +204,8 @@ class Experiment:
     """One sweep (or still) with everything known of its geometry.
 
     ``valid_images`` are the ranges of images, numbered as in the scan and inclusive, that an
-    earlier ``exclude_images`` of DIALS has left; none means all.
+    earlier ``exclude_images`` of DIALS has left; none means all. ``dataset`` names the data set
+    whose amplitudes it measures, where a run has several.
     """
 
     beam: Beam
@@ -215,6 +216,7 @@ class Experiment:
     images: ImageFiles | None = None
     identifier: str = ""
     valid_images: tuple[tuple[int, int], ...] = ()
+    dataset: str = ""
 
     @property
     def is_still(self) -> bool:

@@ -231,9 +231,12 @@ def check_one_beam(wavelength: ArrayLike, source: str) -> None:
 
 
 def split_by_sweep(
-    data: UnmergedData, wavelength: ArrayLike, cells: ArrayLike
+    data: UnmergedData,
+    wavelength: ArrayLike,
+    cells: ArrayLike,
+    names: Sequence[str] = (),
 ) -> list[UnmergedData]:
-    """Cut sweeps of different wavelengths.
+    """Cut sweeps of different data sets; where these have no names, of different wavelengths.
 
     Parameters
     ----------
@@ -241,15 +244,21 @@ def split_by_sweep(
         With the number of the sweep of each observation.
     wavelength, cells : array_like, (n,) and (n, 6)
         Of each sweep; the cells are of one form.
+    names : sequence of str, (n,)
+        Name of the data set of each sweep, of which each has one wavelength.
     """
-    if not wavelength_groups(wavelength).any():
+    is_named = len(set(names)) > 1
+    if not is_named and not wavelength_groups(wavelength).any():
         value = float(np.median(np.asarray(wavelength))) or None
         return [replace(data, labels=data.labels._replace(wavelength=value))]
     sweep = data.metadata[SWEEP].astype(np.int64)
     wavelength, cells = np.asarray(wavelength, dtype=float), np.asarray(cells, dtype=float)
     used = np.unique(sweep)
     near = np.zeros(len(wavelength), dtype=np.int64)
-    near[used] = wavelength_groups(wavelength[used])
+    if is_named:
+        near[used] = np.unique(np.asarray(names)[used], return_inverse=True)[1]
+    else:
+        near[used] = wavelength_groups(wavelength[used])
     # numbered as they come, like those of dials.merge
     first = np.unique(near[used], return_index=True)[1]
     near = np.argsort(np.argsort(first))[near]
@@ -257,6 +266,9 @@ def split_by_sweep(
     known = [float(np.median(wavelength[own])) or None for own in members]  # 0 is unknown
     forms = [typical_cell(cells[own], data.space_group) for own in members]
     suffixes, labels = _waves(data, known)
+    if is_named:
+        suffixes = [names[own[0]] for own in members]
+        labels = [data.labels._replace(wavelength=value) for value in known]
     return split_data(data, near[sweep], suffixes, labels, forms)
 
 

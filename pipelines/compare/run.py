@@ -83,6 +83,11 @@ def compare(
     UserError
         A named file does not exist or is not what it should be.
     """
+    if len(run.data_sets()) > 1:
+        raise UserError(
+            f"{run.path} holds {len(run.data_sets())} data sets, and one is compared at a time: "
+            "run each on its own to compare it, or compare their merged MTZ files"
+        )
     for path in (integrated, merged, truth, true_counts, full):
         if path is not None and not path.is_file():
             raise UserError(f"{path} does not exist; give a file, or leave the option out")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.config import IntegratorConfig
@@ -118,6 +118,14 @@ class RunMergeConfig(MergeConfig):
     anomalous: bool = True
 
 
+class DataSetFiles(NamedTuple):
+    """DIALS files of one data set, and the name that its files get."""
+
+    name: str
+    expt: Path
+    refl: Path
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole run: what goes in, where it goes, and how."""
@@ -126,6 +134,12 @@ class RunConfig:
     expt: Path | None = None
     # DIALS reflections (.refl): refined, predicted or integrated.
     refl: Path | None = None
+    # Further data sets (light, derivative, time points): EXPT and REFL of each in turn. Each data
+    # set has amplitudes of its own; all share the integrator and one scale.
+    more_data: tuple[Path, ...] = ()
+    # Data set that each data set resembles, by its number from 0, or none: e.g. none,0. Sets the
+    # double-Wilson prior.
+    parents: str | None = None
     # Model (PDB or mmCIF) for phases and sites of the anomalous map; no peaks without.
     model: Path | None = None
     # Merged MTZ of a conventional program, shown beside every epoch.
@@ -159,13 +173,39 @@ class RunConfig:
         }
         images = tuple(path.absolute() for path in self.dials.images)
         changed: dict[str, Any] = paths | {"dials": replace(self.dials, images=images)}
+        changed["more_data"] = tuple(path.absolute() for path in self.more_data)
         return replace(self, **changed)
 
     def input_files(self) -> dict[str, Path]:
         """Files that the run reads, by what they are, those given only."""
         named = {k: getattr(self, k) for k in INPUTS}
         images = {f"image {i + 1}": path for i, path in enumerate(self.dials.images)}
-        return {k: v for k, v in (named | images).items() if v is not None}
+        more = {f"more_data {i + 1}": path for i, path in enumerate(self.more_data)}
+        return {k: v for k, v in (named | images | more).items() if v is not None}
+
+    @property
+    def data_sets(self) -> tuple[DataSetFiles, ...]:
+        """Files of each data set; its name is that of its EXPT, empty where there is one.
+
+        Raises
+        ------
+        UserError
+            An EXPT lacks its REFL.
+        """
+        if self.expt is None or self.refl is None:
+            return ()
+        paths = (self.expt, self.refl, *self.more_data)
+        if len(paths) % 2:
+            raise UserError(
+                f"{len(paths)} files are given; a run takes EXPT and REFL of each data set in "
+                "turn, like dark.expt dark.refl light.expt light.refl"
+            )
+        pairs = list(zip(paths[::2], paths[1::2], strict=True))
+        stems = [expt.stem for expt, _ in pairs]
+        names = [s if stems.count(s) == 1 else f"{s}_{k}" for k, s in enumerate(stems)]
+        if len(pairs) == 1:
+            names = [""]
+        return tuple(DataSetFiles(name, *pair) for name, pair in zip(names, pairs, strict=True))
 
     def require(self, *names: str) -> tuple[Path, ...]:
         """Paths of these names; :class:`UserError` unless they are given and every file exists."""

@@ -10,11 +10,18 @@ from braggflux.pipelines.config.run import DialsConfig, RunConfig
 #: Settings of the merge that a run of one crystal's sweeps has no use for.
 OF_MERGES_ALONE = (
     *("stills", "laue", "laue_lp", "flicker", "metadata", "overloads", "alternatives", "pairing"),
-    *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities", "sigma"),
+    *("resolve_ambiguity", "ambiguity_tolerance", "reference_intensities"),
     *("n_spectrum_knots", "network_width", "network_depth"),
     *("embedding_size", "image_parameters", "falloff", "wilson_b", "held_out"),
     *("stream_above", "stream_training", "network_learning_rate", "half_set_repeats"),
 )
+
+
+def _is_coupled(c: RunConfig) -> bool:
+    """Whether a prior ties amplitudes to each other."""
+    return c.merge.prior != "wilson" and (c.merge.anomalous or c.parents is not None)
+
+
 _MERGE_RULES: tuple[Rule, ...] = (
     (
         ("extraction.n_sigma",),
@@ -34,8 +41,8 @@ _MERGE_RULES: tuple[Rule, ...] = (
     ),
     (
         ("merge.n_correlation_shells",),
-        lambda c: not c.merge.anomalous or c.merge.prior == "wilson" or c.merge.correlation,
-        "r of Bijvoet mates is not estimated",
+        lambda c: not _is_coupled(c) or c.merge.correlation,
+        "r of relatives is not estimated",
     ),
     (
         ("merge.n_reference_shells",),
@@ -44,13 +51,18 @@ _MERGE_RULES: tuple[Rule, ...] = (
     ),
     (
         ("merge.prior",),
-        lambda c: c.merge.prior == "double-wilson" and not c.merge.anomalous,
-        "Bijvoet mates are merged together (merge.anomalous is false)",
+        lambda c: c.merge.prior == "double-wilson" and not _is_coupled(c),
+        "Bijvoet mates are merged together (merge.anomalous is false), and there are no --parents",
     ),
     (
         ("merge.correlation",),
-        lambda c: c.merge.prior == "wilson" or not c.merge.anomalous,
+        lambda c: not _is_coupled(c),
         "no amplitudes are coupled",
+    ),
+    (
+        ("merge.sigma",),
+        lambda c: c.parents is None,
+        "no data set has parents, and F(+), F(-) are each from its own observations",
     ),
     (
         ("merge.dof",),

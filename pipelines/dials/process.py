@@ -83,7 +83,9 @@ def finish(
         show(row for row in rows if row["comparison"] != PEAKS)  # they have their own table
     directory.finish()
     report = write_report(directory)
-    show_peaks(directory)
+    for own in directory.data_sets():
+        show_peaks(own)
     logger.info("report: %s", report)
-    logger.info("merged: %s", directory.merged)
+    for own in directory.data_sets():
+        logger.info("merged: %s", own.merged)
     return directory

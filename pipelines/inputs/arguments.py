@@ -76,8 +76,9 @@ def inputs_from_args(args: argparse.Namespace) -> MergeInputs:
             "is compared here: for that see `braggflux compare`"
         )
     # not at the top: `--help` does without torch
+    from braggflux.merge.rows import parse_parents
     from braggflux.pipelines.inputs.grouping import parse_groups
-    from braggflux.pipelines.inputs.inputs import MergeInputs, parse_parents
+    from braggflux.pipelines.inputs.inputs import MergeInputs
 
     return MergeInputs(
         tuple(args.inputs),

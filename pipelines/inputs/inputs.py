@@ -188,29 +188,6 @@ def check_unmerged(paths: Sequence[Path]) -> None:
             )
 
 
-def parse_parents(text: str | None) -> tuple[int | None, ...] | None:
-    """Read ``none,0``.
-
-    Raises
-    ------
-    UserError
-    """
-    if text is None:
-        return None
-    parents: list[int | None] = []
-    for word in text.split(","):
-        if word.strip().lower() == "none":
-            parents.append(None)
-        elif word.strip().isdigit():
-            parents.append(int(word))
-        else:
-            raise UserError(
-                f"--parents {text}: {word!r} is neither none nor the number of a dataset, "
-                "counted from 0; give one of each, e.g. none,0"
-            )
-    return tuple(parents)
-
-
 def parse_space_group(name: str | None) -> gemmi.SpaceGroup | None:
     """Look a space group up by its name.
 

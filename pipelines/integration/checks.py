@@ -26,7 +26,9 @@ from braggflux.integrator.prediction.predict import require_recorded
 from braggflux.integrator.shoebox.extraction import MIN_ROWS
 from braggflux.merge.io.dataset_split import wavelength_groups
 from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.rows import check_parents, parse_parents
 from braggflux.pipelines.config.run import DialsConfig, RunConfig
+from braggflux.pipelines.integration.data_sets import read_sweeps
 from braggflux.pipelines.maps.atomic_model import check_same_crystal, read_model
 from braggflux.pipelines.maps.reference_amplitudes import check_reference
 
@@ -51,13 +53,19 @@ def check_input(config: RunConfig) -> None:
         another crystal.
     """
     config.require("expt", "refl", "out")
-    check_pair(config.expt, config.refl)
+    for files in config.data_sets:
+        check_pair(files.expt, files.refl)
+    check_parents_of_run(config)
     if config.reference is not None:
         read_merged_mtz(config.reference)
-    experiments = sweeps_of(read_experiments(config.expt))
+    experiments = sweeps_of(read_sweeps(config))
     check_frames(experiments, config.extraction.d_min)
     crystals = [e.crystal for e in experiments]
-    one_wavelength([e.beam.wavelength for e in experiments])
+    for files in config.data_sets:
+        own = [e for e in experiments if e.dataset == files.name]
+        if not own:
+            raise UserError(f"{files.expt} holds no sweep that can be integrated; leave it out")
+        one_wavelength([e.beam.wavelength for e in own])
     cell, space_group = crystal_form(
         [(c.unit_cell.parameters, c.space_group.xhm()) for c in crystals]
     )
@@ -66,6 +74,25 @@ def check_input(config: RunConfig) -> None:
         check_same_crystal(read_model(config.model), cell, space_group, config.model)
     if config.prior_model is not None:
         check_reference(config.prior_model, cell, space_group)
+
+
+def check_parents_of_run(config: RunConfig) -> None:
+    """Check the relations of the data sets.
+
+    Raises
+    ------
+    UserError
+        A parent does not exist, or is its own ancestor; or the prior cannot know of relatives.
+    """
+    parents = parse_parents(config.parents)
+    if parents is None:
+        return
+    check_parents(parents, len(config.data_sets))
+    if any(p is not None for p in parents) and config.merge.prior == "wilson":
+        raise UserError(
+            "--parents cannot act under merge.prior=wilson, where every amplitude is for itself; "
+            "leave merge.prior out, or give double-wilson"
+        )
 
 
 def check_pair(expt: Path, refl: Path) -> None:

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 from braggflux.merge.io.dataset_labels import DatasetLabels
 from braggflux.merge.output.amplitudes import used_observations
 from braggflux.merge.output.datasets import MergedDataset, merged_datasets
-from braggflux.merge.output.merged_table import MergedTable
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.pipelines.integration.trainer import EpochResult, Trainer
 from braggflux.pipelines.maps.anomalous_peaks import COUPLED, AnomalousModel, SitePeak
 from braggflux.pipelines.workspace.merged_files import write_half_sets, write_merged
-from braggflux.pipelines.workspace.rundir import RunDirectory
+from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 logger = logging.getLogger(__name__)
 
 NOT_TRAINED = "no training step yet"
 
 
-def merge_epoch(trainer: Trainer) -> MergedDataset:
-    """Merge all observations, and two random halves with the scales of all."""
+def merge_epoch(trainer: Trainer) -> list[MergedDataset]:
+    """Merge all observations of each data set, and two random halves with the scales of all."""
     problem, table = trainer.problem, trainer.merge_table()
     scaled = used_observations(trainer.model.merger, table)
-    (dataset,) = merged_datasets(
+    datasets = merged_datasets(
         trainer.model.merger,
         table,
         problem.merging.unique,
         scaled,
         seed=trainer.config.training.seed,
+        is_marginal=problem.is_marginal,
     )
-    return dataset
+    return list(datasets)
 
 
 class EpochWriter:
@@ -40,72 +42,90 @@ class EpochWriter:
     ----------
     directory : RunDirectory
     trainer : Trainer
-    anomalous : AnomalousModel or None
-        Phases and sites; None when Bijvoet mates are merged.
+    anomalous : sequence of AnomalousModel
+        Phases and sites for each data set; empty where no peaks can be had.
     """
 
     def __init__(
-        self, directory: RunDirectory, trainer: Trainer, anomalous: AnomalousModel | None
+        self, directory: RunDirectory, trainer: Trainer, anomalous: Sequence[AnomalousModel]
     ) -> None:
         self.directory = directory
         self.trainer = trainer
         self.anomalous = anomalous
 
-    def write(self, result: EpochResult) -> MergedDataset:
+    def write(self, result: EpochResult) -> list[MergedDataset]:
         """Write everything of one epoch and log its line."""
-        merged = merge_epoch(self.trainer)
-        path = self.directory.epoch_mtz(result.epoch)
+        datasets, metrics = merge_epoch(self.trainer), _of_training(result)
+        for number, (name, merged) in enumerate(
+            zip(self.trainer.problem.names, datasets, strict=True)
+        ):
+            own = RunDirectory(self.directory.path, name)
+            self._write_files(own, merged, result.epoch)
+            rows, peaks = merged.statistics(), []
+            write_statistics_csv(own.statistics_file, rows)
+            if self.anomalous:
+                peaks = self.anomalous[number].score(merged.table)
+            if peaks:
+                own.write_peaks(result.epoch, peaks)
+            _add_of_data_set(metrics, own, rows, peaks)
+            logger.info(summary_line(result, rows[-1], peaks, name))
+        self.directory.append_metrics(metrics)
+        return datasets
+
+    def _write_files(self, own: RunDirectory, merged: MergedDataset, epoch: int) -> None:
+        path = own.epoch_mtz(epoch)
         path.parent.mkdir(exist_ok=True)
-        labels = DatasetLabels(wavelength=self.trainer.problem.wavelength)
+        labels = DatasetLabels(wavelength=self.trainer.problem.wavelength(own.dataset))
         coupling = self.trainer.config.training.coupling
-        made_by = f"run, coupling {coupling}, epoch {result.epoch}"
+        made_by = f"run, coupling {coupling}, epoch {epoch}"
         write_merged(path, merged, labels, made_by)
-        write_half_sets(self.directory.half_sets, merged, labels, made_by)
-        peaks = self._peaks(merged.table)
-        if peaks:
-            self.directory.write_peaks(result.epoch, peaks)
-        rows = merged.statistics()
-        write_statistics_csv(self.directory.statistics_file, rows)
-        self.directory.append_metrics(self._metrics(result, rows, peaks))
-        logger.info(summary_line(result, rows[-1], peaks))
-        return merged
-
-    def _peaks(self, table: MergedTable) -> list[SitePeak]:
-        if self.anomalous is None:
-            return []
-        return self.anomalous.score(table)
-
-    def _metrics(self, result: EpochResult, rows: list[dict], peaks: list[SitePeak]) -> dict:
-        overall, outer = rows[-1], rows[-2]
-        names = ("cc_half", "cc_anom", "r_pim", "completeness", "redundancy", "z_spread")
-        metrics = dict(result.metrics)
-        reasons = {key: NOT_TRAINED for key, value in metrics.items() if value is None}
-        if "gpu_mem_mb" in reasons:
-            reasons["gpu_mem_mb"] = "no GPU in use"
-        shells = {name: (overall, name) for name in names} | {"cc_half_outer": (outer, "cc_half")}
-        for key, (row, name) in shells.items():
-            metrics[key] = row.get(name)
-            if metrics[key] is None:
-                reasons[key] = row.get("reason") or "not defined here"
-        for peak in peaks:
-            metrics[f"peak_sigma/{peak.label}"] = peak.peak_sigma
-            if peak.peak_sigma is None:
-                reasons[f"peak_sigma/{peak.label}"] = peak.reason
-            if peak.difference == COUPLED:
-                metrics[f"peak_sigma_own/{peak.label}"] = peak.peak_sigma_own
-        for row in self.directory.read_peaks():
-            if row["epoch"] == "DIALS":
-                label = f"{row['chain']}/{row['residue']}{row['seqid']}:{row['atom']}"
-                metrics[f"baseline/{label}"] = row["peak_sigma"]
-        if reasons:
-            metrics["reasons"] = reasons
-        return metrics
+        write_half_sets(own.half_sets, merged, labels, made_by)
 
 
-def summary_line(result: EpochResult, overall: dict, peaks: list[SitePeak]) -> str:
+def _of_training(result: EpochResult) -> dict[str, Any]:
+    """Begin a row of metrics with what the trainer knows."""
+    metrics = dict(result.metrics)
+    reasons = {key: NOT_TRAINED for key, value in metrics.items() if value is None}
+    if "gpu_mem_mb" in reasons:
+        reasons["gpu_mem_mb"] = "no GPU in use"
+    return metrics | ({"reasons": reasons} if reasons else {})
+
+
+def _add_of_data_set(
+    metrics: dict[str, Any], own: RunDirectory, rows: list[dict], peaks: list[SitePeak]
+) -> None:
+    """Add the statistics and peaks of one data set, in place; of several, under its name."""
+    overall, outer = rows[-1], rows[-2]
+    of = f"/{own.dataset}" if own.dataset else ""
+    reasons = metrics.setdefault("reasons", {})
+    names = ("cc_half", "cc_anom", "r_pim", "completeness", "redundancy", "z_spread")
+    shells = {name: (overall, name) for name in names} | {"cc_half_outer": (outer, "cc_half")}
+    for key, (row, name) in shells.items():
+        metrics[key + of] = row.get(name)
+        if metrics[key + of] is None:
+            reasons[key + of] = row.get("reason") or "not defined here"
+    for peak in peaks:
+        metrics[f"peak_sigma{of}/{peak.label}"] = peak.peak_sigma
+        if peak.peak_sigma is None:
+            reasons[f"peak_sigma{of}/{peak.label}"] = peak.reason
+        if peak.difference == COUPLED:
+            metrics[f"peak_sigma_own{of}/{peak.label}"] = peak.peak_sigma_own
+    for row in own.read_peaks():
+        if row["epoch"] == REFERENCE:
+            label = f"{row['chain']}/{row['residue']}{row['seqid']}:{row['atom']}"
+            metrics[f"baseline{of}/{label}"] = row["peak_sigma"]
+    if not reasons:
+        del metrics["reasons"]
+
+
+def summary_line(result: EpochResult, overall: dict, peaks: list[SitePeak], name: str = "") -> str:
     """One line for the log: objective, half-set correlation and the highest peaks."""
     m = result.metrics
-    parts = [f"epoch {result.epoch:3d}", f"merge elbo {m['merge_elbo']:.4f}/obs"]
+    parts = [
+        f"epoch {result.epoch:3d}",
+        *([name] if name else []),
+        f"merge elbo {m['merge_elbo']:.4f}/obs",
+    ]
     if m.get("pixel_nll") is not None:
         parts.append(f"pixel nll {m['pixel_nll']:.4f}/obs")
     if overall.get("cc_half") is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from braggflux.integrator.io.dials import read_experiments, read_reflections
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.shoebox.extraction import run_extraction
 from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.integration.data_sets import read_sweeps, read_tables
 from braggflux.pipelines.workspace import log
 
 
@@ -17,7 +17,7 @@ def extract(config: RunConfig, out: Path) -> ShoeboxStore:
     Parameters
     ----------
     config : RunConfig
-        ``expt``, ``refl`` and ``extraction`` are used.
+        Its data sets and ``extraction`` are used.
     out : Path
         HDF5 file to write.
 
@@ -28,10 +28,10 @@ def extract(config: RunConfig, out: Path) -> ShoeboxStore:
     """
     with log.progress("shoeboxes") as advance:
         return run_extraction(
-            read_experiments(config.expt),
+            read_sweeps(config),
             config.extraction.d_min,
             out,
-            reflections=read_reflections(config.refl),
+            reflections=read_tables(config),
             box=config.extraction.box,
             n_sigma=config.extraction.n_sigma,
             find_defects=config.extraction.find_defects,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +23,15 @@ from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.types import Flag, IntensityTable
 from braggflux.merge.io.mtz import UnmergedTable, write_unmerged_mtz
 from braggflux.merge.output.amplitudes import fresh_crystal_factor, used_observations
+from braggflux.pipelines.config.run import DataSetFiles
+from braggflux.pipelines.integration.data_sets import sweeps_of_set
 from braggflux.pipelines.integration.spot_measures import SpotMeasures, measure_spots
 from braggflux.pipelines.integration.trainer import Trainer
 
 N_EXAMPLES = 12
 
 
-def integrated_reflections(
-    trainer: Trainer, table: IntensityTable, measured: SpotMeasures
-) -> ReflectionTable:
+def integrated_reflections(trainer: Trainer) -> ReflectionTable:
     """Our observations as a DIALS table of integrated reflections.
 
     ``intensity.prf`` is the maximum of the photon-count likelihood, of the whole spot, and
@@ -41,16 +42,13 @@ def integrated_reflections(
     Parameters
     ----------
     trainer : Trainer
-    table : IntensityTable
-    measured : SpotMeasures
-        Rows as in ``table``.
 
     Returns
     -------
     ReflectionTable
-        Frames counted from the start of each scan.
+        Rows as in the store; frames counted from the start of each scan.
     """
-    store = trainer.problem.store
+    store, table, measured = trainer.problem.store, trainer.table, measure_spots(trainer)
     usable, metadata = table.is_integrated.numpy(), table.metadata
     # variance expected at the estimate: an observed count of 0 is not known without error
     variance = table.likelihood.variance(table.intensity)
@@ -145,28 +143,43 @@ def _sum_columns(
     }
 
 
-def write_integrated(trainer: Trainer, path: Path, expt: Path) -> None:
-    """Write integrated.refl, and the integrated.expt that ``dials.scale`` takes with it.
+def write_integrated(
+    trainer: Trainer, reflections: ReflectionTable, path: Path, files: DataSetFiles
+) -> None:
+    """Write integrated.refl of a data set, and the integrated.expt that ``dials.scale`` takes.
 
     Parameters
     ----------
     trainer : Trainer
+    reflections : ReflectionTable
+        Of :func:`integrated_reflections`.
     path : Path
         Of the table; the experiment list gets the suffix ``.expt``.
-    expt : Path
-        The run's; of it the sweeps that were integrated are written.
+    files : DataSetFiles
+        The run's; of its experiments the sweeps that were integrated are written.
     """
-    sweeps = sweeps_of(read_experiments(expt))
-    reflections = integrated_reflections(trainer, trainer.table, measure_spots(trainer))
-    reflections.columns["qe"] = sensor_efficiency(trainer.table, sweeps)
-    write_experiments(path.with_suffix(".expt"), sweeps, source=expt)
-    write_reflections(path, to_array_index(reflections, sweeps))
+    sweeps = sweeps_of(read_experiments(files.expt))
+    numbers = sweeps_of_set(trainer.problem.store.experiments, files.name)
+    rows = np.isin(reflections["id"], numbers)
+    own = reflections.select(rows)
+    for name in ("id", "imageset_id"):
+        own.columns[name] = own[name] - np.int32(numbers[0])
+    names = {k - numbers[0]: v for k, v in reflections.identifiers.items() if k in numbers}
+    own = replace(own, identifiers=names)
+    own.columns["qe"] = sensor_efficiency(trainer.table[torch.as_tensor(rows)], sweeps, numbers[0])
+    write_experiments(path.with_suffix(".expt"), sweeps, source=files.expt)
+    write_reflections(path, to_array_index(own, sweeps))
 
 
-def sensor_efficiency(table: IntensityTable, experiments: list[Experiment]) -> np.ndarray:
-    """DIALS column ``qe``: photons that the sensor absorbs, 1 where its thickness is unknown."""
+def sensor_efficiency(
+    table: IntensityTable, experiments: list[Experiment], first: int = 0
+) -> np.ndarray:
+    """DIALS column ``qe``: photons that the sensor absorbs, 1 where its thickness is unknown.
+
+    ``first`` is the number that the table gives to the first of ``experiments``.
+    """
     metadata, efficiency = table.metadata, np.ones(len(table))
-    for number, experiment in enumerate(experiments):
+    for number, experiment in enumerate(experiments, first):
         for k, panel in enumerate(experiment.panels):
             if panel.mu > 0 and panel.thickness > 0:
                 rows = ((metadata.experiment == number) & (metadata.panel == k)).numpy()
@@ -177,19 +190,20 @@ def sensor_efficiency(table: IntensityTable, experiments: list[Experiment]) -> n
 
 
 @torch.no_grad()
-def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
-    """Write scaled, unmerged observations: prior-free intensity over our scale."""
+def write_unmerged(trainer: Trainer, path: Path, dataset: int, files: DataSetFiles) -> None:
+    """Write scaled, unmerged observations of a data set: prior-free intensity over our scale."""
     problem, merger, observed = trainer.problem, trainer.model.merger, trainer.merge_table()
     fresh = fresh_crystal_factor(merger)
     scaled = used_observations(merger, observed).times(fresh)
-    keep = scaled.is_spot.cpu().numpy()
+    keep = (scaled.is_spot & (observed.observations.dataset == dataset)).cpu().numpy()
     k = merger.scale(observed.everything()).log_k.exp() / fresh[scaled.row]
     k = k * observed.unit_intensity
     metadata = problem.metadata[trainer.model.store_row.cpu()]
     lp = metadata.lp.double().numpy()
+    first = sweeps_of_set(problem.store.experiments, files.name)[0]
     table = UnmergedTable(
         miller_index=metadata.miller_index.numpy()[keep],
-        experiment=metadata.experiment.numpy()[keep],
+        experiment=metadata.experiment.numpy()[keep] - first,
         intensity=scaled.intensity.cpu().numpy()[keep],
         sigma=scaled.variance.sqrt().cpu().numpy()[keep],
         xyz_px=metadata.xyz_px.double().numpy()[keep],
@@ -199,9 +213,9 @@ def write_unmerged(trainer: Trainer, path: Path, expt: Path) -> None:
     write_unmerged_mtz(
         path,
         table,
-        sweeps_of(read_experiments(expt)),
-        cell=trainer.problem.cell,
-        space_group=trainer.problem.space_group,
+        sweeps_of(read_experiments(files.expt)),
+        cell=problem.asus[dataset].cell,
+        space_group=problem.asus[dataset].space_group,
         history=["scaled by braggflux; sigmas of outliers are enlarged"],
     )
 

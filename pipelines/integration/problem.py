@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import gemmi
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,12 +18,18 @@ from braggflux.integrator.model.build import build_integrator, start_from_strong
 from braggflux.integrator.model.integrator import Integrator
 from braggflux.integrator.types import IntensityTable, ReflectionMetadata
 from braggflux.merge.config import MergeConfig
-from braggflux.merge.io.formats.photon_table import STORE_ROW, photon_observations
+from braggflux.merge.io.formats.photon_table import (
+    STORE_ROW,
+    by_data_set,
+    photon_observations,
+)
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.problem import MergeProblem, build_problem
+from braggflux.merge.rows import parse_parents
 from braggflux.pipelines.config.run import RunConfig, RunMergeConfig
 from braggflux.pipelines.config.run_settings import OF_MERGES_ALONE
 from braggflux.pipelines.integration.checks import crystal_form, one_wavelength
+from braggflux.pipelines.integration.data_sets import names_of, sweeps_of_set
 from braggflux.pipelines.integration.joint_model import JointModel
 from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 
@@ -35,22 +41,22 @@ class Problem:
     store: ShoeboxStore
     merging: MergeProblem
     model: JointModel
-    wavelength: float
+    is_marginal: bool = True
 
     @property
-    def asu(self) -> ReciprocalAsu:
-        """Unique reflections, Bijvoet mates apart where the run keeps them so."""
-        return self.merging.unique.asus[0]
+    def names(self) -> tuple[str, ...]:
+        """Of each data set; empty where there is one."""
+        return names_of(self.store.experiments)
 
     @property
-    def cell(self) -> gemmi.UnitCell:
-        """Of all sweeps."""
-        return self.asu.cell
+    def asus(self) -> tuple[ReciprocalAsu, ...]:
+        """Unique reflections of each data set, Bijvoet mates apart where the run keeps them so."""
+        return self.merging.unique.asus
 
-    @property
-    def space_group(self) -> gemmi.SpaceGroup:
-        """Of all sweeps."""
-        return self.asu.space_group
+    def wavelength(self, name: str) -> float:
+        """Wavelength of a data set [A]."""
+        sweeps = self.store.experiments
+        return one_wavelength([sweeps[k]["wavelength"] for k in sweeps_of_set(sweeps, name)])
 
     @property
     def metadata(self) -> ReflectionMetadata:
@@ -71,19 +77,20 @@ def build(store: ShoeboxStore, config: RunConfig) -> Problem:
     UserError
         The sweeps have different crystal forms, or no observation can be merged.
     """
-    wavelength = one_wavelength([e["wavelength"] for e in store.experiments])
     torch.manual_seed(config.training.seed)
     integrator = build_integrator(store, config.integrator)
     start_from_strong_spots(integrator, store, config.training.seed)
     settings = merge_settings(config, float(store.metadata().d.min()))
-    merging, model = join(integrator, store, settings, config.prior_model)
-    return Problem(store, merging, model, wavelength)
+    parents = parse_parents(config.parents)
+    merging, model = join(integrator, store, settings, parents, config.prior_model)
+    return Problem(store, merging, model, settings.sigma != "difference")
 
 
 def join(
     integrator: Integrator,
     store: ShoeboxStore,
     settings: MergeConfig,
+    parents: Sequence[int | None] | None = None,
     prior_model: Path | None = None,
 ) -> tuple[MergeProblem, JointModel]:
     """Bind an integrator to an untrained merger of the observations of a store.
@@ -93,10 +100,12 @@ def join(
     integrator : Integrator
     store : ShoeboxStore
     settings : MergeConfig
+    parents : sequence of int or None, optional
+        Of each data set.
     prior_model : Path, optional
         Model or merged MTZ whose amplitudes become the prior.
     """
-    merging, store_row = _observations(store, settings)
+    merging, store_row = _observations(store, settings, parents)
     table_row = torch.full((len(store),), -1)
     table_row[store_row] = torch.arange(len(store_row))
     f_calc = None
@@ -119,8 +128,14 @@ def merge_settings(config: RunConfig, d_min: float) -> MergeConfig:
     """
     defaults = RunMergeConfig()
     given = {name: getattr(defaults, name) for name in OF_MERGES_ALONE}
-    given |= {"overloads": "keep", "resolve_ambiguity": "none"}
-    is_coupled = config.merge.anomalous and config.merge.prior != "wilson"
+    # boxes come in any order, and a common error ties whole images
+    given |= {"overloads": "keep", "resolve_ambiguity": "none", "pairing": "none"}
+    has_parents = any(parent is not None for parent in parse_parents(config.parents) or ())
+    is_coupled = (config.merge.anomalous or has_parents) and config.merge.prior != "wilson"
+    if not has_parents:
+        given["sigma"] = "amplitude"
+    elif config.merge.sigma == "auto":
+        given["sigma"] = "difference"
     return replace(
         config.merge,
         **given,
@@ -131,7 +146,9 @@ def merge_settings(config: RunConfig, d_min: float) -> MergeConfig:
     )
 
 
-def _observations(store: ShoeboxStore, settings: MergeConfig) -> tuple[MergeProblem, Tensor]:
+def _observations(
+    store: ShoeboxStore, settings: MergeConfig, parents: Sequence[int | None] | None
+) -> tuple[MergeProblem, Tensor]:
     """Observations that may be merged, and the row of each in the store, (N',).
 
     None is integrated yet: they have a photon each. What a run merges are the likelihoods of its
@@ -144,13 +161,22 @@ def _observations(store: ShoeboxStore, settings: MergeConfig) -> tuple[MergeProb
     asu = ReciprocalAsu(cell, space_group, settings.d_min, settings.anomalous)
     refl_id = torch.as_tensor(asu.refl_id(metadata.miller_index.numpy()))
     table = IntensityTable(metadata, ShiftedPoisson(2 * one, one, one), one, store.flags)
-    if not ((refl_id >= 0) & table.is_integrated).any():
-        raise UserError(
-            f"none of {len(store)} observations in {store.path} can be merged in "
-            f"{space_group.xhm()} to {settings.d_min:.2f} A: all are masked, outside the frames "
-            "or systematically absent; check the pixel mask and the space group"
-        )
-    data = photon_observations(table, store.experiments, store.path)
-    problem = build_problem([data], settings)
-    rows = data.metadata[STORE_ROW][problem.source]
+    can_be_merged = (refl_id >= 0) & table.is_integrated
+    names = names_of(store.experiments)
+    for name in names:
+        sweeps = torch.tensor(sweeps_of_set(store.experiments, name))
+        own = torch.isin(metadata.experiment, sweeps)
+        if not can_be_merged[own].any():
+            raise UserError(
+                f"none of {int(own.sum())} observations {f'of {name} ' if name else ''}in "
+                f"{store.path} can be merged in {space_group.xhm()} to {settings.d_min:.2f} A: "
+                "all are masked, outside the frames or systematically absent; check the pixel "
+                "mask and the space group"
+            )
+    whole = photon_observations(table, store.experiments, store.path)
+    data = by_data_set(whole, store.experiments)
+    if len(names) > 1:
+        data = [replace(d, name=name) for d, name in zip(data, names, strict=True)]
+    problem = build_problem(data, settings, parents)
+    rows = np.concatenate([d.metadata[STORE_ROW] for d in data])[problem.source]
     return problem, torch.as_tensor(rows.astype(np.int64))

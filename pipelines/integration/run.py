@@ -19,6 +19,7 @@ from braggflux.pipelines.integration.checks import check_input, why_no_peaks
 from braggflux.pipelines.integration.epoch_outputs import EpochWriter
 from braggflux.pipelines.integration.extraction import extract
 from braggflux.pipelines.integration.final_outputs import (
+    integrated_reflections,
     write_examples,
     write_integrated,
     write_unmerged,
@@ -65,15 +66,16 @@ def _prepare(
     """Cut the boxes, build the model, score the reference."""
     store = _shoeboxes(directory, config)
     problem = build(store, config)
-    anomalous = None
+    anomalous: list[AnomalousModel] = []
     if reason := why_no_peaks(config):
         directory.note("peaks", reason)
     else:
-        anomalous = AnomalousModel(
-            config.model, problem.cell, problem.space_group, problem.asu.d_min
-        )
-        if anomalous.why_no_sites:
-            directory.note("peaks", anomalous.why_no_sites)
+        anomalous = [
+            AnomalousModel(config.model, asu.cell, asu.space_group, asu.d_min)
+            for asu in problem.asus
+        ]
+        if anomalous[0].why_no_sites:
+            directory.note("peaks", anomalous[0].why_no_sites)
     _write_reference(directory, config)
     exchange = _exchange(directory, store) if config.training.coupling == "staged" else None
     trainer = Trainer(problem, config, device, exchange)
@@ -99,7 +101,8 @@ def _write_reference(directory: RunDirectory, config: RunConfig) -> None:
         directory.note("reference", str(error))
         logger.warning("no reference row: %s", error)
         return
-    directory.write_peaks(REFERENCE, peaks)
+    for own in directory.data_sets():
+        own.write_peaks(REFERENCE, peaks)
 
 
 def _exchange(
@@ -120,8 +123,8 @@ def _log_problem(problem: Problem, device: torch.device) -> None:
         "%d observations of %d unique reflections in %s, to %.2f A, on %s",
         int(merger.n_obs.sum()),
         int((merger.n_obs > 0).sum()),
-        problem.space_group.xhm(),
-        problem.asu.d_min,
+        problem.asus[0].space_group.xhm(),
+        problem.asus[0].d_min,
         device,
     )
 
@@ -152,12 +155,15 @@ def _train(
 def _finish(
     trainer: Trainer, writer: EpochWriter, directory: RunDirectory, config: RunConfig
 ) -> None:
-    source = directory.epoch_mtz(trainer.epoch)
-    with replacing(directory.merged) as temporary:
-        temporary.write_bytes(source.read_bytes())
     write_intensities(directory.intensities, trainer.table, trainer.problem.store.experiments)
-    write_integrated(trainer, directory.integrated_refl, config.expt)
-    write_unmerged(trainer, directory.unmerged, config.expt)
+    reflections = integrated_reflections(trainer)
+    for number, (own, files) in enumerate(
+        zip(directory.data_sets(), config.data_sets, strict=True)
+    ):
+        with replacing(own.merged) as temporary:
+            temporary.write_bytes(own.epoch_mtz(trainer.epoch).read_bytes())
+        write_integrated(trainer, reflections, own.integrated_refl, files)
+        write_unmerged(trainer, own.unmerged, number, files)
     with replacing(directory.shoebox_examples) as temporary:
         # numpy appends .npz to a name that lacks it
         named = temporary.with_suffix(".npz")

@@ -8,7 +8,7 @@ An epoch is
 2. a pass without gradients: the photon-count distribution of every observation at the posterior
    means;
 3. full-batch steps for the merge (scales, error model, Wilson prior, q(F)) on these distributions,
-   sigma_A of a model from moments, and the Bijvoet correlation from half sets.
+   sigma_A of a model from moments, and r of relatives (Bijvoet mates, data sets) from half sets.
 
 The merge's parameters are fitted to all observations at once because most structure factors are
 seen by a handful of observations only: stochastic steps for them would be noise.
@@ -30,7 +30,7 @@ from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.full_batch import FullBatchFit, restart_doubted
 from braggflux.merge.fit.half_set_correlation import half_set_correlation
 from braggflux.merge.fit.sigma_a import set_sigma_a
-from braggflux.merge.fit.training import fit, start, start_amplitudes
+from braggflux.merge.fit.training import fit, pool_trees, start, start_amplitudes
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.reference import Reference
 from braggflux.merge.scale.terms.frames import MIN_OBSERVATIONS
@@ -110,10 +110,17 @@ class Trainer:
         self.table = self._exchanged(self.integrate_all(progress))
         table = self.merge_table()
         self._start_merger(table)
+        if self.model.merger.unique.ties_datasets:
+            # data sets start alike: r is estimated about amplitudes that outliers have not taken
+            pool_trees(self.model.merger)
+            self._fit_amplitudes(table)
         self._update_prior(table)
         # mates start alike
-        fit(self.model.merger, table, self.config.merge, epochs=FIRST_STEPS, with_scales=False)
+        self._fit_amplitudes(table)
         return self._result(0, began, self._full_batch_terms(table), None)
+
+    def _fit_amplitudes(self, table: ObservationTable) -> None:
+        fit(self.model.merger, table, self.config.merge, epochs=FIRST_STEPS, with_scales=False)
 
     def _start_merger(self, table: ObservationTable) -> None:
         """Start scales and amplitudes; where frames have few spots, amplitudes alone.
@@ -173,7 +180,7 @@ class Trainer:
         self._update_prior(table)
 
     def _update_prior(self, table: ObservationTable) -> None:
-        """Set sigma_A of a model, and r of Bijvoet mates unless it is given."""
+        """Set sigma_A of a model, and r of relatives unless it is given."""
         merger, r = self.model.merger, self.config.merge.correlation
         if merger.prior.has(Reference):
             set_sigma_a(merger, table)

@@ -47,6 +47,8 @@ def show_peaks(run: RunDirectory, n_columns: int = 8) -> None:
         notes.append(f"weaker sites: {run.peaks_file}")
     rows = [row[: n_columns + 1] for row in rows]
     title = "Anomalous peak height [sigma of the map]"
+    if run.dataset:
+        title += f", {run.dataset}"
     write_table(title, header[: n_columns + 1], rows, notes=notes, emphasis=[REFERENCE])
 
 

@@ -49,7 +49,8 @@ def write_report(run: RunDirectory) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("report.html.j2").render(**collect(run))
-    write_published_table(run)
+    for own in run.data_sets():
+        write_published_table(own)
     with replacing(run.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return run.report
@@ -58,8 +59,7 @@ def write_report(run: RunDirectory) -> Path:
 def collect(run: RunDirectory) -> dict[str, Any]:
     """Gather everything that the page shows."""
     metrics = run.read_metrics()
-    statistics, comparison = read_rows(run.statistics_file), read_rows(run.compare_file)
-    header, rows, notes = published_table(run)
+    comparison = read_rows(run.compare_file)
     record = run.read_provenance()
     config = run.read_config()
     return {
@@ -70,12 +70,22 @@ def collect(run: RunDirectory) -> dict[str, Any]:
         "notes": record["notes"],
         "changes": schema.difference(config, RunConfig()),
         "written": provenance.now(),
-        "peaks": {"header": header, "rows": rows, "notes": notes},
         "figures": figures.drawn(run),
+        "data_sets": [_of_data_set(own) for own in run.data_sets()],
         "last_epoch": _last_epoch(metrics),
-        "statistics": _shell_table(statistics),
         "comparisons": _comparisons(comparison),
         "shoeboxes": _shoeboxes(run.shoebox_examples),
+    }
+
+
+def _of_data_set(own: RunDirectory) -> dict[str, Any]:
+    """Peaks and statistics of one data set; its name is empty where there is one."""
+    header, rows, notes = published_table(own)
+    return {
+        "name": own.dataset,
+        "peaks": {"header": header, "rows": rows, "notes": notes},
+        "figures": figures.drawn(own),
+        "statistics": _shell_table(read_rows(own.statistics_file)),
     }
 
 

@@ -13,6 +13,9 @@
     intensities.h5  shoeboxes.h5  shoebox_examples.npz  report.html
     dials/            files and logs of DIALS (`braggflux process`)
 
+Of several data sets each has its own peaks, statistics, merged, half sets, unmerged and integrated
+files, with its name before theirs: ``dark_merged.mtz``, ``mtz/dark_epoch_0007.mtz``.
+
 Other programs depend on these names. Nothing in it is ever half written: files are written under
 a temporary name and renamed.
 """
@@ -79,27 +82,37 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 class RunDirectory:
-    """Paths and records of one run."""
+    """Paths and records of one run.
 
-    def __init__(self, path: Path) -> None:
+    Parameters
+    ----------
+    path : Path
+    dataset : str
+        Data set whose files are meant, of a run of several.
+    """
+
+    def __init__(self, path: Path, dataset: str = "") -> None:
         self.path = Path(path)
+        self.dataset = dataset
+        stem = f"{dataset}_" if dataset else ""
+        self.stem = stem
         self.config_file = self.path / "config.yaml"
         self.config_difference = self.path / "config.diff.yaml"
         self.provenance_file = self.path / "provenance.json"
         self.log_file = self.path / "run.log"
         self.metrics_file = self.path / "metrics.jsonl"
-        self.peaks_file = self.path / "peaks.csv"
-        self.peaks_by_epoch = self.path / "peaks_by_epoch.csv"
-        self.statistics_file = self.path / "statistics.csv"
+        self.peaks_file = self.path / f"{stem}peaks.csv"
+        self.peaks_by_epoch = self.path / f"{stem}peaks_by_epoch.csv"
+        self.statistics_file = self.path / f"{stem}statistics.csv"
         self.compare_file = self.path / "compare.csv"
         self.checkpoints = self.path / "checkpoints"
         self.latest_file = self.path / "latest"
         self.mtz_folder = self.path / "mtz"
-        self.merged = self.path / "merged.mtz"
-        self.half_sets = self.path / "half_sets.mtz"
-        self.unmerged = self.path / "unmerged.mtz"
-        self.integrated_refl = self.path / "integrated.refl"
-        self.integrated_expt = self.path / "integrated.expt"
+        self.merged = self.path / f"{stem}merged.mtz"
+        self.half_sets = self.path / f"{stem}half_sets.mtz"
+        self.unmerged = self.path / f"{stem}unmerged.mtz"
+        self.integrated_refl = self.path / f"{stem}integrated.refl"
+        self.integrated_expt = self.path / f"{stem}integrated.expt"
         self.intensities = self.path / "intensities.h5"
         self.shoeboxes = self.path / "shoeboxes.h5"
         self.shoebox_examples = self.path / "shoebox_examples.npz"
@@ -174,13 +187,18 @@ class RunDirectory:
         """Read the configuration that the run was made with."""
         return RunConfig.load(self.config_file)
 
+    def data_sets(self) -> list[RunDirectory]:
+        """Return this directory once for each data set of the run."""
+        names = [files.name for files in self.read_config().data_sets] or [""]
+        return [RunDirectory(self.path, name) for name in names]
+
     def checkpoint(self, epoch: int) -> Path:
         """Path of the checkpoint after ``epoch``."""
         return self.checkpoints / f"epoch_{epoch:04d}.pt"
 
     def epoch_mtz(self, epoch: int) -> Path:
         """Path of the merged MTZ after ``epoch``."""
-        return self.mtz_folder / f"epoch_{epoch:04d}.mtz"
+        return self.mtz_folder / f"{self.stem}epoch_{epoch:04d}.mtz"
 
     def mark_latest(self, epoch: int) -> None:
         """Name the checkpoint of ``epoch`` as the one to resume from."""
@@ -243,10 +261,11 @@ class RunDirectory:
     def rewind(self, epoch: int) -> None:
         """Forget what was written after ``epoch`` (the checkpoint that a run resumes from)."""
         self._write_metrics([r for r in self.read_metrics() if r["epoch"] <= epoch])
-        peaks = [r for r in self.read_peaks() if r["epoch"] == REFERENCE or r["epoch"] <= epoch]
-        write_rows(self.peaks_file, peaks, PEAK_COLUMNS)
-        for path in [*self.mtz_folder.glob("epoch_*.mtz"), *self.checkpoints.glob("epoch_*.pt")]:
-            if int(path.stem.removeprefix("epoch_")) > epoch:
+        for own in self.data_sets():
+            peaks = [r for r in own.read_peaks() if r["epoch"] == REFERENCE or r["epoch"] <= epoch]
+            write_rows(own.peaks_file, peaks, PEAK_COLUMNS)
+        for path in [*self.mtz_folder.glob("*epoch_*.mtz"), *self.checkpoints.glob("epoch_*.pt")]:
+            if int(path.stem.rpartition("epoch_")[2]) > epoch:
                 path.unlink()
 
     def read_provenance(self) -> dict[str, Any]:
@@ -292,7 +311,8 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove what an earlier configuration has left before its first checkpoint."""
-        records = (self.metrics_file, self.peaks_file, self.statistics_file)
+        records = [self.metrics_file, *self.path.glob("*peaks.csv")]
+        records += self.path.glob("*statistics.csv")
         for path in (self.shoeboxes, self.intensities, *records):
             path.unlink(missing_ok=True)
 

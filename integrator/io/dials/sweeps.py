@@ -129,7 +129,8 @@ def describe_experiment(experiment: Experiment) -> dict[str, object]:
     """Summarise a sweep for the header of the store, as JSON values."""
     _, scan, crystal = experiment.rotation
     images = experiment.images
-    return {
+    of_several = {"dataset": experiment.dataset} if experiment.dataset else {}
+    return of_several | {
         "identifier": experiment.identifier,
         "wavelength": experiment.beam.wavelength,
         "n_images": scan.n_images,

@@ -30,7 +30,7 @@ STORE_ROW = "store_row"
 def read_photon_table(
     path: str | Path, experiments: str | Path | None = None
 ) -> list[UnmergedData]:
-    """Read ``intensities.h5`` of a run in staged coupling: a data set for each wavelength.
+    """Read ``intensities.h5`` of a run: its data sets, or a data set for each wavelength.
 
     Intensities are maximum-likelihood photons (before Lorentz and polarization factors), sigmas
     those of their background, and the metadata ``photon_variance`` what each expected photon adds:
@@ -53,9 +53,22 @@ def read_photon_table(
     path = Path(path)
     table = read_intensities(path)
     records = _sweeps(path, experiments)
-    data = photon_observations(table, records, path)
+    return by_data_set(photon_observations(table, records, path), records)
+
+
+def by_data_set(data: UnmergedData, records: Sequence[Mapping[str, Any]]) -> list[UnmergedData]:
+    """Cut observations of several data sets of a run, or of several wavelengths.
+
+    Parameters
+    ----------
+    data : UnmergedData
+        Of :func:`photon_observations`.
+    records : sequence of mapping
+        Of each sweep.
+    """
     wavelength = [record.get("wavelength", 0.0) for record in records]
-    return split_by_sweep(data, wavelength, [record["unit_cell"] for record in records])
+    cells = [record["unit_cell"] for record in records]
+    return split_by_sweep(data, wavelength, cells, [r.get("dataset", "") for r in records])
 
 
 def photon_observations(
