@@ -89,7 +89,7 @@ _RUN_RULES: tuple[Rule, ...] = (
 )
 _PROCESS_RULES: tuple[Rule, ...] = (
     (
-        ("expt", "refl", "reference"),
+        ("expt", "refl", "reference", "more_data", "parents"),
         lambda c: True,
         "`braggflux process` makes its own; `braggflux run` takes given ones",
     ),

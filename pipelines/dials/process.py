@@ -62,7 +62,7 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     log.attach_file(directory.log_file)
     check_imported(chain.imported(), config.extraction.d_min)
     expt, refl = chain.geometry()
-    config = replace(config, expt=expt, refl=refl)
+    config = replace(config, expt=expt, refl=refl, more_data=(), parents=None)
     check_input(config)
     reference = Reference(reason="not asked for (dials.has_reference is false)")
     if config.dials.has_reference:

@@ -11,12 +11,18 @@ import pytest
 from braggflux.fixtures.crystals import REFERENCE_MODEL
 from braggflux.fixtures.simulate import simulate
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.dials import read_experiments, read_reflections
+from braggflux.integrator.io.dials import (
+    DialsFlag,
+    read_experiments,
+    read_reflections,
+    write_reflections,
+)
 from braggflux.pipelines import cli
 from braggflux.pipelines.compare.run import compare
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.config.schema import updated
 from braggflux.pipelines.dials.process import finish
+from braggflux.pipelines.integration.data_sets import read_tables
 from braggflux.pipelines.integration.run import run
 
 #: A hundredth of the photons of the preset.
@@ -132,6 +138,7 @@ def test_each_data_set_has_its_files(pair, related):
     assert not (related.path / "merged.mtz").exists()
     row = related.read_metrics()[-1]
     assert row["cc_half/dark"] != row["cc_half/light"]
+    assert 1e-4 < row["one_minus_r2"] < 0.1
     page = related.report.read_text()
     assert "<h3>dark</h3>" in page
     assert "<h3>light</h3>" in page
@@ -181,6 +188,12 @@ def test_other_mistakes_of_several_data_sets(pair, related, tmp_path):
         run(replace(config, more_data=(light.expt,)))
     with pytest.raises(UserError, match="swapped"):
         run(replace(config, more_data=(light.refl, light.expt)))
+    table = read_reflections(light.refl)
+    integrated = np.where(table["flags"] > 0, DialsFlag.INTEGRATED_PRF, 0).astype(np.uint64)
+    path = tmp_path / "integrated.refl"
+    write_reflections(path, replace(table, columns=table.columns | {"flags": integrated}))
+    with pytest.raises(UserError, match="same DIALS step"):
+        read_tables(replace(config, more_data=(light.expt, path)))
     with pytest.raises(UserError, match="count twice"):
         run(replace(config, more_data=(dark.expt, dark.refl), merge=configured(pair, None).merge))
     with pytest.raises(UserError, match="one is compared at a time"):

@@ -191,6 +191,9 @@ def test_the_old_name_of_the_prior_model(pair, tmp_path, caplog):
         ({"merge.likelihood": "normal", "merge.dof": 8.0}, False, "merge.dof=8.0"),
         ({"dials.nproc": 2}, False, "dials.nproc=2"),
         ({"reference": "known.mtz"}, True, "reference=known.mtz"),
+        ({"parents": "none,0"}, True, "parents=none,0"),
+        ({"parents": "none,0", "merge.anomalous": False, "merge.correlation": 0.99}, False, None),
+        ({"merge.sigma": "difference"}, False, "merge.sigma=difference"),
         (
             {"dials.has_reference": False, "dials.scale_args": ("anomalous=True",)},
             True,
