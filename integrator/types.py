@@ -79,6 +79,31 @@ class ReflectionMetadata(TensorRecord):
 
 
 @dataclass(frozen=True)
+class Neighbours(TensorRecord):
+    """Spots whose photons reach into each box, in no particular order; K of the fullest box.
+
+    Parameters
+    ----------
+    is_present : Tensor, (B, K) bool
+        Boxes with fewer than K have empty places.
+    offset : Tensor, (B, K, 3)
+        Predicted centroid less that of the box's own spot (fast, slow, frame).
+    zeta : Tensor, (B, K)
+        As in :class:`ReflectionMetadata`.
+    experiment : Tensor, (B, K) int64
+        Lattice of the neighbour: that of the box, or another on the same frames.
+    store_row : Tensor, (B, K) int64
+        Its own row in the shoebox store, -1 for a spot that has no box.
+    """
+
+    is_present: Tensor
+    offset: Tensor
+    zeta: Tensor
+    experiment: Tensor
+    store_row: Tensor
+
+
+@dataclass(frozen=True)
 class ShoeboxBatch(TensorRecord):
     """Shoeboxes of a batch of reflections.
 
@@ -87,13 +112,16 @@ class ShoeboxBatch(TensorRecord):
     counts : Tensor, (B, D, H, W)
         Photons; 0 where not valid.
     is_valid : Tensor, (B, D, H, W) bool
-        Recorded, trusted and not claimed by a neighbour.
+        Recorded, trusted and not claimed by a neighbour that is not modelled.
     metadata : ReflectionMetadata
+    neighbours : Neighbours, optional
+        Spots whose photons are modelled beside the box's own; none without.
     """
 
     counts: Tensor
     is_valid: Tensor
     metadata: ReflectionMetadata
+    neighbours: Neighbours | None = None
 
 
 @dataclass(frozen=True)

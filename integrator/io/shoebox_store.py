@@ -7,6 +7,8 @@ Layout (rows N are sorted by sweep and first frame)::
                            ``frames_per_layer`` frames
     /boxes/mask            (N, D, H, W) uint8, bits of braggflux.integrator.shoebox.mask.MaskBit
     /reflections/<column>  fields of ReflectionMetadata, flags, entering, recorded_fraction
+    /neighbours/<column>   row (M,) of a box, increasing, and fields of Neighbours of a spot that
+                           overlaps with it (M,); absent where neighbours are masked
     /background/<e>/panel_<p>/{sum,count}   (slow, fast) float32, per sweep
     /background/<e>/frame_ratio             (n_frames,) background of a frame over the mean
     /experiments           JSON text: wavelength, scan, cell, space group, image files
@@ -32,6 +34,7 @@ from torch import Tensor
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.hdf5.filters import bitshuffle
+from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
 from braggflux.integrator.shoebox.mask import MaskBit
 from braggflux.integrator.types import ReflectionMetadata, ShoeboxBatch
 
@@ -108,6 +111,12 @@ class ShoeboxWriter:
             group.create_dataset(name, data=values, compression="gzip", compression_opts=1)
             if name in UNITS:
                 group[name].attrs["units"] = UNITS[name]
+
+    def write_neighbours(self, columns: Mapping[str, NDArray[Any]]) -> None:
+        """Write pairs of a box and a spot that overlaps with it, sorted by box."""
+        group = self._handle.create_group("neighbours")
+        for name, values in columns.items():
+            group.create_dataset(name, data=values, compression="gzip", compression_opts=1)
 
     def write_background(self, experiment: int, field: BackgroundField) -> None:
         """Write the background statistic of a sweep."""
@@ -188,6 +197,7 @@ class ShoeboxStore:
                 raise KeyError("n_rows")
             self._columns = {k: v[()] for k, v in self._handle["reflections"].items()}
             self._metadata = _metadata(self._columns, torch.float32)
+            self._pairs = NeighbourPairs.read(self._handle, len(self._counts))
         except (KeyError, OSError, json.JSONDecodeError) as error:
             self._handle.close()
             raise UserError(
@@ -309,7 +319,8 @@ class ShoeboxStore:
         """
         counts, mask = self.read_raw(rows)
         is_valid = (mask & MaskBit.VALID).bool() & (mask & exclude == 0)
-        return ShoeboxBatch(counts.float() * is_valid, is_valid, self._metadata[rows])
+        neighbours = None if self._pairs is None else self._pairs.of(rows)
+        return ShoeboxBatch(counts.float() * is_valid, is_valid, self._metadata[rows], neighbours)
 
     def background(self, experiment: int) -> BackgroundField:
         """Background statistic of a sweep."""

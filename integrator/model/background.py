@@ -8,6 +8,7 @@ The background of a voxel is a plane in the logarithm about the mean background 
 where ``b0`` is the mean image of the non-Bragg counts times the level of the frame. Given the
 profile the posterior of (J, theta) has no closed form but is log-concave: a few rounds of Fisher
 scoring reach its maximum, and the inverse information is its covariance. No network is needed.
+Intensities of neighbouring spots are solved along with them (``neighbours``).
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
+from braggflux.integrator.model.neighbours import NeighbourProfiles
 from braggflux.integrator.types import ReflectionMetadata
 
 
 @dataclass(frozen=True)
 class BackgroundFit:
-    """Posterior of the background coefficients, and the information they leave for J.
+    """Posterior of what lies beside the spot, and the information it leaves for J.
 
     Parameters
     ----------
@@ -34,7 +36,13 @@ class BackgroundFit:
     intensity : Tensor, (B,)
         Maximum-likelihood photons, may be negative.
     information_fraction : Tensor, (B,)
-        Information on J with theta estimated, over that with theta known, in (0, 1].
+        Information on J with theta and the neighbours estimated, over that with both known, in
+        (0, 1].
+    neighbours : Tensor, (B, P)
+        Photons of the neighbours per voxel, from intensities that are not negative.
+    deficit : Tensor, (B, P)
+        What estimates below zero would take from them: to be added to the counts, so that faint
+        neighbours are subtracted without bias.
     """
 
     background: Tensor
@@ -42,6 +50,13 @@ class BackgroundFit:
     covariance: Tensor
     intensity: Tensor
     information_fraction: Tensor
+    neighbours: Tensor
+    deficit: Tensor
+
+    @property
+    def beside(self) -> Tensor:
+        """Photons per voxel that are not the spot's own, (B, P)."""
+        return self.background + self.neighbours
 
     @property
     def q_background(self) -> MultivariateNormal:
@@ -89,61 +104,92 @@ class BackgroundModel(nn.Module):
         is_valid: Tensor,
         profile: Tensor,
         mean_background: Tensor,
-        intensity: Tensor,
+        start: Tensor,
+        neighbours: NeighbourProfiles | None = None,
     ) -> BackgroundFit:
-        """Fisher scoring for (J, theta); all voxel arguments are (B, P), ``intensity`` (B,).
+        """Fisher scoring for the intensities and theta.
 
         Without gradients: at the maximum the derivative of the likelihood with respect to theta
         vanishes, so the profile's gradient of the pixel likelihood is complete without it.
+
+        Parameters
+        ----------
+        counts, is_valid, profile, mean_background : Tensor, (B, P)
+        start : Tensor, (B, 1 + K)
+            Photons of the spot and of its neighbours.
+        neighbours : NeighbourProfiles, optional
         """
-        theta = counts.new_zeros(len(counts), self.n_coefficients)
-        prior = torch.diag(torch.exp(-2 * self.log_prior_sd.double()))
-        eye = torch.eye(self.n_coefficients + 1, dtype=torch.float64, device=counts.device)
-        valid = is_valid.to(counts.dtype)
+        m = self.n_coefficients
+        spots, prior_mean, precision = _all_spots(profile, neighbours, start)
+        theta = counts.new_zeros(len(counts), m)
+        precision = torch.cat([self._prior_precision(theta), precision.double()], 1)
+        intensity, valid = start, is_valid.to(counts.dtype)
         for _ in range(self.n_rounds + 1):
             background = self._rate(theta, mean_background)
             reference = intensity.clamp_min(0.0)
-            rate = reference[:, None] * profile + background
-            weight = valid / rate
-            residual = counts - rate
-            information, score = self._normal_equations(profile, background, weight, residual)
-            information[:, 1:, 1:] += prior
-            score[:, 1:] -= theta.double() @ prior
+            rate = torch.einsum("bs,bsp->bp", reference, spots) + background
+            information, score = self._normal_equations(
+                spots, background, valid / rate, counts - rate
+            )
+            information.diagonal(dim1=1, dim2=2)[:, 1:] += precision
+            beside = torch.cat([theta, reference[:, 1:] - prior_mean], 1).double()
+            score[:, 1:] -= precision * beside
             # a box without signal pixels has no information on J; the ridge keeps it solvable
-            step = torch.linalg.solve(information + 1e-9 * eye, score)
-            intensity = reference + step[:, 0].to(counts.dtype)
-            theta = theta + step[:, 1:].clamp(-1.0, 1.0).to(counts.dtype)
-        covariance = torch.linalg.inv(information[:, 1:, 1:])
+            ridge = 1e-9 * torch.eye(score.shape[1], dtype=torch.float64, device=score.device)
+            step = torch.linalg.solve(information + ridge, score).to(counts.dtype)
+            intensity = reference + torch.cat([step[:, :1], step[:, 1 + m :]], 1)
+            theta = theta + step[:, 1 : 1 + m].clamp(-1.0, 1.0)
+        covariance = torch.linalg.inv(information[:, 1:, 1:] + ridge[1:, 1:])[:, :m, :m]
+        positive = intensity[:, 1:].clamp_min(0.0)
         return BackgroundFit(
             self._rate(theta, mean_background),
             theta,
             covariance.to(counts.dtype),
-            intensity,
-            _schur_fraction(information).to(counts.dtype),
+            intensity[:, 0],
+            _schur_fraction(information + ridge).to(counts.dtype),
+            torch.einsum("bk,bkp->bp", positive, spots[:, 1:]),
+            torch.einsum("bk,bkp->bp", positive - intensity[:, 1:], spots[:, 1:]),
         )
+
+    def _prior_precision(self, theta: Tensor) -> Tensor:
+        return torch.exp(-2 * self.log_prior_sd.double()).expand_as(theta)
 
     def _normal_equations(
-        self, profile: Tensor, background: Tensor, weight: Tensor, residual: Tensor
+        self, spots: Tensor, background: Tensor, weight: Tensor, residual: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Fisher information (B, 1 + M, 1 + M) and score (B, 1 + M) of (J, theta), float64.
+        """Fisher information and score of (J, theta, neighbours' J), float64.
 
-        The derivative of the rate is rho for J and ``b phi`` for theta. The sums over voxels are
-        products with the fixed basis, which no array of (B, P, 1 + M) has to be made for.
+        The derivative of the rate is rho for an intensity and ``b phi`` for theta. The sums over
+        voxels are products of matrices.
         """
-        m = self.n_coefficients
-        signal, level = weight * profile, weight * background
-        information = profile.new_empty(len(profile), m + 1, m + 1, dtype=torch.float64)
-        information[:, 0, 0] = (signal * profile).sum(-1)
-        information[:, 0, 1:] = (signal * background) @ self.basis
-        information[:, 1:, 0] = information[:, 0, 1:]
-        information[:, 1:, 1:] = ((level * background) @ self.basis_products).reshape(-1, m, m)
-        score = torch.cat(
-            [(signal * residual).sum(-1)[:, None], (level * residual) @ self.basis], 1
-        )
-        return information, score.double()
+        m, n = self.n_coefficients, len(spots)
+        level = weight * background
+        own = (spots * weight[:, None]) @ spots.transpose(1, 2)  # (B, S, S)
+        mixed = spots @ (level[:, :, None] * self.basis)  # (B, S, M)
+        plane = ((level * background) @ self.basis_products).reshape(n, m, m)
+        first, rest = mixed[:, :1], mixed[:, 1:]
+        rows = [
+            torch.cat([own[:, :1, :1], first, own[:, :1, 1:]], 2),
+            torch.cat([first.transpose(1, 2), plane, rest.transpose(1, 2)], 2),
+            torch.cat([own[:, 1:, :1], rest, own[:, 1:, 1:]], 2),
+        ]
+        pull = (spots @ (weight * residual)[:, :, None])[:, :, 0]
+        score = torch.cat([pull[:, :1], (level * residual) @ self.basis, pull[:, 1:]], 1)
+        return torch.cat(rows, 1).double(), score.double()
 
     def _rate(self, theta: Tensor, mean_background: Tensor) -> Tensor:
         return mean_background * torch.exp((theta @ self.basis.T).clamp(-8.0, 8.0))
+
+
+def _all_spots(
+    profile: Tensor, neighbours: NeighbourProfiles | None, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Profiles of the spot and its neighbours (B, 1 + K, P), and the neighbours' priors (B, K)."""
+    if neighbours is None:
+        nothing = start[:, 1:]
+        return profile[:, None], nothing, nothing
+    spots = torch.cat([profile[:, None], neighbours.profile], 1)
+    return spots, neighbours.mean, neighbours.precision
 
 
 def _schur_fraction(information: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from braggflux.integrator.model.encoder import (
     score_moments,
 )
 from braggflux.integrator.model.local_shape import LocalShape, PlaceFeatures
+from braggflux.integrator.model.neighbours import NeighbourProfiles, neighbour_profiles
 from braggflux.integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, VoxelWeights
 from braggflux.integrator.types import Flag, IntensityTable, ReflectionMetadata, ShoeboxBatch
 
@@ -136,7 +137,12 @@ class Integrator(nn.Module):
         self.encoder = ProfileEncoder(n_latent, features.n_features, config.encoder_width)
 
     def inference(
-        self, batch: ShoeboxBatch, expected: Tensor | None = None, *, sample: bool = False
+        self,
+        batch: ShoeboxBatch,
+        expected: Tensor | None = None,
+        *,
+        sample: bool = False,
+        of_neighbours: tuple[Tensor, Tensor] | None = None,
     ) -> IntegrationPosterior:
         """Posteriors of a batch.
 
@@ -148,6 +154,8 @@ class Integrator(nn.Module):
             weights of the pixels: the estimate stays free of it in the mean.
         sample : bool
             Draw the profile latents from their posterior (training) or take its mean.
+        of_neighbours : (Tensor, Tensor), (B, K), optional
+            Mean [photons] and precision of the neighbours' intensities beforehand.
         """
         weights = self.profile.grid.voxel_weights(batch.metadata)
         features = self.features(batch.metadata)
@@ -155,17 +163,21 @@ class Integrator(nn.Module):
         mean_background = self.mean_background(batch.metadata).flatten(1)
         counts, is_valid = batch.counts.flatten(1), batch.is_valid.flatten(1)
 
+        typical = self.profile.node_weights(prior.mean).detach()
+        neighbours = neighbour_profiles(self.profile.grid, batch, typical, of_neighbours)
         moments, information, start = self._encode_inputs(
-            batch, weights, prior.mean.detach(), mean_background
+            batch, weights, typical, mean_background, neighbours
         )
         posterior = self.encoder(moments, information, features, prior)
         latent = posterior.rsample() if sample else posterior.mean
         node_weights = self.profile.node_weights(latent)
         profile = weights.project(node_weights).flatten(1).clamp_min(1e-12)
-        fit = self.background.fit(counts, is_valid, profile.detach(), mean_background, start)
+        fit = self.background.fit(
+            counts, is_valid, profile.detach(), mean_background, start, neighbours
+        )
         reference = choose_reference(fit, expected)
         likelihood = shifted_poisson_from_pixels(
-            counts, profile, fit.background, is_valid, reference
+            counts + fit.deficit, profile, fit.beside, is_valid, reference
         )
         variance = self._profile_variance(weights, node_weights, batch, profile, fit, posterior)
         own = likelihood.variance(reference)
@@ -190,7 +202,7 @@ class Integrator(nn.Module):
         <delta, w> / <rho, w> over the recorded voxels: next to nothing for a strong, whole spot,
         and much where a gap or the edge of the box leaves the profile to extrapolate.
         """
-        rate = fit.intensity.clamp_min(0.0)[:, None] * profile + fit.background
+        rate = fit.intensity.clamp_min(0.0)[:, None] * profile + fit.beside
         pixel = (batch.is_valid.flatten(1) * profile / rate).reshape(batch.counts.shape)
         slope = self.profile.sensitivity(weights, node_weights, pixel)
         overlap = (pixel.flatten(1) * profile).sum(1, keepdim=True).clamp_min(1e-12)
@@ -201,16 +213,25 @@ class Integrator(nn.Module):
         self,
         batch: ShoeboxBatch,
         weights: VoxelWeights,
-        latent: Tensor,
+        node_weights: Tensor,
         mean_background: Tensor,
+        neighbours: NeighbourProfiles | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score moments and information at the prior's profile, and a start for J."""
-        profile = self.profile(weights, latent)
-        background = mean_background.reshape(profile.shape)
+        """Score moments and information at the prior's profile, and a start for intensities."""
+        profile = weights.project(node_weights)
         valid = batch.is_valid.to(profile.dtype)
-        intensity = first_intensity(batch.counts, valid, profile, background)
-        signal = intensity[:, None, None, None] * profile
-        rate = signal + background
+        intensity = first_intensities(
+            batch.counts.flatten(1),
+            valid.flatten(1),
+            profile.flatten(1),
+            mean_background,
+            neighbours,
+        )
+        signal = intensity[:, 0, None, None, None] * profile
+        beside = mean_background
+        if neighbours is not None:
+            beside = beside + torch.einsum("bk,bkp->bp", intensity[:, 1:], neighbours.profile)
+        rate = signal + beside.reshape(profile.shape)
         share = valid * signal / rate
         shape = self.profile.grid.shape
         e3, y, x = (0.5 * (e[:, 1:] + e[:, :-1]) for e in weights.edges)
@@ -224,9 +245,7 @@ class Integrator(nn.Module):
 
     def generative(self, posterior: IntegrationPosterior) -> Tensor:
         """Give the expected photons of each voxel at the reference intensity, (B, P)."""
-        return (
-            posterior.reference[:, None] * posterior.profile + posterior.background_fit.background
-        )
+        return posterior.reference[:, None] * posterior.profile + posterior.background_fit.beside
 
     def loss(self, batch: ShoeboxBatch, posterior: IntegrationPosterior) -> IntegratorLoss:
         """Terms of the ELBO of each observation."""
@@ -265,6 +284,32 @@ def first_intensity(counts: Tensor, valid: Tensor, profile: Tensor, background: 
         intensity = ((counts - background) * weight).sum(axes) / (profile * weight).sum(
             axes
         ).clamp_min(1e-12)
+    return intensity.clamp_min(0.0)
+
+
+def first_intensities(
+    counts: Tensor,
+    valid: Tensor,
+    profile: Tensor,
+    background: Tensor,
+    neighbours: NeighbourProfiles | None,
+) -> Tensor:
+    """Start for the photons of a spot and its neighbours, (B, 1 + K) >= 0; voxels are (B, P)."""
+    own = first_intensity(counts, valid, profile, background)[:, None]
+    if neighbours is None:
+        return own
+    spots = torch.cat([profile[:, None], neighbours.profile], 1)
+    net = (counts - background) * valid
+    # least squares of each alone: too much where they overlap, but the right order
+    seen = torch.einsum("bsp,bsp,bp->bs", spots, spots, valid)
+    intensity = torch.einsum("bsp,bp->bs", spots, net) / seen.clamp_min(1e-9)
+    empty = torch.nn.functional.pad(neighbours.precision, (1, 0)).double() + 1e-9
+    for _ in range(2):
+        rate = torch.einsum("bs,bsp->bp", intensity.clamp_min(1.0), spots) + background
+        information = ((spots * (valid / rate)[:, None]) @ spots.transpose(1, 2)).double()
+        information.diagonal(dim1=1, dim2=2).add_(empty)
+        pull = torch.einsum("bsp,bp->bs", spots, net / rate).double()
+        intensity = torch.linalg.solve(information, pull).to(counts.dtype)
     return intensity.clamp_min(0.0)
 
 

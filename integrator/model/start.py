@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from braggflux.integrator.model.integrator import Integrator, first_intensity
+from braggflux.integrator.model.integrator import Integrator, first_intensities
 from braggflux.integrator.model.local_shape import LocalShape
+from braggflux.integrator.model.neighbours import neighbour_profiles
 from braggflux.integrator.model.profile import ProfileGrid, VoxelWeights
 from braggflux.integrator.types import ShoeboxBatch
 
@@ -125,11 +126,12 @@ class _Spots:
     profile: Tensor
     background: Tensor
     valid: Tensor
+    beside: Tensor  # photons of neighbours
     scale: Tensor  # (B, 1, 1, 1), photons
 
     @property
     def rate(self) -> Tensor:
-        return self.scale * self.profile + self.background
+        return self.scale * self.profile + self.background + self.beside
 
 
 def _expected_spots(integrator: Integrator, batch: ShoeboxBatch, node_weights: Tensor) -> _Spots:
@@ -138,8 +140,14 @@ def _expected_spots(integrator: Integrator, batch: ShoeboxBatch, node_weights: T
     profile = weights.project(node_weights[None])
     background = integrator.mean_background(batch.metadata)
     valid = batch.is_valid.to(profile.dtype)
-    intensity = first_intensity(batch.counts, valid, profile, background).clamp_min(1.0)
-    return _Spots(weights, profile, background, valid, intensity[:, None, None, None])
+    neighbours = neighbour_profiles(grid, batch, node_weights[None])
+    counts, seen, own, level = (v.flatten(1) for v in (batch.counts, valid, profile, background))
+    intensity = first_intensities(counts, seen, own, level, neighbours)
+    beside = torch.zeros_like(profile)
+    if neighbours is not None:
+        beside += torch.einsum("bk,bkp->bp", intensity[:, 1:], neighbours.profile).view_as(beside)
+    scale = intensity[:, 0, None, None, None].clamp_min(1.0)
+    return _Spots(weights, profile, background, valid, beside, scale)
 
 
 def _slopes(

@@ -33,9 +33,9 @@ Array = NDArray[np.float64]
 HALF_WINDOW = 8
 """Pixels on each side of the centroid that are looked at."""
 TRUNCATION = 3.0
-"""Second moments are taken within this many standard deviations ..."""
-TRUNCATED_VARIANCE = 0.97334
-"""... where a unit Gaussian keeps this variance, ``1 - 2 k phi(k) / (2 Phi(k) - 1)``."""
+"""Second moments are taken within this many standard deviations."""
+STARTS = ((TRUNCATION, 1.2, 1.5), (TRUNCATION, 0.8, 0.6), (2.0, 0.8, 0.6), (1.5, 0.8, 0.6))
+"""Truncations and first sigmas [pixels, frames] that are tried, until neighbours stay outside."""
 TRIMMED = 0.02
 """Share of spots left out on either side of a bin of the pooled profile."""
 MIN_ZETA = 0.3
@@ -338,12 +338,12 @@ def _subtract_background(
 def _fit(spots: _StrongSpots) -> tuple[float, ...]:
     """(sigma_x, sigma_y, sigma_m) with the width of pixel and frame removed.
 
-    Dense neighbours may widen the core to the whole window; a smaller start finds the spots.
+    Dense neighbours may widen the core to the whole window: then a smaller start or core.
     """
     scale = [np.ones_like(spots.step)] * 2 + [spots.step]  # width of a voxel in units of sigma
     reach = [float(np.median(np.abs(offset).max(axis=1))) for offset in spots.offset]
-    for start in ((1.2, 1.5), (0.8, 0.6)):
-        sigma = _core_sigmas(spots, start, scale)
+    for truncation, *start in STARTS:
+        sigma = _core_sigmas(spots, (start[0], start[1]), scale, truncation)
         if all(TRUNCATION * s < most for s, most in zip(sigma, reach, strict=True)):
             break
     broadening = [float(np.mean(width**2)) / 12 for width in scale]
@@ -353,7 +353,7 @@ def _fit(spots: _StrongSpots) -> tuple[float, ...]:
 
 
 def _core_sigmas(
-    spots: _StrongSpots, start: tuple[float, float], scale: Sequence[Array]
+    spots: _StrongSpots, start: tuple[float, float], scale: Sequence[Array], truncation: float
 ) -> list[float]:
     """Sigmas in a core that follows the running estimate; ``start`` [pixels, frames]."""
     sigma = [start[0], start[0], start[1] * float(np.median(spots.step))]
@@ -362,39 +362,38 @@ def _core_sigmas(
     others = ((2, 1), (2, 0), (1, 0))
     for _ in range(8):
         core = [
-            (np.abs(offset) <= TRUNCATION * s).astype(np.float32)
+            (np.abs(offset) <= truncation * s).astype(np.float32)
             for offset, s in zip(spots.offset, sigma, strict=True)
         ]
         for axis in range(3):
             weights = (core[other] for other in others[axis])
             marginal = np.einsum(marginals[axis], net, *weights, optimize=True)
             density = marginal / scale[axis][:, None]
-            sigma[axis] = _profile_sigma(spots.offset[axis], density, sigma[axis], scale[axis])
+            at, last = spots.offset[axis], sigma[axis]
+            sigma[axis] = _profile_sigma(at, density, last, scale[axis], truncation)
     return sigma
 
 
-def _profile_sigma(offset: Array, marginal: Array, sigma: float, scale: Array) -> float:
-    """Take the standard deviation of the pooled profile inside three of the running estimate.
+def _profile_sigma(at: Array, marginal: Array, sigma: float, scale: Array, cut: float) -> float:
+    """Take the standard deviation of the pooled profile inside a few of the running estimate.
 
     The trimmed mean over spots in each bin ignores a neighbour or a zinger in a few of them, but
     not that some spots are wider than others.
     """
-    inside = np.abs(offset) <= TRUNCATION * sigma
+    inside = np.abs(at) <= cut * sigma
     total = (np.where(inside, marginal, 0) * scale[:, None]).sum(axis=1)
     density = marginal / np.maximum(total, 1e-6)[:, None]
     n_bins = int(np.clip(inside.sum() // 50, 7, 49))
-    edges = np.linspace(-TRUNCATION * sigma, TRUNCATION * sigma, n_bins + 1)
-    which = np.digitize(offset[inside], edges[1:-1])
+    edges = np.linspace(-cut * sigma, cut * sigma, n_bins + 1)
+    which = np.digitize(at[inside], edges[1:-1])
     values = density[inside]
-    profile = np.array(
-        [
-            stats.trim_mean(values[which == b], TRIMMED) if (which == b).any() else 0.0
-            for b in range(n_bins)
-        ]
-    ).clip(0)
+    of_bins = (values[which == b] for b in range(n_bins))
+    profile = np.array([stats.trim_mean(v, TRIMMED) if len(v) else 0.0 for v in of_bins]).clip(0)
     centres = 0.5 * (edges[1:] + edges[:-1])
     if profile.sum() <= 0:
         return sigma
     # about the prediction, not about the mean: the box sits where the spot is predicted
     second = (profile * centres**2).sum() / profile.sum()
-    return math.sqrt(second / TRUNCATED_VARIANCE)
+    # what a unit Gaussian keeps of its variance inside
+    kept = 1 - 2 * cut * stats.norm.pdf(cut) / (2 * stats.norm.cdf(cut) - 1)
+    return math.sqrt(second / kept)

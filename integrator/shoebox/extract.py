@@ -17,11 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials.sweeps import describe_experiment
 from braggflux.integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
-from braggflux.integrator.prediction.predict import Prediction
 from braggflux.integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
 from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
@@ -31,10 +29,11 @@ from braggflux.integrator.shoebox.mask import (
     MaskBit,
     MaskSettings,
     SpotMap,
-    Spots,
     edge_flags,
+    predicted_spots,
     window_half,
 )
+from braggflux.integrator.shoebox.neighbours import neighbour_columns
 from braggflux.integrator.shoebox.spikes import SpikeFilter
 from braggflux.integrator.shoebox.sweep import Sweep
 from braggflux.integrator.types import Flag, ReflectionMetadata
@@ -100,13 +99,14 @@ def extract_shoeboxes(
             progress(done, total)
 
     with writing_store(store_path, n_rows, extent.box, _count_type(sweeps)) as writer:
-        columns, first, max_count = [], 0, 0
+        columns, pairs, first, max_count = [], [], 0, 0
         for number, sweep in enumerate(sweeps):
             cutter = _SweepCutter(sweep, extent, settings, writer, first, find_defects)
             for frame in range(sweep.frames.n_images):
                 cutter.add_frame(frame)
                 tick()
             columns.append(cutter.finish(number))
+            pairs.append(cutter.neighbours(number))
             max_count = max(max_count, cutter.max_count)
             first += len(sweep.prediction)
         merged = {k: np.concatenate([c[k] for c in columns]) for k in columns[0]}
@@ -116,6 +116,7 @@ def extract_shoeboxes(
                 "the frames; check the pixel mask and the trusted range of the images"
             )
         writer.write_columns(merged)
+        writer.write_neighbours({k: np.concatenate([p[k] for p in pairs]) for k in pairs[0]})
         writer.write_header(
             {
                 "extent": np.array([extent.sigma_x_px, extent.sigma_y_px, extent.sigma_m_deg]),
@@ -221,12 +222,13 @@ class _SweepCutter:
         order = np.lexsort((corner[:, 2], corner[:, 1], sweep.prediction.panel, corner[:, 0]))
         self._corner, self._per_layer = corner[order], layer[order]
         self._prediction = sweep.prediction[torch.from_numpy(order)]
-        self._spots = _spots(self._prediction, extent, sweep.experiment)
+        self._spots = predicted_spots(self._prediction, extent, sweep.experiment)
         margin = max(*box[1:], *(2 * h for h in window_half(self._spots, settings.foreground))) + 3
         self._canvas = FrameCanvas(sweep.frames.panel_shapes, margin)
-        known = self._spots
+        known, self._sweep = self._spots, sweep
         if sweep.neighbours is not None:
-            known = known.join(_spots(sweep.neighbours, extent, sweep.experiment))
+            known = known.join(predicted_spots(sweep.neighbours, extent, sweep.experiment))
+        self._known = known
         self._map = SpotMap(self._canvas, known, settings.foreground, self._n_images)
         rocking = extent.sigma_m_deg / abs(sweep.experiment.rotation.scan.oscillation[1])
         self._find_defects = find_defects
@@ -284,8 +286,8 @@ class _SweepCutter:
         starts = corner[:, 0] + layer * per_layer
         is_recorded = (starts >= 0) & (starts + per_layer <= self._n_images)
         canvas, settings = self._canvas, self._settings
-        distances = (settings.foreground, settings.overlap, settings.core)
-        foreground, overlap, core = (np.float32(d**2) for d in distances)
+        distances = (settings.foreground, settings.overlap, settings.core, settings.shared)
+        foreground, overlap, core, shared = (np.float32(d**2) for d in distances)
         recorded, is_found, n_spikes = fill_boxes(
             canvas.counts,
             self._map.nearest,
@@ -294,7 +296,7 @@ class _SweepCutter:
             (boxes.slots(rows), layer, in_layer == 0, is_recorded),
             (self._terms[0][rows], self._terms[1][rows], self._terms[2][rows, step]),
             (self._weights[0][rows], self._weights[1][rows], self._weights[2][rows, step]),
-            (foreground, overlap, core),
+            (foreground, overlap, core, shared),
             (MaskBit.VALID, MaskBit.BACKGROUND, MaskBit.FOREGROUND, MaskBit.OVERLAPPED),
             boxes.counts,
             boxes.mask,
@@ -327,6 +329,11 @@ class _SweepCutter:
             "entering": self._prediction.entering.numpy(),
             "recorded_fraction": recorded,
         }
+
+    def neighbours(self, experiment: int) -> dict[str, NDArray[Any]]:
+        """Columns of the pairs of overlapping spots."""
+        place, reach = (experiment, self._first_row), self._settings.shared
+        return neighbour_columns(self._known, self._prediction, self._sweep, place, reach)
 
     def _remove_defects(self) -> None:
         """Take what the whole scan has shown to be bad out of the background and the boxes."""
@@ -362,13 +369,3 @@ class _SweepCutter:
             name: known[name] if name in known else getattr(self._prediction, name).numpy()
             for name in names
         }
-
-
-def _spots(prediction: Prediction, extent: SpotExtent, experiment: Experiment) -> Spots:
-    """Ellipsoids of predicted spots; pixels and frames of finite width broaden them."""
-    zeta = prediction.zeta.numpy().astype(np.float64)
-    along = frame_sigma(extent.sigma_m_deg, zeta, experiment.rotation.scan.oscillation[1])
-    across = np.hypot([extent.sigma_x_px, extent.sigma_y_px], np.sqrt(1 / 12))
-    sigma = np.column_stack([np.broadcast_to(across, (len(zeta), 2)), along])
-    centre = prediction.xyz_px.numpy().astype(np.float64)
-    return Spots(prediction.panel.numpy(), centre, sigma)

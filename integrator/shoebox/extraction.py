@@ -55,6 +55,7 @@ def run_extraction(
     box: tuple[int, int, int] | None = None,
     settings: MaskSettings | None = None,
     find_defects: bool = True,
+    model_neighbours: bool = True,
     frame_source: Callable[[Experiment], FrameSource] = open_frames,
     progress: Progress | None = None,
 ) -> ShoeboxStore:
@@ -84,6 +85,8 @@ def run_extraction(
     settings : MaskSettings, optional
     find_defects : bool
         Leave out zingers, hot pixels and shadows that the masks of the frames do not know.
+    model_neighbours : bool
+        Model the photons of overlapping spots together; else their voxels are masked.
     frame_source : callable
         Opens the frames of an experiment.
     progress : callable, optional
@@ -100,6 +103,8 @@ def run_extraction(
         See the steps; also when ``d_min`` is beyond what the detector records.
     """
     settings = settings or MaskSettings()
+    if not model_neighbours:
+        settings = replace(settings, shared=0.0)
     usable = sweeps_of(experiments)
     require_distinct(usable)
     if len(usable) < len(experiments):
@@ -295,12 +300,15 @@ def _with_neighbours(
         around.miller_index.numpy(), around.xyz_px.numpy(), listed, scale
     )
     known = [around[torch.from_numpy(np.isinf(distance))]]
+    lattices = [next(k for k, e in enumerate(experiments) if e is sweep.experiment)]
     for other, shift in _lattices_on_same_images(sweep.experiment, experiments):
+        lattices.append(next(k for k, e in enumerate(experiments) if e is other))
         spots = predict_reflections(other, limit, padding_frames=padding)
         moved = spots.xyz_px + spots.xyz_px.new_tensor([0.0, 0.0, shift])
         known.append(replace(spots, xyz_px=moved))
     columns = {f.name: torch.cat([getattr(k, f.name) for k in known]) for f in fields(Prediction)}
-    return replace(sweep, neighbours=Prediction(**columns))
+    lattice = np.repeat(lattices, [len(k) for k in known])
+    return replace(sweep, neighbours=Prediction(**columns), neighbour_experiment=lattice)
 
 
 def _lattices_on_same_images(

@@ -15,10 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.extent import frame_sigma
 from braggflux.integrator.shoebox.kernels.boxes import draw_spots
 from braggflux.integrator.types import Flag
 
 if TYPE_CHECKING:
+    from braggflux.integrator.crystal.geometry import Experiment
+    from braggflux.integrator.prediction.predict import Prediction
+    from braggflux.integrator.shoebox.extent import SpotExtent
     from braggflux.integrator.shoebox.sweep import Frames
 
 FloatArray = NDArray[np.float32]
@@ -30,7 +34,7 @@ class MaskBit:
     VALID = 1  # recorded, not masked, not overloaded
     BACKGROUND = 2  # valid, and outside of every predicted spot
     FOREGROUND = 4  # inside of the reflection's own ellipsoid, recorded or not
-    OVERLAPPED = 32  # inside of a neighbour's ellipsoid and nearer to it
+    OVERLAPPED = 32  # inside of a neighbour's ellipsoid, nearer to it, and not shared with it
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,15 @@ class MaskSettings:
         How far a neighbour reaches.
     core : float
         Voxels that must be recorded for the spot to be whole.
+    shared : float
+        Own voxels that stay when a neighbour is nearer, where neighbours are modelled: spots
+        whose ellipsoids of this size touch are solved together. 0 masks all neighbours.
     """
 
     foreground: float = 4.0
     overlap: float = 4.0
     core: float = 2.5
+    shared: float = 3.0
 
 
 @dataclass(frozen=True)
@@ -182,3 +190,13 @@ def edge_flags(
     size = np.column_stack([n_frames, np.broadcast_to(box[1:], (len(corner), 2))])
     is_cut = ((corner < 0) | (corner + size > limit)).any(axis=1)
     return np.where(is_cut, Flag.PARTIAL_EDGE, 0).astype(np.int64)
+
+
+def predicted_spots(prediction: Prediction, extent: SpotExtent, experiment: Experiment) -> Spots:
+    """Ellipsoids of predicted spots; pixels and frames of finite width broaden them."""
+    zeta = prediction.zeta.numpy().astype(np.float64)
+    along = frame_sigma(extent.sigma_m_deg, zeta, experiment.rotation.scan.oscillation[1])
+    across = np.hypot([extent.sigma_x_px, extent.sigma_y_px], np.sqrt(1 / 12))
+    sigma = np.column_stack([np.broadcast_to(across, (len(zeta), 2)), along])
+    centre = prediction.xyz_px.numpy().astype(np.float64)
+    return Spots(prediction.panel.numpy(), centre, sigma)

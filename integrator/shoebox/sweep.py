@@ -37,10 +37,13 @@ class Sweep:
         Reflections to cut, centroids on the frames.
     neighbours : Prediction, optional
         Further spots that reach the frames: before and after the scan, beyond the resolution
-        limit. They overlap boxes and are no background.
+        limit, of other lattices. They overlap boxes and are no background.
+    neighbour_experiment : ndarray, (M,), optional
+        Experiment whose lattice each of these belongs to; without it the sweep's own.
     """
 
     experiment: Experiment
     frames: Frames
     prediction: Prediction
     neighbours: Prediction | None = None
+    neighbour_experiment: NDArray[np.int64] | None = None

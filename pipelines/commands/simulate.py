@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder, preset and seed."""
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    text = "hewl-iodide (the demo), tiny or multipanel (seconds), or stills [hewl-iodide]"
+    text = "hewl-iodide (the demo), tiny, crowded or multipanel (seconds), or stills [hewl-iodide]"
     add("--preset", default="hewl-iodide", help=text)
     text = "what spoils the frames: some of ice,hot-pixel,shadow,zinger [none]"
     add("--effects", default="", metavar="NAMES", help=text)

@@ -74,6 +74,8 @@ class ExtractionConfig:
     n_sigma: float = 4.0
     # Leave out zingers, hot pixels and shadows that the frames' own mask does not know.
     find_defects: bool = True
+    # Solve a spot together with the spots that overlap with it; false masks their pixels.
+    model_neighbours: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges."""

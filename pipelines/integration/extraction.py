@@ -35,5 +35,6 @@ def extract(config: RunConfig, out: Path) -> ShoeboxStore:
             box=config.extraction.box,
             n_sigma=config.extraction.n_sigma,
             find_defects=config.extraction.find_defects,
+            model_neighbours=config.extraction.model_neighbours,
             progress=advance,
         )

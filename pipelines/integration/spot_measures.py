@@ -80,7 +80,7 @@ def measure_spots(trainer: Trainer) -> SpotMeasures:
             batch.counts.flatten(1).double(),
             batch.is_valid.flatten(1),
             posterior.profile.double(),
-            posterior.background_fit.background.double().expand_as(posterior.profile),
+            posterior.background_fit.beside.double().expand_as(posterior.profile),
             (batch.metadata, _is_exposed(batch.metadata, store).to(trainer.device)),
             store.box,
         )

@@ -39,7 +39,7 @@ def model(n_rounds: int = 4) -> BackgroundModel:
 def fit(data, start: float, n_rounds: int = 4):
     counts, profile, mean, _ = data
     is_valid = torch.ones_like(counts, dtype=torch.bool)
-    intensity = torch.full((len(counts),), start, dtype=torch.float64)
+    intensity = torch.full((len(counts), 1), start, dtype=torch.float64)
     return model(n_rounds).fit(counts, is_valid, profile, mean, intensity)
 
 
@@ -149,7 +149,7 @@ def test_prior_width_is_learned_from_the_spread_of_the_coefficients():
 def test_without_recorded_voxels_the_prior_comes_back():
     counts, profile, mean, _ = simulated(50.0, 3)
     invalid = torch.zeros_like(counts, dtype=torch.bool)
-    result = model().fit(counts * 0, invalid, profile, mean, torch.zeros(3).double())
+    result = model().fit(counts * 0, invalid, profile, mean, torch.zeros(3, 1).double())
     torch.testing.assert_close(result.coefficients, torch.zeros(3, 4).double())
     prior = torch.diag(torch.tensor([LEVEL_SD, *[SLOPE_SD] * 3]).double() ** 2)
     torch.testing.assert_close(result.covariance, prior.expand(3, 4, 4), rtol=1e-5, atol=1e-9)

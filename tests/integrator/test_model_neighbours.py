@@ -1,0 +1,123 @@
+"""Overlapping spots of known intensity are split without bias and with honest sigmas."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    Spot,
+    gaussian_voxels,
+    make_integrator,
+    poisson_boxes,
+    robust_spread,
+    spot_metadata,
+)
+
+from braggflux.integrator.model.start import start_profile
+from braggflux.integrator.types import Neighbours
+
+SPOT = Spot()
+LEVEL = 0.5
+N = 300
+#: Distance of the neighbour along (fast, slow, frame), in pixels and frames.
+OFFSETS = {"3 sigma": (3.0, 0.0, 0.0), "2.5 sigma and later": (1.8, -1.6, 1.0)}
+
+
+def neighbours_of(metadata, offsets, zeta=None) -> Neighbours:
+    """Neighbours at ``offsets`` (K, 3), the same for all boxes."""
+    n, k = len(metadata), len(offsets)
+    offset = torch.as_tensor(offsets, dtype=torch.float32).expand(n, k, 3)
+    own = metadata.zeta[:, None].expand(n, k)
+    return Neighbours(
+        torch.ones(n, k, dtype=torch.bool),
+        offset,
+        own if zeta is None else zeta,
+        torch.zeros(n, k, dtype=torch.int64),
+        torch.full((n, k), -1),
+    )
+
+
+@pytest.fixture(scope="module")
+def integrator():
+    """Profile learned by EM from spots that stand alone; networks untrained."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(99)
+    metadata = spot_metadata(400, rng, SPOT)
+    intensity = rng.uniform(1000, 20000, (400, 1, 1, 1))
+    strong = poisson_boxes(intensity * gaussian_voxels(metadata, SPOT) + LEVEL, metadata, rng)
+    model = make_integrator(metadata, SPOT, LEVEL)
+    start_profile(model, strong)
+    return model
+
+
+def overlapping(intensity, beside, offset, seed=0, n=N):
+    """Boxes of a spot with one neighbour."""
+    rng = np.random.default_rng(seed)
+    metadata = spot_metadata(n, rng, SPOT)
+    neighbours = neighbours_of(metadata, [offset])
+    moved = replace(metadata, xyz_px=metadata.xyz_px + neighbours.offset[:, 0])
+    rate = intensity * gaussian_voxels(metadata, SPOT) + LEVEL
+    rate = rate + beside * gaussian_voxels(moved, SPOT)
+    return replace(poisson_boxes(rate, metadata, rng), neighbours=neighbours)
+
+
+def estimates(integrator, batch, **known):
+    """Intensities and their likelihoods."""
+    with torch.no_grad():
+        likelihood = integrator.inference(batch, **known).marginal_likelihood
+    return likelihood.mode.double().numpy(), likelihood
+
+
+@pytest.mark.parametrize("offset", OFFSETS.values(), ids=OFFSETS)
+@pytest.mark.parametrize(("intensity", "beside"), [(0, 800), (60, 800), (60, 0), (800, 800)])
+def test_two_spots_are_split(integrator, intensity, beside, offset):
+    """Bias below 0.2 % of both spots and half a photon, within the error of the mean."""
+    mode, likelihood = estimates(integrator, overlapping(intensity, beside, offset))
+    error = mode - intensity
+    sigma = likelihood.variance(torch.full((N,), float(intensity))).sqrt().numpy()
+    allowed = 0.5 + 0.002 * (intensity + beside)
+    assert abs(error.mean()) < allowed + 2 * error.std() / np.sqrt(N)
+    assert robust_spread(error / sigma) == pytest.approx(1.0, abs=0.13)
+
+
+def test_a_neighbour_that_is_not_modelled_is_a_bias(integrator):
+    """The same boxes without the neighbour: its photons are taken for the spot's."""
+    batch = overlapping(60, 800, OFFSETS["3 sigma"])
+    split, _ = estimates(integrator, batch)
+    alone, _ = estimates(integrator, replace(batch, neighbours=None))
+    assert abs(split.mean() - 60) < 4
+    assert alone.mean() - 60 > 15
+
+
+def test_the_split_costs_information(integrator):
+    """Two spots a sigma apart: what they share is known together only."""
+    near = overlapping(200, 200, (1.0, 0.0, 0.0))
+    mode, likelihood = estimates(integrator, near)
+    sigma = likelihood.variance(torch.full((N,), 200.0)).sqrt().numpy()
+    assert robust_spread((mode - 200) / sigma) == pytest.approx(1.0, abs=0.13)
+    _, apart = estimates(integrator, overlapping(200, 200, OFFSETS["3 sigma"]))
+    assert sigma.mean() > 1.4 * apart.variance(torch.full((N,), 200.0)).sqrt().mean()
+
+
+def test_an_expected_neighbour_helps_the_split(integrator):
+    """A Gaussian prior on the neighbour: less spread, and sigmas that know it."""
+    batch = overlapping(200, 200, (1.0, 0.0, 0.0))
+    prior = 200 + 10 * torch.randn(N, 1, generator=torch.Generator().manual_seed(1))
+    told = prior, torch.full((N, 1), 10.0**-2)
+    free, _ = estimates(integrator, batch)
+    mode, likelihood = estimates(integrator, batch, of_neighbours=told)
+    sigma = likelihood.variance(torch.full((N,), 200.0)).sqrt().numpy()
+    assert mode.std() < 0.9 * free.std()
+    assert abs(mode.mean() - 200) < 2 + 2 * mode.std() / np.sqrt(N)
+    assert robust_spread((mode - 200) / sigma) == pytest.approx(1.0, abs=0.13)
+
+
+def test_empty_places_change_nothing(integrator):
+    """A batch is padded to its fullest box: a box is the same in any company."""
+    batch = overlapping(60, 800, OFFSETS["3 sigma"], n=20)
+    padded = neighbours_of(batch.metadata, [OFFSETS["3 sigma"], (0.5, 0.5, 0.0)])
+    padded.is_present[:, 1] = False
+    once, _ = estimates(integrator, batch)
+    again, _ = estimates(integrator, replace(batch, neighbours=padded))
+    np.testing.assert_allclose(once, again, atol=0.01)
