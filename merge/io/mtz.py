@@ -3,8 +3,8 @@
 Unmerged ones are in :mod:`braggflux.merge.io.formats.unmerged_mtz`.
 
 Column names and types are those of CCP4 (``F(+)`` G, ``SIGF(+)`` L, ``I(+)`` K, ``SIGI(+)`` M,
-``F`` F, ``IMEAN`` J, ``DANO`` D, ``E`` E, sigmas Q, counts I), so that other programs find the
-data without being told.
+``F`` F, ``IMEAN`` J, ``DANO`` D, ``E`` E, sigmas Q, figures of merit W, counts I), so that other
+programs find the data without being told.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def write_merged_mtz(
     names: DatasetNames = DatasetNames(),  # noqa: B008 - immutable
     title: str = "",
 ) -> None:
-    """Write ``F SIGF F(+) SIGF(+) F(-) SIGF(-) IMEAN SIGIMEAN I(+) ... N(+) N(-) DANO SIGDANO E``.
+    """Write ``F SIGF F(+) SIGF(+) F(-) SIGF(-) IMEAN SIGIMEAN I(+) ... N(+) N(-) DANO ... E``.
 
-    Without Friedel mates kept apart: ``F SIGF IMEAN SIGIMEAN N E``. DANO and SIGDANO are there
-    where a prior ties the mates, E where it is known.
+    Without Friedel mates kept apart: ``F SIGF IMEAN SIGIMEAN N E``. DANO, SIGDANO and FOMDANO are
+    there where a prior ties the mates, E where it is known.
 
     Parameters
     ----------
@@ -194,6 +194,8 @@ def _columns(table: MergedTable) -> Iterable[Column]:
         yield "N", "I", t.n_plus
     if t.has_coupled_differences:
         yield from (("DANO", "D", t.difference), ("SIGDANO", "Q", t.sigma_difference))
+    if np.isfinite(t.merit).any():
+        yield "FOMDANO", "W", t.merit
     if np.isfinite(t.normalised).any():
         yield "E", "E", t.normalised
 
@@ -253,6 +255,7 @@ def read_merged_mtz(path: str | Path) -> MergedMtz:
         found.get("N(-)"),
         found.get("DANO" if is_coupled else ""),
         found.get("SIGDANO" if is_coupled else ""),
+        found.get("FOMDANO" if is_coupled else ""),
         found.get("E"),
         has_f or has_i,
     )

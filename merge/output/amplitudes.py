@@ -8,13 +8,8 @@ What a row's amplitude is:
   F(-) as independent and weigh their difference themselves;
 * the coupled posterior mean where datasets have parents: there it is the product.
 
-The coupled posterior of the mates gives their difference in a column of its own,
-
-    DANO = <F(+)> - <F(-)>,    SIGDANO^2 = own(+) + own(-) + (shared(+) - shared(-))^2,
-
-with the own variances and what both share with the root of their tree
-(:class:`braggflux.merge.prior.base.CoupledWidth`): a difference is better known than either of
-the two.
+The coupled posterior of the mates gives their difference in a column of its own, see
+:mod:`braggflux.merge.output.coupled_difference`.
 """
 
 from __future__ import annotations
@@ -24,11 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from braggflux.integrator.distributions.nakagami import Nakagami
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.model.merger import Merger
+from braggflux.merge.output.coupled_difference import coupled_difference, ties_mates_only
 from braggflux.merge.output.french_wilson import french_wilson
-from braggflux.merge.prior.reference import Reference
+from braggflux.merge.prior.reference import model_prior
 from braggflux.merge.prior.wilson import Wilson
 
 
@@ -54,7 +49,7 @@ class ScaledObservations:
 class MergedRows:
     """Values of each unique row, (R,); NaN where there is none. Units of the files.
 
-    ``difference`` and its sigma are at the rows of F(+), with the mates observed or not.
+    ``difference``, its sigma and its figure of merit are at the rows of F(+).
     """
 
     amplitude: Tensor
@@ -65,6 +60,7 @@ class MergedRows:
     n_obs: Tensor
     difference: Tensor
     sigma_difference: Tensor
+    merit: Tensor
 
     def times(self, factor: Tensor) -> MergedRows:
         """Multiply the intensities of each row by its ``factor``, (R,), and F by its root."""
@@ -78,6 +74,7 @@ class MergedRows:
             self.n_obs,
             self.difference * root,
             self.sigma_difference * root,
+            self.merit,
         )
 
 
@@ -163,15 +160,14 @@ def with_amplitudes(
         given its relatives.
     """
     q, unit = merger.inference(), unit_intensity**0.5
+    intensity = mean / unit_intensity, sigma / unit_intensity
     if ties_mates_only(merger):
-        amplitude, sigma_amplitude = own_amplitudes(
-            merger, mean / unit_intensity, sigma / unit_intensity
-        )
+        amplitude, sigma_amplitude = own_amplitudes(merger, *intensity)
     else:
         amplitude = q.mean
         width = merger.prior.width(q, merger.information)
         sigma_amplitude = width.sigma if is_marginal else q.variance.sqrt()
-    difference, sigma_difference = coupled_difference(merger, q)
+    found = coupled_difference(merger, *intensity)
     return MergedRows(
         amplitude * unit,
         sigma_amplitude * unit,
@@ -179,8 +175,9 @@ def with_amplitudes(
         mean,
         sigma,
         n_obs,
-        difference * unit,
-        sigma_difference * unit,
+        found.value * unit,
+        found.sigma * unit,
+        found.merit,
     )
 
 
@@ -194,45 +191,16 @@ def fresh_crystal_factor(merger: Merger) -> Tensor:
     return merger.scale.fresh_crystal_factor(merger.prior.part(Wilson).inv_d2)
 
 
-def ties_mates_only(merger: Merger) -> bool:
-    """Whether the prior couples Bijvoet mates and no datasets."""
-    return merger.prior.is_coupled and not merger.unique.ties_datasets
-
-
-@torch.no_grad()
-def coupled_difference(merger: Merger, q: Nakagami) -> tuple[Tensor, Tensor]:
-    """Posterior mean and spread of |F(+)| - |F(-)| at the rows of F(+), (R,) each.
-
-    NaN where the prior does not tie the two; in units of the merger.
-    """
-    mean = torch.full_like(q.mean, torch.nan)
-    sigma = mean.clone()
-    if not merger.prior.is_coupled:
-        return mean, sigma
-    minus = torch.nonzero(merger.joined != torch.arange(len(mean), device=mean.device))[:, 0]
-    minus = minus[merger.group[minus] == merger.group[merger.joined[minus]]]
-    plus, width = merger.joined[minus], merger.prior.width(q, merger.information)
-    own = width.own_variance[plus] + width.own_variance[minus]
-    mean[plus] = q.mean[plus] - q.mean[minus]
-    sigma[plus] = (own + (width.shared[plus] - width.shared[minus]) ** 2).sqrt()
-    return mean, sigma
-
-
 @torch.no_grad()
 def own_amplitudes(merger: Merger, mean: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """<F> and its sigma from mean intensities with the prior of each row for itself, (R,) each.
 
     Wilson's, or that about a model's amplitude; all in units of the merger.
     """
-    prior, wilson = merger.prior, merger.prior.part(Wilson)
-    model = None
-    if prior.has(Reference):
-        reference = prior.part(Reference)
-        centre = torch.full_like(wilson.spread(), torch.nan)
-        variance = centre.clone()
-        centre[reference.rows], variance[reference.rows] = reference.conditional()
-        model = centre, variance
-    return french_wilson(mean, sigma, wilson.spread(), wilson.is_centric, model)
+    wilson = merger.prior.part(Wilson)
+    return french_wilson(
+        mean, sigma, wilson.spread(), wilson.is_centric, model_prior(merger.prior)
+    )
 
 
 @torch.no_grad()

@@ -24,10 +24,10 @@ from braggflux.merge.output.amplitudes import (
     amplitudes_of_means,
     fresh_crystal_factor,
     merged_rows,
-    ties_mates_only,
     weighted_mean,
     with_amplitudes,
 )
+from braggflux.merge.output.coupled_difference import ties_mates_only
 from braggflux.merge.output.half_sets import (
     HalfSet,
     ScaledReflections,
@@ -231,7 +231,7 @@ def _table(asu: ReciprocalAsu, merged: MergedRows, rows: slice) -> MergedTable:
         own.intensity,
         own.sigma_intensity,
         own.n_obs,
-        (own.difference, own.sigma_difference),
+        (own.difference, own.sigma_difference, own.merit),
         own.normalised,
     )
 

@@ -63,7 +63,7 @@ def _french_wilson(
     def log_density(f: Tensor) -> Tensor:
         log_p = -0.5 * ((f**2 - centre[:, None]) / sigma[:, None]) ** 2
         log_p = log_p + torch.where(is_centric[:, None], 0.0, 1.0) * f.log()
-        return log_p + _over_wilson(f, expected, is_centric, *model) if model else log_p
+        return log_p + over_wilson(f, expected, is_centric, *model) if model else log_p
 
     if model:
         lower, upper = _where_the_mass_is(log_density, lower, upper, *model)
@@ -102,7 +102,7 @@ def _where_the_mass_is(
     return (first - step).clamp_min(0.0), last + step
 
 
-def _over_wilson(
+def over_wilson(
     f: Tensor, expected: Tensor, is_centric: Tensor, centre: Tensor, variance: Tensor
 ) -> Tensor:
     """Log of the prior about a model over Wilson's, (R, Q), up to a constant; 0 where NaN."""

@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 DIFFERENCE = (
     "DANO SIGDANO: coupled posterior of |F(+)| - |F(-)| (double-Wilson prior), mean",
     "  and standard deviation; shrunk by the prior already: use DANO unweighted",
+    "FOMDANO: its figure of merit; contained in DANO already",
 )
 
 
@@ -39,6 +40,9 @@ class MergedTable:
     difference, sigma_difference
         (R,) Mean and standard deviation of |F(+)| - |F(-)| under a prior that ties the mates
         (columns DANO, SIGDANO). The prior has shrunk it: it needs no weight.
+    merit
+        (R,) Figure of merit of that difference (column FOMDANO),
+        :mod:`braggflux.merge.output.coupled_difference`.
     normalised
         (R,) E.
     is_anomalous : bool
@@ -62,6 +66,7 @@ class MergedTable:
     n_minus: Array
     difference: Array
     sigma_difference: Array
+    merit: Array
     normalised: Array
     is_anomalous: bool = True
 
@@ -82,7 +87,7 @@ def merged_table(
     i: ArrayLike,
     sigma_i: ArrayLike,
     n_obs: ArrayLike,
-    difference: tuple[ArrayLike, ArrayLike] | None = None,
+    difference: tuple[ArrayLike, ArrayLike, ArrayLike] | None = None,
     normalised: ArrayLike | None = None,
 ) -> MergedTable:
     """Put the Friedel mates of ``asu`` side by side.
@@ -98,7 +103,7 @@ def merged_table(
         One value per row of ``asu``; NaN is allowed.
     n_obs : (A,) int
         Observations of each row.
-    difference : (value, sigma), optional
+    difference : (value, sigma, merit), optional
         Coupled |F(+)| - |F(-)| at the rows of F(+), (A,) each.
     normalised : (A,), optional
         E of each row.
@@ -130,7 +135,7 @@ def merged_table(
             )
         )
     both = seen[plus] & (minus >= 0) & seen[minus]
-    for name, k in (("difference", 0), ("sigma_difference", 1)):
+    for name, k in (("difference", 0), ("sigma_difference", 1), ("merit", 2)):
         own = np.full(len(asu), np.nan) if difference is None else np.asarray(difference[k], float)
         columns[name] = np.where(both, own[plus], np.nan)
     e = np.full(len(asu), np.nan) if normalised is None else np.asarray(normalised, float)

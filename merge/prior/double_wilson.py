@@ -46,7 +46,16 @@ class DoubleWilson(PriorOver):
         Of rows without a parent.
     rows : UniqueRows
     n_shells : int
-        Resolution shells of r, equally many rows each.
+        Resolution shells of estimates of r, equally many rows each.
+
+    Attributes
+    ----------
+    child, parent : Tensor, (C,)
+        Rows that have a parent, and the rows of their parents.
+    one_minus_r2 : Tensor, (C,)
+        1 - r^2 of each child.
+    shell : Tensor, (R,)
+        Resolution shell of each row.
     """
 
     is_centric: Tensor
@@ -68,7 +77,9 @@ class DoubleWilson(PriorOver):
                 self.register_buffer(f"level_{level}_{name}", buffer, persistent=False)
         shell = rows.shells(n_shells)
         self.register_buffer("shell", torch.as_tensor(shell))  # (R,)
-        self.register_buffer("one_minus_r2", torch.full((n_shells,), 0.01, dtype=torch.float64))
+        self.n_shells = n_shells
+        share = torch.full((len(self.child),), 0.01, dtype=torch.float64)
+        self.register_buffer("one_minus_r2", share)
         self._is_coupled = False
 
     @property
@@ -100,16 +111,17 @@ class DoubleWilson(PriorOver):
             found[self.parent] = True
         return found
 
-    @property
-    def correlation(self) -> Tensor:
-        """Correlation r of each resolution shell, (n_shells,)."""
-        return (1 - self.one_minus_r2).sqrt()
+    def by_shell(self) -> Tensor:
+        """Mean of 1 - r^2 in each resolution shell, (n_shells,); of all where it has no child."""
+        share, shell = self.one_minus_r2, self.shell[self.child]
+        total = share.new_zeros(self.n_shells).index_add_(0, shell, share)
+        count = torch.bincount(shell, minlength=self.n_shells)
+        return torch.where(count > 0, total / count.clamp_min(1), share.sum() / max(len(share), 1))
 
     def conditional(self) -> tuple[Tensor, Tensor]:
         """Correlation r and variance S of each row that has a parent, (C,) each."""
-        share = self.one_minus_r2[self.shell[self.child]]
-        sigma = self.spread()[self.child]
-        return (1 - share).sqrt(), sigma * share
+        share = self.one_minus_r2
+        return (1 - share).sqrt(), self.spread()[self.child] * share
 
     def kl(self, q: Nakagami) -> Tensor:
         """Divergence of each row, (R,); that of a child is averaged over q of its parent."""

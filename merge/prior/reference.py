@@ -152,3 +152,17 @@ def mean_intensity(design: Tensor, intensity: Tensor, shape: Tensor, known: Tens
         step = torch.linalg.solve(information, score)
         coefficients = coefficients + step.clamp(-1.0, 1.0)
     return torch.exp(design @ coefficients)
+
+
+def model_prior(prior: AmplitudePrior) -> tuple[Tensor, Tensor] | None:
+    """Centre and variance of every row about a model's amplitude, (R,) each.
+
+    NaN where the model has none; None where no model is the prior.
+    """
+    if not prior.has(Reference):
+        return None
+    reference = prior.part(Reference)
+    centre = torch.full_like(prior.spread(), torch.nan)
+    variance = centre.clone()
+    centre[reference.rows], variance[reference.rows] = reference.conditional()
+    return centre, variance

@@ -28,7 +28,7 @@ def write_metrics(
     """Write metrics.json and log a summary."""
     errors, prior = merger.likelihood.error_parameters, merger.prior
     tensor = prior.part(Wilson).anisotropic_b()
-    share = prior.part(DoubleWilson).one_minus_r2.tolist() if prior.is_coupled else None
+    share = prior.part(DoubleWilson).by_shell().tolist() if prior.is_coupled else None
     sigma_a = prior.part(Reference).sigma_a2.sqrt().tolist() if prior.has(Reference) else None
     row = {
         "held_out": predictions,

@@ -12,7 +12,11 @@ from simulated_intensities import CELL, SPACE_GROUP, simulated
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.model.merger import Merger
-from braggflux.merge.output.amplitudes import coupled_difference, ties_mates_only
+from braggflux.merge.output.coupled_difference import (
+    coupled_difference,
+    difference_in_trees,
+    ties_mates_only,
+)
 from braggflux.merge.problem import build_problem
 
 
@@ -54,7 +58,8 @@ def joint_covariance(merger, precision):
 @pytest.mark.parametrize("parents", [[None], [None, 0]])
 def test_spread_is_that_of_the_joint_normal(parents):
     merger, q, precision = fitted(parents)
-    mean, sigma = coupled_difference(merger, q)
+    found = difference_in_trees(merger, q)
+    mean, sigma = found.value, found.sigma
     covariance = joint_covariance(merger, precision)
     minus = np.flatnonzero(merger.joined.numpy() != np.arange(len(mean)))
     plus = merger.joined.numpy()[minus]
@@ -74,5 +79,6 @@ def test_without_coupling_there_is_no_difference():
     assert ties_mates_only(merger)
     merger.prior.uncouple()
     assert not ties_mates_only(merger)
-    assert torch.isnan(torch.cat(coupled_difference(merger, q))).all()
+    found = coupled_difference(merger, q.mean, q.mean)
+    assert torch.isnan(torch.stack(list(vars(found).values()))).all()
     assert not ties_mates_only(fitted([None, 0])[0])

@@ -23,7 +23,7 @@ SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 WAVELENGTH = 1.0375
 CONTRACT = (
     "H K L F SIGF F(+) SIGF(+) F(-) SIGF(-) IMEAN SIGIMEAN I(+) SIGI(+) I(-) SIGI(-) N(+) N(-) "
-    "DANO SIGDANO E"
+    "DANO SIGDANO FOMDANO E"
 ).split()
 HALVES = [
     f"{prefix}F{half}{mate}"
@@ -39,7 +39,8 @@ def made(anomalous: bool = True, coupled: bool = True):
     n = len(asu)
     f, sigma_f = rng.uniform(5, 50, n), rng.uniform(0.5, 2, n)
     n_obs = rng.integers(0, 5, n)
-    difference = (rng.standard_normal(n), rng.uniform(0.1, 0.3, n)) if coupled else None
+    difference = rng.standard_normal(n), rng.uniform(0.1, 0.3, n), rng.uniform(0.1, 0.9, n)
+    difference = difference if coupled else None
     values = {"f": f, "sigma_f": sigma_f, "i": f**2, "sigma_i": 2 * f * sigma_f, "n_obs": n_obs}
     e = f / f.std()
     return asu, values, mtz_io.merged_table(asu, **values, difference=difference, normalised=e)
@@ -73,7 +74,7 @@ def test_columns_types_and_header_follow_the_contract(written):
     mtz = gemmi.read_mtz_file(str(path))
     assert mtz.column_labels() == CONTRACT
     types = {c.label: c.type for c in mtz.columns}
-    assert "".join(types[label] for label in CONTRACT) == "HHHFQGLGLJQKMKMIIDQE"
+    assert "".join(types[label] for label in CONTRACT) == "HHHFQGLGLJQKMKMIIDQWE"
     assert mtz.spacegroup.hm == "P 43 21 2"
     np.testing.assert_allclose(mtz.cell.parameters, CELL.parameters)
     assert [(d.project_name, d.crystal_name, d.dataset_name) for d in mtz.datasets] == [
@@ -125,7 +126,7 @@ def test_round_trip_keeps_every_value(written):
     order = np.lexsort(table.miller_index.T[::-1])
     assert np.array_equal(read.table.miller_index, table.miller_index[order])
     names = ("f_plus", "sigma_f_minus", "i_plus", "sigma_i_minus", "f", "i_mean", "n_minus")
-    for name in (*names, "difference", "sigma_difference", "normalised"):
+    for name in (*names, "difference", "sigma_difference", "merit", "normalised"):
         np.testing.assert_allclose(
             getattr(read.table, name), getattr(table, name)[order], rtol=1e-6, err_msg=name
         )
