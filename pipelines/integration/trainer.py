@@ -269,7 +269,7 @@ class Trainer:
         if merger.prior.has(Reference):
             metrics["sigma_a"] = float(merger.prior.part(Reference).sigma_a2.sqrt().mean())
         if merger.unique.ties_datasets and merger.prior.is_coupled:
-            share = merger.prior.part(DoubleWilson).one_minus_r2
+            share = merger.prior.part(DoubleWilson).by_shell()
             metrics["one_minus_r2"] = float(share.mean())
         return EpochResult(epoch, metrics)
 
