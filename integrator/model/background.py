@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
-from braggflux.integrator.model.neighbours import NeighbourProfiles
 from braggflux.integrator.types import ReflectionMetadata
 
 
@@ -105,7 +104,7 @@ class BackgroundModel(nn.Module):
         profile: Tensor,
         mean_background: Tensor,
         start: Tensor,
-        neighbours: NeighbourProfiles | None = None,
+        neighbours: Tensor | None = None,
     ) -> BackgroundFit:
         """Fisher scoring for the intensities and theta.
 
@@ -117,12 +116,13 @@ class BackgroundModel(nn.Module):
         counts, is_valid, profile, mean_background : Tensor, (B, P)
         start : Tensor, (B, 1 + K)
             Photons of the spot and of its neighbours.
-        neighbours : NeighbourProfiles, optional
+        neighbours : Tensor, (B, K, P), optional
+            Profiles of the neighbours.
         """
         m = self.n_coefficients
-        spots, prior_mean, precision = _all_spots(profile, neighbours, start)
+        spots = all_spots(profile, neighbours)
         theta = counts.new_zeros(len(counts), m)
-        precision = torch.cat([self._prior_precision(theta), precision.double()], 1)
+        prior = torch.exp(-2 * self.log_prior_sd.double())
         intensity, valid = start, is_valid.to(counts.dtype)
         for _ in range(self.n_rounds + 1):
             background = self._rate(theta, mean_background)
@@ -131,10 +131,9 @@ class BackgroundModel(nn.Module):
             information, score = self._normal_equations(
                 spots, background, valid / rate, counts - rate
             )
-            information.diagonal(dim1=1, dim2=2)[:, 1:] += precision
-            beside = torch.cat([theta, reference[:, 1:] - prior_mean], 1).double()
-            score[:, 1:] -= precision * beside
-            # a box without signal pixels has no information on J; the ridge keeps it solvable
+            information.diagonal(dim1=1, dim2=2)[:, 1 : 1 + m] += prior
+            score[:, 1 : 1 + m] -= prior * theta.double()
+            # a spot without signal pixels has no information; the ridge keeps it solvable
             ridge = 1e-9 * torch.eye(score.shape[1], dtype=torch.float64, device=score.device)
             step = torch.linalg.solve(information + ridge, score).to(counts.dtype)
             intensity = reference + torch.cat([step[:, :1], step[:, 1 + m :]], 1)
@@ -150,9 +149,6 @@ class BackgroundModel(nn.Module):
             torch.einsum("bk,bkp->bp", positive, spots[:, 1:]),
             torch.einsum("bk,bkp->bp", positive - intensity[:, 1:], spots[:, 1:]),
         )
-
-    def _prior_precision(self, theta: Tensor) -> Tensor:
-        return torch.exp(-2 * self.log_prior_sd.double()).expand_as(theta)
 
     def _normal_equations(
         self, spots: Tensor, background: Tensor, weight: Tensor, residual: Tensor
@@ -181,15 +177,10 @@ class BackgroundModel(nn.Module):
         return mean_background * torch.exp((theta @ self.basis.T).clamp(-8.0, 8.0))
 
 
-def _all_spots(
-    profile: Tensor, neighbours: NeighbourProfiles | None, start: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Profiles of the spot and its neighbours (B, 1 + K, P), and the neighbours' priors (B, K)."""
-    if neighbours is None:
-        nothing = start[:, 1:]
-        return profile[:, None], nothing, nothing
-    spots = torch.cat([profile[:, None], neighbours.profile], 1)
-    return spots, neighbours.mean, neighbours.precision
+def all_spots(profile: Tensor, neighbours: Tensor | None) -> Tensor:
+    """Profiles of a spot, (B, P), and its neighbours, (B, K, P), together: (B, 1 + K, P)."""
+    own = profile[:, None]
+    return own if neighbours is None else torch.cat([own, neighbours], 1)
 
 
 def _schur_fraction(information: Tensor) -> Tensor:

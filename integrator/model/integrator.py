@@ -28,7 +28,12 @@ from braggflux.integrator.distributions.shifted_poisson import (
     ShiftedPoisson,
     shifted_poisson_from_pixels,
 )
-from braggflux.integrator.model.background import BackgroundFit, BackgroundModel, MeanBackground
+from braggflux.integrator.model.background import (
+    BackgroundFit,
+    BackgroundModel,
+    MeanBackground,
+    all_spots,
+)
 from braggflux.integrator.model.encoder import (
     PositionFeatures,
     ProfileEncoder,
@@ -36,7 +41,7 @@ from braggflux.integrator.model.encoder import (
     score_moments,
 )
 from braggflux.integrator.model.local_shape import LocalShape, PlaceFeatures
-from braggflux.integrator.model.neighbours import NeighbourProfiles, neighbour_profiles
+from braggflux.integrator.model.neighbours import neighbour_profiles
 from braggflux.integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, VoxelWeights
 from braggflux.integrator.types import Flag, IntensityTable, ReflectionMetadata, ShoeboxBatch
 
@@ -142,7 +147,6 @@ class Integrator(nn.Module):
         expected: Tensor | None = None,
         *,
         sample: bool = False,
-        of_neighbours: tuple[Tensor, Tensor] | None = None,
     ) -> IntegrationPosterior:
         """Posteriors of a batch.
 
@@ -154,8 +158,6 @@ class Integrator(nn.Module):
             weights of the pixels: the estimate stays free of it in the mean.
         sample : bool
             Draw the profile latents from their posterior (training) or take its mean.
-        of_neighbours : (Tensor, Tensor), (B, K), optional
-            Mean [photons] and precision of the neighbours' intensities beforehand.
         """
         weights = self.profile.grid.voxel_weights(batch.metadata)
         features = self.features(batch.metadata)
@@ -164,7 +166,7 @@ class Integrator(nn.Module):
         counts, is_valid = batch.counts.flatten(1), batch.is_valid.flatten(1)
 
         typical = self.profile.node_weights(prior.mean).detach()
-        neighbours = neighbour_profiles(self.profile.grid, batch, typical, of_neighbours)
+        neighbours = neighbour_profiles(self.profile.grid, batch, typical)
         moments, information, start = self._encode_inputs(
             batch, weights, typical, mean_background, neighbours
         )
@@ -215,7 +217,7 @@ class Integrator(nn.Module):
         weights: VoxelWeights,
         node_weights: Tensor,
         mean_background: Tensor,
-        neighbours: NeighbourProfiles | None,
+        neighbours: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Score moments and information at the prior's profile, and a start for intensities."""
         profile = weights.project(node_weights)
@@ -230,7 +232,7 @@ class Integrator(nn.Module):
         signal = intensity[:, 0, None, None, None] * profile
         beside = mean_background
         if neighbours is not None:
-            beside = beside + torch.einsum("bk,bkp->bp", intensity[:, 1:], neighbours.profile)
+            beside = beside + torch.einsum("bk,bkp->bp", intensity[:, 1:], neighbours)
         rate = signal + beside.reshape(profile.shape)
         share = valid * signal / rate
         shape = self.profile.grid.shape
@@ -292,22 +294,21 @@ def first_intensities(
     valid: Tensor,
     profile: Tensor,
     background: Tensor,
-    neighbours: NeighbourProfiles | None,
+    neighbours: Tensor | None,
 ) -> Tensor:
     """Start for the photons of a spot and its neighbours, (B, 1 + K) >= 0; voxels are (B, P)."""
     own = first_intensity(counts, valid, profile, background)[:, None]
     if neighbours is None:
         return own
-    spots = torch.cat([profile[:, None], neighbours.profile], 1)
+    spots = all_spots(profile, neighbours)
     net = (counts - background) * valid
     # least squares of each alone: too much where they overlap, but the right order
     seen = torch.einsum("bsp,bsp,bp->bs", spots, spots, valid)
     intensity = torch.einsum("bsp,bp->bs", spots, net) / seen.clamp_min(1e-9)
-    empty = torch.nn.functional.pad(neighbours.precision, (1, 0)).double() + 1e-9
     for _ in range(2):
         rate = torch.einsum("bs,bsp->bp", intensity.clamp_min(1.0), spots) + background
         information = ((spots * (valid / rate)[:, None]) @ spots.transpose(1, 2)).double()
-        information.diagonal(dim1=1, dim2=2).add_(empty)
+        information.diagonal(dim1=1, dim2=2).add_(1e-9)
         pull = torch.einsum("bsp,bp->bs", spots, net / rate).double()
         intensity = torch.linalg.solve(information, pull).to(counts.dtype)
     return intensity.clamp_min(0.0)

@@ -6,47 +6,26 @@ A neighbour is close by on the detector, so its profile is that of the box's own
 the distance of the predicted centroids and with the neighbour's own length of the rocking curve.
 Its intensity is solved together with the box's own and the background (``background``): what the
 box tells of it is all in the box, no other pass is needed, and its uncertainty widens that of J.
-What is expected of it from its symmetry mates can be added as a Gaussian prior.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from braggflux.integrator.model.profile import ProfileGrid
-from braggflux.integrator.records import TensorRecord
 from braggflux.integrator.types import ShoeboxBatch
-
-
-@dataclass(frozen=True)
-class NeighbourProfiles(TensorRecord):
-    """Neighbours of a batch as its voxels see them.
-
-    Parameters
-    ----------
-    profile : Tensor, (B, K, P)
-        Share of each neighbour's photons in each voxel; 0 in empty places.
-    mean, precision : Tensor, (B, K)
-        What is expected of their intensity beforehand [photons], and the inverse of its variance;
-        0 and 0 where nothing is. Empty places have a precision of 1.
-    """
-
-    profile: Tensor
-    mean: Tensor
-    precision: Tensor
 
 
 @torch.no_grad()
 def neighbour_profiles(
-    grid: ProfileGrid,
-    batch: ShoeboxBatch,
-    node_weights: Tensor,
-    expected: tuple[Tensor, Tensor] | None = None,
-) -> NeighbourProfiles | None:
-    """Profiles of the neighbours of a batch of boxes; None without any.
+    grid: ProfileGrid, batch: ShoeboxBatch, node_weights: Tensor
+) -> Tensor | None:
+    """Share of each neighbour's photons in each voxel, (B, K, P); None without neighbours.
+
+    Empty places are 0.
 
     Parameters
     ----------
@@ -54,8 +33,6 @@ def neighbour_profiles(
     batch : ShoeboxBatch
     node_weights : Tensor, (B or 1, G3, Gy, Gx)
         Of a spot at the place of each box.
-    expected : (Tensor, Tensor), (B, K), optional
-        Mean and precision of the intensities beforehand, precision 0 where unknown.
     """
     neighbours = batch.neighbours
     if neighbours is None:
@@ -73,8 +50,4 @@ def neighbour_profiles(
     shape = neighbours.is_present.shape
     profile = voxels.new_zeros(*shape, voxels.shape[1])
     profile[box, place] = voxels
-    if expected is None:
-        expected = voxels.new_zeros(shape), voxels.new_zeros(shape)
-    mean, precision = (e.to(voxels.dtype) for e in expected)
-    empty = (~neighbours.is_present).to(voxels.dtype)
-    return NeighbourProfiles(profile, mean, precision + empty)
+    return profile

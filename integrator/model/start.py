@@ -145,7 +145,7 @@ def _expected_spots(integrator: Integrator, batch: ShoeboxBatch, node_weights: T
     intensity = first_intensities(counts, seen, own, level, neighbours)
     beside = torch.zeros_like(profile)
     if neighbours is not None:
-        beside += torch.einsum("bk,bkp->bp", intensity[:, 1:], neighbours.profile).view_as(beside)
+        beside += torch.einsum("bk,bkp->bp", intensity[:, 1:], neighbours).view_as(beside)
     scale = intensity[:, 0, None, None, None].clamp_min(1.0)
     return _Spots(weights, profile, background, valid, beside, scale)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from twin_wedges import Twin, joined
 
@@ -237,6 +238,25 @@ def test_spots_of_another_lattice_are_no_background(tiny, tmp_path):
         bits = mask[is_own][box, *voxel[spot, box].T]
         assert len(bits) > 100
         assert not (bits & MaskBit.BACKGROUND).any()
+
+
+def test_spots_of_another_lattice_are_neighbours(tiny, tmp_path):
+    """They are modelled like the lattice's own: where they are predicted, as what they are."""
+    second = wedge_of(tiny, 5, 16) | turned(tiny, 20.0, np.eye(3))
+    experiments = listed(tiny, {}, second)
+    extent = SpotExtent(0.8, 0.8, 0.3, (5, 9, 9))
+    with run_extraction(experiments, 4.0, tmp_path / "x.h5", extent_override=extent) as store:
+        batch = store.read(slice(None))
+    found, record = batch.neighbours, batch.metadata
+    for own, other, shift in ((0, 1, 4.0), (1, 0, -4.0)):
+        is_other = found.is_present & (found.experiment == other)
+        box, place = np.nonzero((is_other & (record.experiment == own)[:, None]).numpy())
+        assert len(box) > 20
+        assert (found.store_row[box, place] == -1).all()
+        seen = (record.xyz_px[box] + found.offset[box, place]).numpy()
+        spots = predict_reflections(experiments[other], 3.5, padding_frames=80.0).xyz_px
+        distance, _ = cKDTree(spots.numpy() + np.array([0, 0, shift])).query(seen)
+        assert distance.max() < 0.01
 
 
 def test_one_identifier_for_two_members_is_refused(tiny, tmp_path):

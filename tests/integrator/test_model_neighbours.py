@@ -62,10 +62,10 @@ def overlapping(intensity, beside, offset, seed=0, n=N):
     return replace(poisson_boxes(rate, metadata, rng), neighbours=neighbours)
 
 
-def estimates(integrator, batch, **known):
+def estimates(integrator, batch):
     """Intensities and their likelihoods."""
     with torch.no_grad():
-        likelihood = integrator.inference(batch, **known).marginal_likelihood
+        likelihood = integrator.inference(batch).marginal_likelihood
     return likelihood.mode.double().numpy(), likelihood
 
 
@@ -98,19 +98,6 @@ def test_the_split_costs_information(integrator):
     assert robust_spread((mode - 200) / sigma) == pytest.approx(1.0, abs=0.13)
     _, apart = estimates(integrator, overlapping(200, 200, OFFSETS["3 sigma"]))
     assert sigma.mean() > 1.4 * apart.variance(torch.full((N,), 200.0)).sqrt().mean()
-
-
-def test_an_expected_neighbour_helps_the_split(integrator):
-    """A Gaussian prior on the neighbour: less spread, and sigmas that know it."""
-    batch = overlapping(200, 200, (1.0, 0.0, 0.0))
-    prior = 200 + 10 * torch.randn(N, 1, generator=torch.Generator().manual_seed(1))
-    told = prior, torch.full((N, 1), 10.0**-2)
-    free, _ = estimates(integrator, batch)
-    mode, likelihood = estimates(integrator, batch, of_neighbours=told)
-    sigma = likelihood.variance(torch.full((N,), 200.0)).sqrt().numpy()
-    assert mode.std() < 0.9 * free.std()
-    assert abs(mode.mean() - 200) < 2 + 2 * mode.std() / np.sqrt(N)
-    assert robust_spread((mode - 200) / sigma) == pytest.approx(1.0, abs=0.13)
 
 
 def test_empty_places_change_nothing(integrator):
