@@ -89,7 +89,8 @@ class Neighbours(TensorRecord):
     offset : Tensor, (B, K, 3)
         Predicted centroid less that of the box's own spot (fast, slow, frame).
     zeta : Tensor, (B, K)
-        As in :class:`ReflectionMetadata`.
+        Of :class:`ReflectionMetadata`, times the width of the box's own rocking curve over that
+        of the neighbour's at zeta = 1.
     experiment : Tensor, (B, K) int64
         Lattice of the neighbour: that of the box, or another on the same frames.
     store_row : Tensor, (B, K) int64

@@ -13,6 +13,7 @@ from braggflux.integrator.model.integrator import Integrator
 from braggflux.integrator.model.local_shape import PlaceFeatures
 from braggflux.integrator.model.profile import SpotShape
 from braggflux.integrator.model.start import MIN_PHOTONS, spot_brightness, start_profile
+from braggflux.integrator.prediction.rocking import RockingWidth
 from braggflux.integrator.shoebox.background import mean_image
 from braggflux.integrator.types import Flag
 
@@ -22,7 +23,9 @@ CHUNK = 4096
 def build_integrator(store: ShoeboxStore, config: IntegratorConfig) -> Integrator:
     """Integrator with untrained networks and a Gaussian profile of the measured extent."""
     sigma_x, sigma_y, sigma_m = (float(v) for v in store.attributes["extent"])
-    shape = SpotShape(sigma_x, sigma_y, sigma_m, store.box, sweep_widths(store))
+    mosaic, size_rate = (float(v) for v in store.attributes.get("rocking", (sigma_m, 0.0)))
+    rocking = RockingWidth(mosaic, size_rate) if size_rate else None
+    shape = SpotShape(sigma_x, sigma_y, sigma_m, store.box, sweep_widths(store), rocking)
     background = mean_background(store, config.background_smoothing_px)
     metadata = store.metadata()
     features = PositionFeatures.from_metadata(metadata)

@@ -2,8 +2,9 @@ r"""Spot profile: a density over (rotation, slow, fast), integrated over voxels.
 
 The density is a sum of hat functions on a regular grid around the predicted centroid. Its axes are
 pixels along slow and fast, and ``e3 = zeta (phi - phi_c)`` [deg] along the rotation: in e3 the
-rocking curve has one width for all reflections (Kabsch, Acta Cryst. 2010, D66, 133), so one grid
-serves reflections near to and far from the rotation axis. ``local_shape`` moves and stretches the
+rocking curve has one width for all reflections (Kabsch, Acta Cryst. 2010, D66, 133), but for what
+domains of finite size add (``RockingWidth``), of which it is scaled free, so one grid serves
+reflections near to and far from the rotation axis. ``local_shape`` moves and stretches the
 axes as spots do at their place. Node weights are
 
     w_g = softmax_g( log_mean_g + sum_k z_k basis_kg ),   z ~ Normal(prior),
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from braggflux.integrator.model.local_shape import LocalShape
+from braggflux.integrator.prediction.rocking import RockingWidth
 from braggflux.integrator.types import ReflectionMetadata
 
 #: Standard deviations from the centre beyond which nodes lie ever wider apart, and by how much:
@@ -31,13 +33,18 @@ TAIL_GROWTH = 1.5
 
 @dataclass(frozen=True)
 class SpotShape:
-    """Measured extent of the spots, the box that holds them and the frame width of each sweep."""
+    """Measured extent of the spots, the box that holds them and the frame width of each sweep.
+
+    ``rocking`` tells how the rocking width ``sigma_m_deg`` depends on the resolution; by default
+    it does not.
+    """
 
     sigma_x_px: float
     sigma_y_px: float
     sigma_m_deg: float
     box: tuple[int, int, int]  # (D, H, W)
     frame_width_deg: tuple[float, ...]
+    rocking: RockingWidth | None = None
 
     @property
     def sigma(self) -> tuple[float, float, float]:
@@ -182,7 +189,10 @@ class ProfileGrid(nn.Module):
         return rotation, slow, fast
 
     def _frame_step(self, metadata: ReflectionMetadata) -> Tensor:
-        return metadata.zeta * self.frame_width_deg[metadata.experiment]
+        """Frame width along e3, as if rocking curves were ``sigma_m_deg`` wide, (B,) [deg]."""
+        step = metadata.zeta * self.frame_width_deg[metadata.experiment]
+        rocking = self.shape.rocking
+        return step if rocking is None else step * self.shape.sigma_m_deg / rocking.at(metadata.d)
 
 
 def _nodes(half_width: float, sigma: float, per_sigma: float) -> Tensor:

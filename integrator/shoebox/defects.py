@@ -3,6 +3,7 @@
 Both are read off the statistic of the background between the spots. A pixel is hot if its mean is
 many times that of its surroundings, of which it is allowed the third largest (rings and streaks
 are never one pixel wide), and if it counts steadily, as no reflection does that nobody predicted.
+Where a spot stays for half of the scan, its fringes may do both: there nothing is said.
 Shadows are looked for in tiles of pixels, see :mod:`braggflux.integrator.shoebox.shadows`.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.special import pdtrc
 
 from braggflux.integrator.io.shoebox_store import ShoeboxWriter
@@ -34,6 +36,8 @@ HOT_REACH = 2
 HOT_CHANCE = 1e-9
 HOT_DISPERSION = 3.0
 """Variance over mean of its counts, 1 for a steady rate."""
+HOT_SEEN = 0.6
+"""Share of the usual number of frames on which the pixels beside a hot one are seen at least."""
 FLARE_DISPERSION = 10.0
 """Variance over mean of a pixel that flares up."""
 FLARE_SHARE = 0.3
@@ -128,7 +132,10 @@ def hot_pixels(total: Array, squares: Array, count: Array) -> Bools:
     """
     frames = np.maximum(count, 1)
     around = third_largest_around(total / frames, HOT_RATIO)
-    at = np.nonzero(around >= 0)
+    is_seen = count > 0
+    usual = np.median(count[is_seen]) if is_seen.any() else 0.0
+    least = ndimage.minimum_filter(np.where(is_seen, count, np.inf), 3)
+    at = np.nonzero((around >= 0) & (least >= HOT_SEEN * usual))
     around, total, squares, count = around[at], total[at], squares[at], count[at]
     _, dispersion = _moments(total, squares, count)
     # the surroundings' own rate may be larger than what they counted

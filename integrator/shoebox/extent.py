@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.prediction.rocking import RockingWidth, frame_sigma
 from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.shoebox.sweep import Sweep
 
@@ -52,8 +53,8 @@ BORDER = 1.5
 """Pixels around the spot from which the background is seen."""
 MAX_HALF_FRAMES = 7
 """Cap of the box along rotation in layers; spots near the axis get layers of several frames."""
-MIN_COVERAGE = 3.5
-"""Standard deviations of the rocking curve, on both sides, that a box must hold."""
+ROCKING_GROUPS = 8
+"""Of spots by resolution, of OWN_SPOTS at least, in which the rocking width is measured."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,19 @@ class SpotExtent:
     sigma_x_px, sigma_y_px : float
         Standard deviation along fast and slow [pixels], width of the pixel removed.
     sigma_m_deg : float
-        Standard deviation of the rocking curve at zeta = 1 [deg], width of the frame removed.
+        Standard deviation of the rocking curve at zeta = 1 [deg], width of the frame removed,
+        pooled over the spots.
     box : (int, int, int)
         (frames, slow, fast), odd.
+    rocking : RockingWidth, optional
+        How it depends on the resolution; by default not.
     """
 
     sigma_x_px: float
     sigma_y_px: float
     sigma_m_deg: float
     box: tuple[int, int, int]
+    rocking: RockingWidth | None = None
 
     def __post_init__(self) -> None:
         sigmas = (self.sigma_x_px, self.sigma_y_px, self.sigma_m_deg)
@@ -84,69 +89,33 @@ class SpotExtent:
                 f"the shoebox size must be three odd numbers (frames, slow, fast), got {self.box}"
             )
 
+    @property
+    def rocking_width(self) -> RockingWidth:
+        """Rocking width by resolution."""
+        return self.rocking or RockingWidth(self.sigma_m_deg)
+
     @classmethod
     def from_sigmas(
         cls,
-        sigma_x_px: float,
-        sigma_y_px: float,
-        sigma_m_deg: float,
-        *,
-        zeta: Array,
-        width_deg: float,
+        sigmas: tuple[float, float, float],
+        rocking: RockingWidth,
+        spread: Array,
         n_sigma: float = 4.0,
     ) -> SpotExtent:
         """Choose the box: ``n_sigma`` on both sides of a centroid anywhere in the central voxel.
 
         In the detector plane :data:`BORDER` is added, so that the box shows the background too.
-        Along rotation the box holds nine in ten reflections of the given ``zeta``, up to
-        :data:`MAX_HALF_FRAMES`.
+        Along rotation the box holds nine in ten reflections, of which ``spread`` are the recorded
+        rocking widths [frames], up to :data:`MAX_HALF_FRAMES`.
         """
-        spread = frame_sigma(sigma_m_deg, zeta, width_deg)
+        sigma_x_px, sigma_y_px, _ = sigmas
         half = (
             min(max(math.ceil(n_sigma * np.quantile(spread, 0.9)), 2), MAX_HALF_FRAMES),
             max(math.ceil(n_sigma * math.sqrt(sigma_y_px**2 + 1 / 12) + BORDER), 3),
             max(math.ceil(n_sigma * math.sqrt(sigma_x_px**2 + 1 / 12) + BORDER), 3),
         )
         depth, height, width = (2 * n + 1 for n in half)
-        return cls(sigma_x_px, sigma_y_px, sigma_m_deg, (depth, height, width))
-
-
-def frames_per_layer(spread: Array, n_layers: int) -> NDArray[np.int64]:
-    """Consecutive frames that each layer of a box of ``n_layers`` sums, (N,).
-
-    Near the rotation axis the rocking curve lasts for many frames. Sums of Poisson counts are
-    Poisson counts, and a curve so wide has no detail as fine as a frame: wider layers hold all of
-    it in a box of the same size.
-
-    Parameters
-    ----------
-    spread : ndarray, (N,)
-        Recorded standard deviation of the rocking curve [frames].
-    n_layers : int
-        Layers of the box, odd.
-    """
-    # the centroid lies anywhere in the middle frame: half a frame less on one side
-    return np.ceil((2 * MIN_COVERAGE * spread + 1) / n_layers).clip(1).astype(np.int64)
-
-
-def min_zeta(sigma_m_deg: float) -> float:
-    """Give the least zeta at which a rocking curve is what the model says.
-
-    ``d zeta / d phi`` is about 1, so that over one standard deviation sigma_m / zeta of the
-    rocking curve zeta changes by ``sigma_m / zeta^2`` of itself: by a quarter at the limit,
-    ``2 sqrt(sigma_m)``. Nearer to the axis the point only grazes the sphere, and the Lorentz
-    factor promises up to three times the photons that it gives. DIALS stops at 0.05.
-    """
-    return max(0.05, 2 * math.sqrt(math.radians(sigma_m_deg)))
-
-
-def frame_sigma(sigma_m_deg: float, zeta: Array, width_deg: float) -> Array:
-    """Give the recorded standard deviation of the rocking curve in frames.
-
-    ``sqrt((sigma_m / (zeta * width))^2 + 1/12)``; 1/12 is the variance of the frame itself.
-    """
-    rocking = sigma_m_deg / (np.maximum(zeta, 1e-3) * abs(width_deg))
-    return np.sqrt(rocking**2 + 1 / 12)
+        return cls(*sigmas, (depth, height, width), rocking)
 
 
 @dataclass(frozen=True)
@@ -162,11 +131,14 @@ class _StrongSpots:
         rotation [deg at zeta = 1].
     step : ndarray, (N,)
         Width of a frame [deg at zeta = 1].
+    d : ndarray, (N,)
+        Resolution [A].
     """
 
     net: NDArray[np.float32]
     offset: tuple[Array, Array, Array]
     step: Array
+    d: Array
 
     def __len__(self) -> int:
         return len(self.step)
@@ -179,7 +151,13 @@ class _StrongSpots:
             np.concatenate([p.net for p in parts]),
             (offset[0], offset[1], offset[2]),
             np.concatenate([p.step for p in parts]),
+            np.concatenate([p.d for p in parts]),
         )
+
+    def select(self, rows: NDArray[np.int64]) -> _StrongSpots:
+        """Return some of the spots."""
+        x, y, m = (offset[rows] for offset in self.offset)
+        return _StrongSpots(self.net[rows], (x, y, m), self.step[rows], self.d[rows])
 
 
 def measure_extent(
@@ -237,16 +215,36 @@ def measure_extent(
             f"only {sum(map(len, found))} strong spots stand where reflections are predicted, at "
             f"least {MIN_SPOTS} are needed to measure the spot size: {hint}"
         )
-    sigmas = np.max([_fit(spots) for spots in groups], axis=0)
+    found_sigmas = [_fit(spots) for spots in groups]
+    x, y, m = (float(largest) for largest in np.max(found_sigmas, axis=0))
+    widest = groups[int(np.argmax([sigmas[2] for sigmas in found_sigmas]))]
+    rocking = _rocking_width(widest, m)
     logger.info(
-        "spot extent %.2f x %.2f px, %.3f deg from %d spots", *sigmas, sum(map(len, groups))
+        "spot extent %.2f x %.2f px, %.3f deg from %d spots", x, y, m, sum(map(len, groups))
     )
-    return SpotExtent.from_sigmas(
-        *map(float, sigmas),
-        zeta=np.concatenate([sweep.prediction.zeta.numpy() for sweep in sweeps]),
-        width_deg=min(widths),
-        n_sigma=n_sigma,
+    if rocking.size_rate:
+        logger.info(
+            "rocking width %.3f deg and, added in squares, %.4f deg per A of d: domains of finite "
+            "size",
+            rocking.mosaic_deg,
+            rocking.size_rate,
+        )
+    zeta, d = (
+        np.concatenate([getattr(sweep.prediction, name).numpy() for sweep in sweeps])
+        for name in ("zeta", "d")
     )
+    spread = frame_sigma(rocking.at(d), zeta, min(widths))
+    return SpotExtent.from_sigmas((x, y, m), rocking, spread, n_sigma)
+
+
+def _rocking_width(spots: _StrongSpots, sigma_m_deg: float) -> RockingWidth:
+    """Rocking width by resolution, from groups of spots; the pooled one if it is the same."""
+    n_groups = min(ROCKING_GROUPS, len(spots) // OWN_SPOTS)
+    groups = [spots.select(rows) for rows in np.array_split(np.argsort(spots.d), n_groups or 1)]
+    sigma = np.array([_fit(group)[2] for group in groups])
+    d, frame = np.array([(np.median(g.d), np.sqrt(np.mean(g.step**2))) for g in groups]).T
+    fitted = RockingWidth.fitted(sigma, d, frame)
+    return fitted if fitted.size_rate else RockingWidth(sigma_m_deg)
 
 
 def _blocks(n_images: int, length: int, n_blocks: int) -> list[tuple[int, int]]:
@@ -283,7 +281,8 @@ def _strong_spots(
     best = best[strength[best] > MIN_STRENGTH]
     step = zeta * abs(sweep.experiment.rotation.scan.oscillation[1])
     dm = dz * step[:, None]
-    return _StrongSpots(net[best], (dx[best], dy[best], dm[best]), step[best])
+    d = sweep.prediction.d.numpy()[rows].astype(float)
+    return _StrongSpots(net[best], (dx[best], dy[best], dm[best]), step[best], d[best])
 
 
 def _crop(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials.sweeps import describe_experiment
 from braggflux.integrator.io.shoebox_store import ShoeboxStore, ShoeboxWriter, writing_store
+from braggflux.integrator.prediction.rocking import frame_sigma, frames_per_layer, min_zeta
 from braggflux.integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
 from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
-from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, frames_per_layer, min_zeta
+from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.kernels.boxes import fill_boxes
 from braggflux.integrator.shoebox.mask import (
     MaskBit,
@@ -121,6 +122,7 @@ def extract_shoeboxes(
             {
                 "extent": np.array([extent.sigma_x_px, extent.sigma_y_px, extent.sigma_m_deg]),
                 "extent_units": "pixels, pixels, degrees",
+                "rocking": np.array(astuple(extent.rocking_width)),
                 "box": np.array(extent.box),
                 "max_count": max_count,
                 **{f"mask_{name}_sigma": value for name, value in asdict(settings).items()},
@@ -203,24 +205,24 @@ class _SweepCutter:
         self, sweep: Sweep, extent: SpotExtent, settings: MaskSettings,
         writer: ShoeboxWriter, first_row: int, find_defects: bool,
     ) -> None:  # fmt: skip
-        self._experiment, self._frames = sweep.experiment, sweep.frames
+        self._experiment = sweep.experiment
         self._settings, self._writer, self._first_row = settings, writer, first_row
         self._n_images = sweep.frames.n_images
         box = extent.box
         centre = sweep.prediction.xyz_px.numpy()[:, ::-1].astype(np.float64)
-        self._min_zeta = min_zeta(extent.sigma_m_deg)
-        spread = frame_sigma(
-            extent.sigma_m_deg,
-            # those nearer to the axis are rejected: no need to wait for the end of their boxes
-            np.maximum(sweep.prediction.zeta.numpy().astype(np.float64), self._min_zeta),
-            sweep.experiment.rotation.scan.oscillation[1],
-        )
+        d, zeta = (getattr(sweep.prediction, k).numpy().astype(np.float64) for k in ("d", "zeta"))
+        self._rocking = extent.rocking_width
+        rocking = self._rocking.at(d)
+        # those nearer to the axis are rejected: no need to wait for the end of their boxes
+        longest = np.maximum(zeta, min_zeta(rocking))
+        spread = frame_sigma(rocking, longest, sweep.experiment.rotation.scan.oscillation[1])
         layer = frames_per_layer(spread, box[0])
         half = np.array(box) // 2
         corner = np.floor(centre).astype(np.int64) - half
         corner[:, 0] = np.floor(centre[:, 0] - (layer * box[0] - 1) / 2)
         order = np.lexsort((corner[:, 2], corner[:, 1], sweep.prediction.panel, corner[:, 0]))
         self._corner, self._per_layer = corner[order], layer[order]
+        self._is_grazing = (zeta < longest)[order]
         self._prediction = sweep.prediction[torch.from_numpy(order)]
         self._spots = predicted_spots(self._prediction, extent, sweep.experiment)
         margin = max(*box[1:], *(2 * h for h in window_half(self._spots, settings.foreground))) + 3
@@ -316,8 +318,7 @@ class _SweepCutter:
         for weights in self._weights:
             whole *= weights.sum(axis=1, dtype=np.float64)
         recorded = (self._recorded / whole).clip(0, 1)
-        grazing = self._prediction.zeta.numpy() < self._min_zeta
-        self._flags[(recorded < MIN_RECORDED) | grazing] |= Flag.REJECTED
+        self._flags[(recorded < MIN_RECORDED) | self._is_grazing] |= Flag.REJECTED
         core = self._settings.core * self._spots.sigma[:, 2]
         z = self._spots.centre[:, 2]
         # voxel centres of frames that were never exposed
@@ -333,7 +334,9 @@ class _SweepCutter:
     def neighbours(self, experiment: int) -> dict[str, NDArray[Any]]:
         """Columns of the pairs of overlapping spots."""
         place, reach = (experiment, self._first_row), self._settings.shared
-        return neighbour_columns(self._known, self._prediction, self._sweep, place, reach)
+        return neighbour_columns(
+            self._known, self._prediction, self._sweep, place, reach, self._rocking
+        )
 
     def _remove_defects(self) -> None:
         """Take what the whole scan has shown to be bad out of the background and the boxes."""

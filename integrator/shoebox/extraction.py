@@ -26,7 +26,8 @@ from braggflux.integrator.prediction.predict import (
     prediction_from_columns,
     require_recorded,
 )
-from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
+from braggflux.integrator.prediction.rocking import frame_sigma
+from braggflux.integrator.shoebox.extent import SpotExtent, measure_extent
 from braggflux.integrator.shoebox.extract import Progress, extract_shoeboxes
 from braggflux.integrator.shoebox.mask import MaskSettings
 from braggflux.integrator.shoebox.spikes import QuietFrames
@@ -291,7 +292,8 @@ def _with_neighbours(
     So do those of other lattices on the same images.
     """
     listed, width = sweep.prediction, sweep.experiment.rotation.scan.oscillation[1]
-    spread = frame_sigma(extent.sigma_m_deg, listed.zeta.numpy(), width)
+    rocking_deg = extent.rocking_width.at(listed.d.numpy().astype(float))
+    spread = frame_sigma(rocking_deg, listed.zeta.numpy(), width)
     limit = max(NEIGHBOUR_RESOLUTION * float(listed.d.min()), detector_limit(sweep.experiment))
     padding = settings.foreground * float(np.quantile(spread, 0.99))
     around = predict_reflections(sweep.experiment, limit, padding_frames=padding)

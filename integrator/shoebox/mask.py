@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.prediction.rocking import frame_sigma
 from braggflux.integrator.shoebox.canvas import FrameCanvas
-from braggflux.integrator.shoebox.extent import frame_sigma
 from braggflux.integrator.shoebox.kernels.boxes import draw_spots
 from braggflux.integrator.types import Flag
 
@@ -195,7 +195,8 @@ def edge_flags(
 def predicted_spots(prediction: Prediction, extent: SpotExtent, experiment: Experiment) -> Spots:
     """Ellipsoids of predicted spots; pixels and frames of finite width broaden them."""
     zeta = prediction.zeta.numpy().astype(np.float64)
-    along = frame_sigma(extent.sigma_m_deg, zeta, experiment.rotation.scan.oscillation[1])
+    rocking = extent.rocking_width.at(prediction.d.numpy().astype(np.float64))
+    along = frame_sigma(rocking, zeta, experiment.rotation.scan.oscillation[1])
     across = np.hypot([extent.sigma_x_px, extent.sigma_y_px], np.sqrt(1 / 12))
     sigma = np.column_stack([np.broadcast_to(across, (len(zeta), 2)), along])
     centre = prediction.xyz_px.numpy().astype(np.float64)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from braggflux.integrator.prediction.predict import Prediction
+from braggflux.integrator.prediction.rocking import RockingWidth
 from braggflux.integrator.shoebox.mask import Spots
 from braggflux.integrator.shoebox.sweep import Sweep
 
@@ -87,7 +88,12 @@ def _touching(
 
 
 def neighbour_columns(
-    spots: Spots, listed: Prediction, sweep: Sweep, place: tuple[int, int], reach: float
+    spots: Spots,
+    listed: Prediction,
+    sweep: Sweep,
+    place: tuple[int, int],
+    reach: float,
+    rocking: RockingWidth,
 ) -> dict[str, NDArray[Any]]:
     """Columns of the pairs of a sweep, as the store has them.
 
@@ -101,6 +107,7 @@ def neighbour_columns(
     place : (int, int)
         Number of the sweep, and row of its first box in the store.
     reach : float
+    rocking : RockingWidth
 
     Returns
     -------
@@ -109,16 +116,17 @@ def neighbour_columns(
     """
     n_boxes, (experiment, first_row) = len(listed), place
     box, neighbour = find_neighbours(spots, n_boxes, reach)
-    zeta, lattice = listed.zeta.numpy(), np.full(len(spots.centre), experiment)
-    if sweep.neighbours is not None:
-        zeta = np.concatenate([zeta, sweep.neighbours.zeta.numpy()])
+    lattice = np.full(len(spots.centre), experiment)
+    known = [listed] if sweep.neighbours is None else [listed, sweep.neighbours]
+    zeta, d = (np.concatenate([getattr(k, c).numpy() for k in known]) for c in ("zeta", "d"))
+    width = rocking.at(d.astype(np.float64))
     if sweep.neighbour_experiment is not None:
         lattice[n_boxes:] = sweep.neighbour_experiment
     moved = [(c[neighbour] - c[box]).astype(np.float32) for c in spots.centre.T]
     return {
         "row": box + first_row,
         "offset": np.column_stack(moved),
-        "zeta": zeta[neighbour].astype(np.float32),
+        "zeta": (zeta[neighbour] * width[box] / width[neighbour]).astype(np.float32),
         "experiment": lattice[neighbour],
         "store_row": np.where(neighbour < n_boxes, neighbour + first_row, -1),
     }

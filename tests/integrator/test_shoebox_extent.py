@@ -19,7 +19,8 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import read_experiments
 from braggflux.integrator.io.images import open_frames
 from braggflux.integrator.prediction.predict import Prediction, predict_reflections
-from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma, measure_extent
+from braggflux.integrator.prediction.rocking import frame_sigma
+from braggflux.integrator.shoebox.extent import SpotExtent, measure_extent
 from braggflux.integrator.shoebox.sweep import Sweep
 
 SHAPE = (260, 300)

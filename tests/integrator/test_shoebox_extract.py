@@ -19,8 +19,9 @@ from braggflux.integrator.crystal.geometry import (
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.model.build import mean_background
 from braggflux.integrator.prediction.predict import Prediction
+from braggflux.integrator.prediction.rocking import frame_sigma
 from braggflux.integrator.shoebox.background import mean_image, pixel_inv_d
-from braggflux.integrator.shoebox.extent import SpotExtent, frame_sigma
+from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.extract import extract_shoeboxes
 from braggflux.integrator.shoebox.mask import MaskBit, MaskSettings
 from braggflux.integrator.shoebox.sweep import Sweep
