@@ -33,6 +33,7 @@ from braggflux.integrator.io.dials import read_reflections
 from braggflux.integrator.io.intensity_file import read_intensities
 from braggflux.integrator.types import Flag, IntensityTable
 from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.compare.rows import MIN_PAIRS
 
 #: Part of the information that a spot with a hole may have kept, in classes.
 KEPT = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0))
@@ -82,15 +83,17 @@ def classes(run: Run, rings: list[float]) -> dict[str, np.ndarray]:
     """Say which observations belong to which class, each (N,) bool; ``rings`` are spacings [A]."""
     flags = run.table.flags.numpy()
     has_hole, at_edge = (flags & bit > 0 for bit in (Flag.MASKED_CORE, Flag.PARTIAL_EDGE))
-    is_cut = run.partiality < RECORDED
+    # of layers of several frames the scan may have recorded a part that is not used
+    is_cut = (run.partiality < RECORDED) & (run.table.metadata.frames_per_layer.numpy() == 1)
     # the exposure is that of the profile times the share of information that is left
     kept = run.table.likelihood.exposure.numpy()
     result = {"whole": ~has_hole & ~at_edge}
     for low, high in KEPT:
         inside = (kept >= low) & (kept < high)
         result[f"gap or dead pixel, {low:g}-{high:g} left"] = has_hole & ~at_edge & inside
-    result["end of the scan"] = at_edge & is_cut & ~has_hole
-    result["end of the scan and gap"] = at_edge & is_cut & has_hole
+    for low, high in ((0.5, 0.8), (0.8, RECORDED)):
+        inside = (run.partiality >= low) & (run.partiality < high)
+        result[f"end of the scan, {low:g}-{high:g} recorded"] = at_edge & is_cut & inside
     if rings:
         inverse_d = 1 / run.table.metadata.d.numpy()
         distance = np.abs(inverse_d[:, None] - 1 / np.array(rings)).min(1)
@@ -124,6 +127,8 @@ def main() -> None:
     print("| class | n | run | error | bias | spread of z |\n|" + " --- |" * 6)
     for name, members in classes(first, args.rings).items():
         chosen = usable & members
+        if chosen.sum() < MIN_PAIRS:
+            continue
         for label, run in runs.items():
             error = (run.recorded - photons)[chosen]
             z = np.median(np.abs(error / run.sigma[chosen])) / MEDIAN_ABS_NORMAL
