@@ -134,12 +134,16 @@ class Row:
         is_ours = self.name in OPTIONS
         if not is_ours:
             self.folder.mkdir(parents=True)
+        # DIALS finds the frames' filters there; a second copy of them disturbs our own
+        plugins = {} if is_ours else {"HDF5_PLUGIN_PATH": hdf5plugin.PLUGINS_PATH}
         spent = 0.0
         with open(self.beside(".log"), "wb") as log:
             for command in self.commands:
                 print(shlex.join(command), file=sys.stderr, flush=True)
                 where = None if is_ours else self.folder
-                process = subprocess.Popen(command, stdout=log, stderr=log, cwd=where)
+                process = subprocess.Popen(
+                    command, stdout=log, stderr=log, cwd=where, env=os.environ | plugins
+                )
                 _, status, usage = os.wait4(process.pid, 0)
                 process.returncode = os.waitstatus_to_exitcode(status)
                 spent += usage.ru_utime + usage.ru_stime
@@ -186,6 +190,9 @@ def thinned(places: Places, dose: int) -> Path:
     for imageset in experiments["imageset"]:
         imageset["template"] = MASTER
     (folder / "refined.expt").write_text(json.dumps(experiments))
+    if dose == 1:
+        shutil.copyfile(places.data / DATA, folder / DATA)
+        return folder
     temporary = folder / "thinning.h5"
     with h5py.File(places.data / DATA) as source, h5py.File(temporary, "w") as file:
         frames = source["data"]
