@@ -279,10 +279,11 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, tuple[float, float
     """Sum of heights and mean correlation by dose, mean of the seeds, of what is drawn."""
     drawn = {
         "braggflux, coupled difference": ("joint", "DANO", "CC of DANO"),
-        "braggflux, F(+) - F(-)": ("joint", "weighted", "CC"),
-        "staged, F(+) - F(-)": ("staged", "weighted", "CC"),
-        "DIALS as it comes": ("dials", "weighted", "CC"),
-        "DIALS tuned": ("dials-tuned", "weighted", "CC"),
+        "braggflux, F(+) - F(-)": ("joint", "unweighted", "CC"),
+        "staged, F(+) - F(-)": ("staged", "unweighted", "CC"),
+        "DIALS as it comes": ("dials", "unweighted", "CC"),
+        "DIALS as it comes, weighted": ("dials", "weighted", "CC"),
+        "DIALS tuned, weighted": ("dials-tuned", "weighted", "CC"),
     }
     result: dict[str, dict[int, tuple[float, float]]] = {}
     for label, (name, height, cc) in drawn.items():
@@ -315,19 +316,20 @@ def dose_needed(
 def show_dose_needed(rows: list[dict[str, Any]]) -> None:
     """Print at what share of DIALS' dose ours is as good."""
     points = curves(rows)
-    for theirs in ("DIALS as it comes", "DIALS tuned"):
+    for theirs in (label for label in points if label.startswith("DIALS")):
         for label in ("braggflux, coupled difference", "braggflux, F(+) - F(-)"):
             for column, quantity in enumerate(("heights", "correlation")):
-                if label in points and theirs in points:
-                    needed = dose_needed(points[label], points[theirs], column)
-                    shares = ", ".join(f"1/{dose}: {x:.2f}" for dose, x in needed.items())
-                    print(f"dose for the {quantity} of {theirs}, {label}: {shares}")
+                if label not in points:
+                    continue
+                needed = dose_needed(points[label], points[theirs], column)
+                shares = ", ".join(f"1/{dose}: {x:.2f}" for dose, x in needed.items())
+                print(f"dose for the {quantity} of {theirs}, {label}: {shares}")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Heights and correlations against dose."""
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
-    styles = ("o-", "s-", "x:", "^--", "v--")
+    styles = ("o-", "s-", "x:", "^--", "^:", "v--")
     for (label, points), style in zip(curves(rows).items(), styles, strict=False):
         doses = [1 / dose for dose in points]
         for axis, values in zip(axes, zip(*points.values(), strict=True), strict=True):
