@@ -134,7 +134,7 @@ def _train(
 ) -> None:
     checkpoint = directory.latest_checkpoint()
     if checkpoint is not None:
-        trainer.load_state_dict(_load(checkpoint))
+        restore(trainer, checkpoint)
         directory.rewind(trainer.epoch)
         logger.info("going on after epoch %d", trainer.epoch)
     else:
@@ -177,6 +177,25 @@ def _save(trainer: Trainer, directory: RunDirectory) -> None:
     with replacing(path) as temporary:
         torch.save(trainer.state_dict(), temporary)
     directory.mark_latest(trainer.epoch)
+
+
+def restore(trainer: Trainer, checkpoint: Path) -> None:
+    """Go back to a checkpoint.
+
+    Raises
+    ------
+    UserError
+        It is damaged, or holds the parameters of another model.
+    """
+    state = _load(checkpoint)
+    try:
+        trainer.load_state_dict(state)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(
+            f"{checkpoint} does not fit this version or these settings "
+            f"({str(error).splitlines()[-1].strip()}); go on with the version that wrote it, or "
+            "start anew in another --out"
+        ) from error
 
 
 def _load(path: Path) -> dict:

@@ -6,10 +6,12 @@ import hashlib
 import json
 
 import pytest
+import torch
 import yaml
 
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.run import RunConfig, schema
+from braggflux.pipelines.integration.run import restore
 from braggflux.pipelines.maps.anomalous_peaks import COUPLED, SitePeak
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.rundir import RunDirectory
@@ -224,3 +226,14 @@ def test_nothing_half_written_stays(config):
         run.append_metrics({"epoch": 2, "bad": object()})
     assert run.metrics_file.read_text() == before
     assert not [p for p in run.path.iterdir() if p.name.startswith(".")]
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
+    class Trainer:
+        def load_state_dict(self, state):
+            torch.nn.Linear(2, 1).load_state_dict(state)
+
+    torch.save(torch.nn.Linear(3, 1).state_dict(), tmp_path / "epoch_0001.pt")
+    with pytest.raises(UserError, match=r"epoch_0001.pt does not fit.*size mismatch") as refused:
+        restore(Trainer(), tmp_path / "epoch_0001.pt")
+    assert "\n" not in str(refused.value)
