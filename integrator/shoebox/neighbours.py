@@ -34,13 +34,15 @@ def find_neighbours(spots: Spots, n_boxes: int, reach: float) -> tuple[IntArray,
     spots : Spots
     n_boxes : int
     reach : float
-        Standard deviations that each ellipsoid extends to.
+        Standard deviations that each ellipsoid extends to; 0 finds none.
 
     Returns
     -------
     box, neighbour : ndarray, (M,)
         Rows of ``spots``, sorted by box and by distance.
     """
+    if reach <= 0:  # all neighbours are masked
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     row, place = _places(spots, reach)
     tree = cKDTree(place)
     found = []

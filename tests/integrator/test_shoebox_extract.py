@@ -265,6 +265,18 @@ def test_neighbours_are_the_spots_whose_ellipsoids_touch(random_store):
     assert n_pairs > 20
 
 
+def test_neighbours_can_be_masked(random_store, tmp_path):
+    """Without shared voxels: what another spot claims is left out, and none is modelled."""
+    shared, _, spots, around = random_store
+    sweep = Sweep(make_experiment(), make_frames(np.random.default_rng(7)), spots, around)
+    settings = MaskSettings(shared=0.0)
+    with extract_shoeboxes([sweep], EXTENT, tmp_path / "s.h5", settings=settings) as store:
+        batch, before = (s.read(slice(0, len(s))) for s in (store, shared))
+    assert batch.neighbours is None
+    assert not (batch.is_valid & ~before.is_valid).any()
+    assert (before.is_valid & ~batch.is_valid).sum() > 50
+
+
 def test_recorded_fraction_of_masked_spots(tmp_path):
     """Half a spot under a gap, and one wholly inside of it: kept, flagged, not dropped."""
     panels = [np.ones((11, 40, 40), np.int32)]
