@@ -33,10 +33,11 @@ Array = NDArray[np.float64]
 
 HALF_WINDOW = 8
 """Pixels on each side of the centroid that are looked at."""
-TRUNCATION = 3.0
-"""Second moments are taken within this many standard deviations."""
-STARTS = ((TRUNCATION, 1.2, 1.5), (TRUNCATION, 0.8, 0.6), (2.0, 0.8, 0.6), (1.5, 0.8, 0.6))
-"""Truncations and first sigmas [pixels, frames] that are tried, until neighbours stay outside."""
+TRUNCATION, STARTS = 3.0, ((1.2, 1.5), (0.8, 0.6))
+"""Standard deviations of the core that second moments are taken within, and first sigmas [pixels,
+frames] that are tried until neighbours stay outside."""
+NARROW, DOUBT = (2.0, 1.5), 1.25
+"""Truncations where they do not: the second where the first says so much more."""
 TRIMMED = 0.02
 """Share of spots left out on either side of a bin of the pooled profile."""
 MIN_ZETA = 0.3
@@ -337,18 +338,19 @@ def _subtract_background(
 def _fit(spots: _StrongSpots) -> tuple[float, ...]:
     """(sigma_x, sigma_y, sigma_m) with the width of pixel and frame removed.
 
-    Dense neighbours may widen the core to the whole window: then a smaller start or core.
+    Dense neighbours may widen the core to the window: then a smaller start, or a narrower core.
     """
-    scale = [np.ones_like(spots.step)] * 2 + [spots.step]  # width of a voxel in units of sigma
-    reach = [float(np.median(np.abs(offset).max(axis=1))) for offset in spots.offset]
-    for truncation, *start in STARTS:
-        sigma = _core_sigmas(spots, (start[0], start[1]), scale, truncation)
-        if all(TRUNCATION * s < most for s, most in zip(sigma, reach, strict=True)):
+    scale = [*[np.ones_like(spots.step)] * 2, spots.step]  # width of a voxel in units of sigma
+    reach = [np.median(np.abs(offset).max(axis=1)) / TRUNCATION for offset in spots.offset]
+    for start in STARTS:
+        sigma = _core_sigmas(spots, start, scale, TRUNCATION)
+        if (np.array(sigma) < reach).all():
             break
-    broadening = [float(np.mean(width**2)) / 12 for width in scale]
-    return tuple(
-        math.sqrt(max(s**2 - b, (0.05 * s) ** 2)) for s, b in zip(sigma, broadening, strict=True)
-    )
+    else:
+        sigma, narrow = (_core_sigmas(spots, STARTS[-1], scale, cut) for cut in NARROW)
+        sigma = narrow if (np.divide(sigma, narrow) > DOUBT).any() else sigma
+    narrowed = zip(sigma, (float(np.mean(width**2)) / 12 for width in scale), strict=True)
+    return tuple(math.sqrt(max(s**2 - b, (0.05 * s) ** 2)) for s, b in narrowed)
 
 
 def _core_sigmas(
@@ -376,8 +378,7 @@ def _core_sigmas(
 def _profile_sigma(at: Array, marginal: Array, sigma: float, scale: Array, cut: float) -> float:
     """Take the standard deviation of the pooled profile inside a few of the running estimate.
 
-    The trimmed mean over spots in each bin ignores a neighbour or a zinger in a few of them, but
-    not that some spots are wider than others.
+    The trimmed mean over spots in each bin ignores a neighbour or a zinger in a few of them.
     """
     inside = np.abs(at) <= cut * sigma
     total = (np.where(inside, marginal, 0) * scale[:, None]).sum(axis=1)

@@ -144,19 +144,20 @@ def test_dense_spots_on_coarse_images_are_told_from_neighbours(tmp_path, width, 
     assert extent.box == (5, 9, 11)
 
 
-def test_rows_of_wide_spots_are_told_from_neighbours(tmp_path):
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_of_wide_spots_are_told_from_neighbours(tmp_path, seed):
     """Three standard deviations apart; before, 5.1 x 4.9 pixels and boxes of 15 x 45 x 45.
 
-    The true widths, medians over the spots, are 1.07 pixels and 0.355 degree.
+    The true widths, medians over the spots, are 1.07 pixels and 0.36 degree.
     """
-    files = simulate(tmp_path, "crowded", 0, overrides={"scan.n_images": 16})
+    files = simulate(tmp_path, "crowded", seed, overrides={"scan.n_images": 16})
     (experiment,) = read_experiments(files.expt)
     prediction = predict_reflections(experiment, 2.5)
     with open_frames(experiment) as frames:
         extent = measure_extent([Sweep(experiment, frames, prediction)])
-    assert extent.sigma_x_px == pytest.approx(1.07, abs=0.1)
-    assert extent.sigma_y_px == pytest.approx(1.0, abs=0.1)
-    assert extent.sigma_m_deg == pytest.approx(0.355, abs=0.03)
+    assert 0.8 < extent.sigma_x_px < 1.2
+    assert 0.8 < extent.sigma_y_px < 1.2
+    assert extent.sigma_m_deg == pytest.approx(0.36, abs=0.04)
 
 
 def test_scans_without_whole_spots_are_named():
