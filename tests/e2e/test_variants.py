@@ -144,6 +144,27 @@ def test_several_sweeps_merge_into_one(two_sweeps, configure, straight, tiny, tm
     assert len(np.unique(batches)) == 32, "frames of both sweeps, numbered apart"
 
 
+def test_a_data_set_of_several_sweeps_beside_another(two_sweeps, configure, tmp_path):
+    """Sweep 2, of the second data set, is number 0 of its own files."""
+    third = simulate(tmp_path / "third", preset="tiny", seed=2)
+    expt, refl = (str(path) for path in two_sweeps)
+    more = {"more_data": [str(third.expt), str(third.refl)], "parents": "none,0"}
+    directory = run(configure(tmp_path / "run", expt=expt, refl=refl, training__epochs=1, **more))
+    dark, light = directory.data_sets()
+    assert [dark.dataset, light.dataset] == ["two", "tiny"]
+    assert set(read_reflections(dark.integrated_refl)["id"]) == {0, 1}
+    table = read_reflections(light.integrated_refl)
+    assert set(table["id"]) == {0}
+    (given,) = read_experiments(third.expt)
+    assert table.identifiers == {0: given.identifier}
+    n_obs = [int(read_rows(own.statistics_file)[-1]["n_obs"]) for own in (dark, light)]
+    assert n_obs[0] > 1.8 * n_obs[1]
+    for own in (dark, light):
+        assert correlation(amplitudes(own.merged), true_means(third.truth_mtz)) > 0.99
+    batches = np.array(gemmi.read_mtz_file(str(light.unmerged)).column_with_label("BATCH"))
+    assert len(np.unique(batches)) == 16
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_one_line(tiny, tmp_path, capsys):
     out = tmp_path / "run"
