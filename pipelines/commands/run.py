@@ -20,7 +20,8 @@ braggflux run refined.expt refined.refl --model model.pdb --out run2 \
     --coupling staged --epochs 6 --d-min 2.0 --reference dials/merged.mtz
 braggflux run refined.expt refined.refl --model model.pdb --out plain \
     --set merge.photon_counts=false --set merge.prior=wilson --set merge.physical_scale=false
-braggflux run dark.expt dark.refl light.expt light.refl --parents none,0 --out pair
+braggflux run dark.expt dark.refl light.expt light.refl --parents none,0 --out pair \
+    --set merge.anomalous=false
 braggflux run --config run/config.yaml --out again
 """
 

@@ -269,8 +269,9 @@ class Trainer:
         if merger.prior.has(Reference):
             metrics["sigma_a"] = float(merger.prior.part(Reference).sigma_a2.sqrt().mean())
         if merger.unique.ties_datasets and merger.prior.is_coupled:
-            share = merger.prior.part(DoubleWilson).by_shell()
-            metrics["one_minus_r2"] = float(share.mean())
+            prior = merger.prior.part(DoubleWilson)
+            is_mate = merger.joined[prior.child] == prior.parent
+            metrics["one_minus_r2"] = float(prior.one_minus_r2[~is_mate].mean())
         return EpochResult(epoch, metrics)
 
     def state_dict(self) -> dict[str, object]:
