@@ -13,8 +13,9 @@ twin-dials   ``scaled.mtz`` and ``integrated.mtz`` that DIALS exports of the twi
 thermolysin  395 stills of a free-electron laser, Friedel halves in two files, to 1.8 A
 yellow       photoactive yellow protein, Laue, dark and 2 ms
 
-Of demo and twin, ``run`` is the run's own merged.mtz; ``merge`` and ``double-Wilson`` are
-``braggflux merge RUN/intensities.h5 --anomalous``, without and with ``--prior double-wilson``.
+Of demo and twin, ``run`` is the run's own merged.mtz; ``merge`` is
+``braggflux merge RUN/intensities.h5 --anomalous``, whose prior of Bijvoet mates is double-Wilson;
+``--prior wilson`` the same without.
 
 Columns
 -------
@@ -245,11 +246,10 @@ def staged_rows(places: Places, name: str, seed: int, run: tuple[object, ...]) -
     folder, options = f"{name}_s{seed}", ("--seed", str(seed))
     on_cpu = ("--coupling", "staged", "--device", "cpu")
     merge = ("merge", str(places.work / folder / "intensities.h5"), "--anomalous", *options)
-    coupled = (*merge, "--prior", "double-wilson")
     return [
         Row("run", places.work / folder, ("run", *map(str, run), *on_cpu, *options)),
         Row("merge", places.work / f"{folder}_merge", merge),
-        Row("double-Wilson", places.work / f"{folder}_merge_dw", coupled),
+        Row("--prior wilson", places.work / f"{folder}_wilson", (*merge, "--prior", "wilson")),
     ]
 
 
@@ -295,10 +295,11 @@ def thermolysin(places: Places, seed: int) -> tuple[list[Row], Anomalous]:
     halves = (str(data / f"friedel_{half}_n395.mtz") for half in ("plus", "minus"))
     options = ("--friedel", "--stills", "--d-min", "1.8", "--seed", str(seed))
     merge = ("merge", *halves, *options)
-    coupled = (*merge, "--prior", "double-wilson", "--set", "sigma=difference")
     rows = [
         Row("merge", places.work / f"thermo_s{seed}", merge),
-        Row("double-Wilson", places.work / f"thermo_dw_s{seed}", coupled),
+        Row(
+            "--prior wilson", places.work / f"thermo_wilson_s{seed}", (*merge, "--prior", "wilson")
+        ),
     ]
     return rows, Anomalous(places.tools, data / "2tli.pdb", 1.8, ("ZN317:ZN", "CA320:CA"))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from braggflux.integrator.errors import UserError
+
+#: Of mkstemp.
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.npz)?")
 
 
 @contextmanager
@@ -47,6 +51,19 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process has left under temporary names of :func:`replacing`.
+
+    Parameters
+    ----------
+    folder : Path
+        One that only this program writes into, and no other process now.
+    """
+    for path in folder.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from braggflux.integrator.io.hdf5.checked import read_attributes
+
 EXPERIMENTS = "a DIALS experiment list (.expt)"
 REFLECTIONS = "a DIALS reflection table (.refl)"
 MASTER = "an HDF5 master file of images"
@@ -52,7 +54,7 @@ def _hdf5_kind(path: str | Path) -> str:
 
     try:
         with h5py.File(path, "r") as file:
-            kind = _STORES.get(str(file.attrs.get("format")))
+            kind = _STORES.get(str(read_attributes(file).get("format")))
             entry = file.get("entry")
             if kind is None and isinstance(entry, h5py.Group) and "data" in entry:
                 kind = MASTER if {"instrument", "definition"} & set(entry) else DATA_FILE

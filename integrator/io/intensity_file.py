@@ -9,17 +9,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from braggflux.integrator.atomic import replacing
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.hdf5.checked import (
+    CHECKSUM,
+    read_attributes,
+    read_text,
+    refusing_damage,
+    write_attributes,
+    write_text,
+    writing_checked,
+)
 from braggflux.integrator.records import TensorRecord
 from braggflux.integrator.types import IntensityTable, ReflectionMetadata
 from braggflux.integrator.version import software
+
+if TYPE_CHECKING:
+    import h5py
 
 Record = TypeVar("Record", bound=TensorRecord)
 
@@ -27,7 +38,9 @@ Record = TypeVar("Record", bound=TensorRecord)
 # imports this module, does without.
 
 FORMAT = "braggflux-intensities"
-VERSION = 3
+VERSION = 4
+EXPERIMENTS = "experiments"
+REMEDY = "make it again with `braggflux run`"
 UNITS = {
     "xyz_px": "pixels, pixels, frames from the start of the scan",
     "xyz_mm": "mm, mm, rad",
@@ -39,6 +52,8 @@ UNITS = {
     "effective_background": "photons",
     "background": "photons/pixel",
 }
+#: Version 3 has no checksums, and the sweeps in an attribute.
+WITHOUT_CHECKSUMS = 3
 #: Version 2 lacks zeta and the corner of the box.
 WITHOUT_ZETA = 2
 #: Version 1 came from boxes that could lie on wrong frames of scans not starting at image 1.
@@ -58,18 +73,16 @@ def write_intensities(
         Of each sweep, JSON values: ``unit_cell``, ``space_group``, ``image_range``,
         ``oscillation_deg`` and more, as the shoebox store has them.
     """
-    import h5py
-
-    with replacing(Path(path)) as temporary, h5py.File(temporary, "w") as handle:
-        handle.attrs.update({"format": FORMAT, "version": VERSION, "software": software()})
-        if experiments:
-            handle.attrs["experiments"] = json.dumps(list(experiments))
+    with writing_checked(path) as handle:
+        head = {"format": FORMAT, "version": VERSION, "software": software()}
+        write_attributes(handle, head)
+        write_text(handle, EXPERIMENTS, json.dumps(list(experiments)))
         for name, values in table.detach().to("cpu").columns().items():
             column = handle.create_dataset(
-                name, data=values.numpy(), compression="gzip", compression_opts=1
+                name, data=values.numpy(), compression="gzip", compression_opts=1, **CHECKSUM
             )
             if name in UNITS:
-                column.attrs["units"] = UNITS[name]
+                write_attributes(column, {"units": UNITS[name]})
 
 
 def read_intensities(path: str | Path) -> IntensityTable:
@@ -82,31 +95,33 @@ def read_intensities(path: str | Path) -> IntensityTable:
     """
     import h5py
 
-    try:
-        with h5py.File(path) as handle:
-            found = (handle.attrs.get("format"), handle.attrs.get("version"))
-            records = json.loads(handle.attrs.get("experiments", "[]"))
-            starts = {record.get("image_range", (1,))[0] for record in records}
-            known = {VERSION, WITHOUT_ZETA} | ({RIGHT_FROM_IMAGE_1} if starts <= {1} else set())
-            if found[0] != FORMAT or found[1] not in known:
-                raise UserError(
-                    f"{path} is no intensity file of version {VERSION} or {WITHOUT_ZETA}, or "
-                    f"{RIGHT_FROM_IMAGE_1} of scans from image 1 (found {found}, scans from "
-                    f"{sorted(starts)}); make it again with `braggflux run`"
-                )
-            columns = {name: torch.as_tensor(data[()]) for name, data in handle.items()}
-            if found[1] == VERSION:
-                metadata = _record(ReflectionMetadata, columns)
-            else:
-                metadata = _without_zeta(columns, records)
-            return IntensityTable(
-                metadata,
-                _record(ShiftedPoisson, columns),
-                columns["background"],
-                columns["flags"],
+    with refusing_damage(path, REMEDY), h5py.File(path) as handle:
+        attributes = read_attributes(handle)
+        version = attributes.get("version")
+        records = _experiments(handle)
+        starts = {record.get("image_range", (1,))[0] for record in records}
+        known = {VERSION, WITHOUT_CHECKSUMS, WITHOUT_ZETA}
+        known |= {RIGHT_FROM_IMAGE_1} if starts <= {1} else set()
+        if attributes.get("format") != FORMAT or version not in known:
+            raise UserError(
+                f"{path} is no intensity file of version {WITHOUT_ZETA} to {VERSION}, or "
+                f"{RIGHT_FROM_IMAGE_1} of scans from image 1 (found "
+                f"{(attributes.get('format'), version)}, scans from {sorted(starts)}); make "
+                "it again with `braggflux run`"
             )
-    except (OSError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as an intensity file: {error}") from error
+        columns = {
+            name: torch.as_tensor(handle[name][()]) for name in handle if name != EXPERIMENTS
+        }
+        if version >= WITHOUT_CHECKSUMS:
+            metadata = _record(ReflectionMetadata, columns)
+        else:
+            metadata = _without_zeta(columns, records)
+        return IntensityTable(
+            metadata,
+            _record(ShiftedPoisson, columns),
+            columns["background"],
+            columns["flags"],
+        )
 
 
 def _record(kind: type[Record], columns: Mapping[str, Tensor]) -> Record:
@@ -133,5 +148,11 @@ def read_experiment_records(path: str | Path) -> list[dict[str, Any]]:
     """Sweeps of an intensity file as :func:`write_intensities` was given them; [] without."""
     import h5py
 
-    with h5py.File(path) as handle:
-        return json.loads(handle.attrs.get("experiments", "[]"))
+    with refusing_damage(path, REMEDY), h5py.File(path) as handle:
+        return _experiments(handle)
+
+
+def _experiments(handle: h5py.File) -> list[dict[str, Any]]:
+    if EXPERIMENTS in handle:
+        return json.loads(read_text(handle[EXPERIMENTS]))
+    return json.loads(handle.attrs.get(EXPERIMENTS, "[]"))

@@ -26,7 +26,8 @@ class NeighbourPairs:
         """Read those of a store of ``n_rows`` boxes; None of a store that masks neighbours."""
         if "neighbours" not in handle:
             return None
-        columns = {k: torch.from_numpy(v[()]) for k, v in handle["neighbours"].items()}
+        group = handle["neighbours"]
+        columns = {name: torch.from_numpy(group[name][()]) for name in group}
         row = columns.pop("row")
         return cls(torch.searchsorted(row, torch.arange(n_rows + 1)), columns)
 

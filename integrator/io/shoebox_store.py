@@ -13,7 +13,8 @@ Layout (rows N are sorted by sweep and first frame)::
     /background/<e>/frame_ratio             (n_frames,) background of a frame over the mean
     /experiments           JSON text: wavelength, scan, cell, space group, image files
 
-Compression is bitshuffle + LZ4, which the HDF5 filter registry knows and hdf5plugin brings.
+Compression is bitshuffle + LZ4, which the HDF5 filter registry knows and hdf5plugin brings. All
+of it has checksums (:mod:`braggflux.integrator.io.hdf5.checked`).
 """
 
 from __future__ import annotations
@@ -31,15 +32,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.hdf5.checked import (
+    CHECKSUM,
+    read_attributes,
+    read_text,
+    refusing_damage,
+    write_attributes,
+    write_text,
+    writing_checked,
+)
 from braggflux.integrator.io.hdf5.filters import bitshuffle
 from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
 from braggflux.integrator.shoebox.mask import MaskBit
 from braggflux.integrator.types import ReflectionMetadata, ShoeboxBatch
 
 FORMAT = "braggflux-shoeboxes"
-VERSION = 3
+VERSION = 4
+#: Version 3 has no checksums.
+WITHOUT_CHECKSUMS = 3
 #: Version 2 placed tables on scans that do not start at image 1 wrongly; the others it has right.
 RIGHT_FROM_IMAGE_1 = 2
 UNITS = {
@@ -50,6 +61,7 @@ UNITS = {
     "d": "A",
     "corner": "frame, slow, fast array index",
 }
+REMEDY = "make it again with braggflux extract"
 CHUNK_BYTES = 1 << 19
 INTEGER_COLUMNS = (
     *("refl_row", "miller_index", "experiment", "panel", "corner", "frames_per_layer"),
@@ -84,7 +96,7 @@ class ShoeboxWriter:
         per_row = int(np.prod(box)) * np.dtype(dtype).itemsize
         chunk = (min(max(CHUNK_BYTES // per_row, 1), n_rows), *box)
         boxes = handle.create_group("boxes")
-        options = {"chunks": chunk, **bitshuffle()}
+        options = {"chunks": chunk, **bitshuffle(), **CHECKSUM}
         self._counts = boxes.create_dataset("counts", shape, dtype, **options)
         self._mask = boxes.create_dataset("mask", shape, np.uint8, **options)
         self.chunk_rows = chunk[0]
@@ -108,20 +120,24 @@ class ShoeboxWriter:
         """Write the columns of all reflections."""
         group = self._handle.create_group("reflections")
         for name, values in columns.items():
-            group.create_dataset(name, data=values, compression="gzip", compression_opts=1)
+            column = group.create_dataset(
+                name, data=values, compression="gzip", compression_opts=1, **CHECKSUM
+            )
             if name in UNITS:
-                group[name].attrs["units"] = UNITS[name]
+                write_attributes(column, {"units": UNITS[name]})
 
     def write_neighbours(self, columns: Mapping[str, NDArray[Any]]) -> None:
         """Write pairs of a box and a spot that overlaps with it, sorted by box."""
         group = self._handle.create_group("neighbours")
         for name, values in columns.items():
-            group.create_dataset(name, data=values, compression="gzip", compression_opts=1)
+            group.create_dataset(
+                name, data=values, compression="gzip", compression_opts=1, **CHECKSUM
+            )
 
     def write_background(self, experiment: int, field: BackgroundField) -> None:
         """Write the background statistic of a sweep."""
         group = self._handle.create_group(f"background/{experiment}")
-        group["frame_ratio"] = field.frame_ratio
+        group.create_dataset("frame_ratio", data=field.frame_ratio, **CHECKSUM)
         for panel, (total, count) in enumerate(zip(field.total, field.count, strict=True)):
             for name, image in (("sum", total), ("count", count)):
                 group.create_dataset(
@@ -129,17 +145,17 @@ class ShoeboxWriter:
                     data=image.astype(np.float32, copy=False),
                     chunks=True,
                     **bitshuffle(),
+                    **CHECKSUM,
                 )
 
     def write_header(
         self, attributes: Mapping[str, object], experiments: Sequence[dict[str, Any]]
     ) -> None:
         """Write what describes the file."""
-        self._handle["experiments"] = json.dumps(list(experiments))
-        self._handle.attrs.update(
-            {"format": FORMAT, "version": VERSION, "n_rows": len(self._counts), **attributes}
-        )
-        self._handle["boxes/counts"].attrs["units"] = UNITS["counts"]
+        write_text(self._handle, "experiments", json.dumps(list(experiments)))
+        own = {"format": FORMAT, "version": VERSION, "n_rows": len(self._counts)}
+        write_attributes(self._handle, own | dict(attributes))
+        write_attributes(self._counts, {"units": UNITS["counts"]})
 
 
 @contextmanager
@@ -161,7 +177,7 @@ def writing_store(
     ------
     ShoeboxWriter
     """
-    with replacing(path) as temporary, h5py.File(temporary, "w") as handle:
+    with writing_checked(path) as handle:
         yield ShoeboxWriter(handle, n_rows, box, dtype)
 
 
@@ -188,30 +204,33 @@ class ShoeboxStore:
         self.path = Path(path)
         self._handle = _open_checked(self.path)
         try:
-            self._counts = self._handle["boxes/counts"]
-            self._mask = self._handle["boxes/mask"]
-            self.experiments: list[dict[str, Any]] = json.loads(self._handle["experiments"][()])
-            self.attributes = dict(self._handle.attrs)
+            with refusing_damage(self.path, REMEDY):
+                self._read_head()
             self._check_starts()
-            if not len(self._counts) == len(self._mask) == self.attributes["n_rows"]:
-                raise KeyError("n_rows")
-            self._columns = {k: v[()] for k, v in self._handle["reflections"].items()}
-            self._metadata = _metadata(self._columns, torch.float32)
-            self._pairs = NeighbourPairs.read(self._handle, len(self._counts))
-        except (KeyError, OSError, json.JSONDecodeError) as error:
+        except UserError:
             self._handle.close()
-            raise UserError(
-                f"{self.path} is an incomplete shoebox store ({error}): make it again with "
-                "braggflux extract"
-            ) from error
+            raise
         _, depth, height, width = self._counts.shape
         self.box: tuple[int, int, int] = (int(depth), int(height), int(width))
         self._cache: tuple[Tensor, Tensor] | None = None
 
+    def _read_head(self) -> None:
+        self._counts = self._handle["boxes/counts"]
+        self._mask = self._handle["boxes/mask"]
+        text = read_text(self._handle["experiments"])
+        self.experiments: list[dict[str, Any]] = json.loads(text)
+        self.attributes = read_attributes(self._handle)
+        n_rows = self.attributes["n_rows"]
+        if not len(self._counts) == len(self._mask) == n_rows:
+            raise ValueError(f"{n_rows} rows are announced, {len(self._counts)} are there")
+        columns = self._handle["reflections"]
+        self._columns = {name: columns[name][()] for name in columns}
+        self._metadata = _metadata(self._columns, torch.float32)
+        self._pairs = NeighbourPairs.read(self._handle, len(self._counts))
+
     def _check_starts(self) -> None:
         first = max((e.get("image_range", (1,))[0] for e in self.experiments), default=1)
         if self.attributes["version"] == RIGHT_FROM_IMAGE_1 and first != 1:
-            self._handle.close()
             raise UserError(
                 f"{self.path} was cut by an earlier version, which could take wrong frames for a "
                 f"scan that starts at image {first}: make it again with braggflux extract"
@@ -286,7 +305,7 @@ class ShoeboxStore:
         mask = np.empty(self._mask.shape, np.uint8)
         for start in range(0, len(self), 32 * self.chunk_rows):
             part = slice(start, start + 32 * self.chunk_rows)
-            counts[part], mask[part] = self._counts[part], self._mask[part]
+            counts[part], mask[part] = self._read_rows(part)
         # torch indexes signed integers only, in all versions
         counts = counts.view(np.int16) if fits_16 else counts
         self._cache = torch.from_numpy(counts), torch.from_numpy(mask)
@@ -300,7 +319,7 @@ class ShoeboxStore:
                 counts = counts & 0xFFFF  # the sign bit of the stored 16 bits is a count
             return counts, self._cache[1][rows]
         if isinstance(rows, slice):
-            photons, bits = self._counts[rows], self._mask[rows]
+            photons, bits = self._read_rows(rows)
         else:
             # HDF5 wants increasing rows without repeats
             unique, back = np.unique(rows.numpy(), return_inverse=True)
@@ -324,13 +343,14 @@ class ShoeboxStore:
 
     def background(self, experiment: int) -> BackgroundField:
         """Background statistic of a sweep."""
-        group = self._handle[f"background/{experiment}"]
-        panels = [group[f"panel_{p}"] for p in range(len(group) - 1)]
-        return BackgroundField(
-            [p["sum"][()] for p in panels],
-            [p["count"][()] for p in panels],
-            group["frame_ratio"][()],
-        )
+        with refusing_damage(self.path, REMEDY):
+            group = self._handle[f"background/{experiment}"]
+            panels = [group[f"panel_{p}"] for p in range(len(group) - 1)]
+            return BackgroundField(
+                [p["sum"][()] for p in panels],
+                [p["count"][()] for p in panels],
+                group["frame_ratio"][()],
+            )
 
     def _read_sorted(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Rows in increasing order, chunk by chunk: h5py's own selections are slow."""
@@ -340,9 +360,13 @@ class ShoeboxStore:
         for number in np.unique(chunk):
             here = np.nonzero(chunk == number)[0]
             low, high = rows[here[0]], rows[here[-1]] + 1
-            counts[here] = self._counts[low:high][rows[here] - low]
-            mask[here] = self._mask[low:high][rows[here] - low]
+            photons, bits = self._read_rows(slice(low, high))
+            counts[here], mask[here] = photons[rows[here] - low], bits[rows[here] - low]
         return counts, mask
+
+    def _read_rows(self, rows: slice) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        with refusing_damage(self.path, REMEDY):
+            return self._counts[rows], self._mask[rows]
 
 
 def _metadata(columns: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> ReflectionMetadata:
@@ -356,15 +380,11 @@ def _metadata(columns: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> Reflec
 def _open_checked(path: Path) -> h5py.File:
     if not path.is_file():
         raise UserError(f"no shoebox store {path}: make one with braggflux extract")
-    try:
+    with refusing_damage(path, REMEDY):
         handle = h5py.File(path, "r")
-    except OSError as error:
-        raise UserError(
-            f"{path} is not a readable HDF5 file (truncated?): make it again with "
-            "braggflux extract"
-        ) from error
-    found, version = handle.attrs.get("format"), handle.attrs.get("version")
-    if found != FORMAT or version not in (VERSION, RIGHT_FROM_IMAGE_1):
+        attributes = read_attributes(handle)
+    found, version = attributes.get("format"), attributes.get("version")
+    if found != FORMAT or version not in (VERSION, WITHOUT_CHECKSUMS, RIGHT_FROM_IMAGE_1):
         handle.close()
         what = f"version {version}" if found == FORMAT else f"format {found!r}"
         raise UserError(

@@ -12,16 +12,14 @@ images is asked for; stills have no parameters of single images and may be any n
 from __future__ import annotations
 
 import logging
-import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.torch_file import load_torch, save_torch
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.table import ObservationTable
@@ -29,7 +27,7 @@ from braggflux.merge.model.merger import Merger
 
 logger = logging.getLogger(__name__)
 
-FORMAT, VERSION = "braggflux scale model", 2
+FORMAT, VERSION = "braggflux scale model", 3
 FILE_NAME = "scale_model.pt"
 #: Modules that are saved.
 PARTS = ("scale", "likelihood")
@@ -159,8 +157,7 @@ def save_scale(path: Path, merger: Merger, table: ObservationTable, config: Merg
         "images_of_dataset": list(table.images_of_dataset),
         "state": state,
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    save_torch(path, content)
 
 
 def scale_file(path: Path) -> Path:
@@ -179,21 +176,8 @@ def load_scale(path: Path) -> SavedScale:
     remedy = f"give the folder of an earlier merge or its {FILE_NAME}"
     if not file.is_file():
         raise UserError(f"--freeze-scales: {file} does not exist; {remedy}")
-    content: Any = None
-    if zipfile.is_zipfile(file):
-        try:
-            content = torch.load(file, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, EOFError) as error:
-            raise UserError(
-                f"{file} is damaged ({str(error).splitlines()[0]}); {remedy}"
-            ) from error
-    kind = (content.get("format"), content.get("version")) if isinstance(content, dict) else None
-    if kind == (FORMAT, 1):
-        raise UserError(
-            f"{file} was written by an earlier version of braggflux, whose scale had other terms; "
-            "merge the data of that fit again and give the new folder"
-        )
-    if kind != (FORMAT, VERSION):
+    content = load_torch(file, f"{remedy}, or merge the data of that fit again")
+    if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{file} is not a scale model of version {VERSION}; {remedy}")
     return SavedScale(
         file,

@@ -22,6 +22,7 @@ from braggflux.pipelines.report.epochs import show_peaks
 from braggflux.pipelines.report.html import write_report
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.device import choose_device
+from braggflux.pipelines.workspace.lock import one_writer
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,14 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     choose_device(config.training.device)
     check_images(config.dials.images)
     check_known_crystal(config.dials, config.model, config.extraction.d_min)
-    directory = RunDirectory(out)
+    with one_writer(out):
+        return _process(config, RunDirectory(out), resume=resume, truth=truth)
+
+
+def _process(
+    config: RunConfig, directory: RunDirectory, *, resume: bool, truth: Path | None
+) -> RunDirectory:
+    """Take all steps in a folder that no other process writes into."""
     directory.check_free(resume=resume)
     chain = DialsChain(directory.dials, config.dials, config.extraction.d_min)
     log.attach_file(directory.log_file)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ from braggflux.pipelines.inputs.reindexing import Dataset, apply_reindex, parse_
 from braggflux.pipelines.inputs.shared_photons import check_paths, check_shared_photons
 from braggflux.pipelines.workspace import log, provenance
 from braggflux.pipelines.workspace.rundir import write_text
+
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -149,9 +153,15 @@ class MergeInputs:
                 raise UserError(f"{what}: {path} does not exist; correct the path")
 
     def open_folder(self, config: MergeConfig) -> None:
-        """Begin to write: the settings, the versions and inputs, and the log."""
+        """Begin to write: the settings, the versions and inputs, and the log.
+
+        All but the log goes to :attr:`unfinished` until the merge has ended: what a killed merge
+        has written is never taken for a result.
+        """
         self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "config.yaml", schema.annotated_yaml(config))
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir()
+        write_text(self.unfinished / "config.yaml", schema.annotated_yaml(config))
         files = {f"input {i + 1}": path for i, path in enumerate(self.paths)}
         more = {
             "prior_model": self.prior_model,
@@ -162,14 +172,34 @@ class MergeInputs:
         }
         files |= {name: path for name, path in more.items() if path is not None}
         record = provenance.session_record() | {"inputs": provenance.input_records(files)}
-        write_text(self.out / "provenance.json", json.dumps(record, indent=2) + "\n")
+        write_text(self.unfinished / PROVENANCE, json.dumps(record, indent=2) + "\n")
         log.attach_file(self.out / "run.log")
 
-    def close_folder(self) -> None:
-        """Note when the merge has ended."""
-        path = self.out / "provenance.json"
+    def close_folder(self, written: Iterable[Path]) -> list[Path]:
+        """Note when the merge has ended, and move its files to their places.
+
+        Parameters
+        ----------
+        written : iterable of Path
+            Files in :attr:`unfinished`.
+
+        Returns
+        -------
+        list of Path
+            Where these are now.
+        """
+        path = self.unfinished / PROVENANCE
         record = json.loads(path.read_text(encoding="utf-8")) | {"ended": provenance.now()}
         write_text(path, json.dumps(record, indent=2) + "\n")
+        for file in self.unfinished.iterdir():
+            os.replace(file, self.out / file.name)
+        self.unfinished.rmdir()
+        return [self.out / file.name for file in written]
+
+    @property
+    def unfinished(self) -> Path:
+        """Folder of the files of a merge that has not ended."""
+        return self.out / ".unfinished"
 
 
 def check_unmerged(paths: Sequence[Path]) -> None:

@@ -13,7 +13,9 @@ from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.io.torch_file import load_torch, save_torch
 from braggflux.integrator.types import IntensityTable
+from braggflux.merge.model.finite import require_finite
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.integration.checks import check_input, why_no_peaks
 from braggflux.pipelines.integration.epoch_outputs import EpochWriter
@@ -29,9 +31,12 @@ from braggflux.pipelines.integration.trainer import Trainer
 from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel, peak_heights_from_mtz
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.device import choose_device
+from braggflux.pipelines.workspace.lock import one_writer
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 logger = logging.getLogger(__name__)
+
+REMEDY = "name an earlier checkpoint in `latest`, or start anew in another --out"
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
@@ -47,6 +52,12 @@ def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
     config = config.resolved()
     device = choose_device(config.training.device)
     check_input(config)
+    [out] = config.require("out")
+    with one_writer(out):
+        return _run(config, device, resume=resume)
+
+
+def _run(config: RunConfig, device: torch.device, *, resume: bool) -> RunDirectory:
     directory = RunDirectory.create(config, resume=resume)
     log.attach_file(directory.log_file)
     try:
@@ -146,6 +157,7 @@ def _train(
     while trainer.epoch < config.training.epochs:
         with log.progress(f"epoch {trainer.epoch + 1}") as advance:
             result = trainer.run_epoch(advance)
+        require_finite(trainer.model, result.metrics["merge_elbo"], f"epoch {result.epoch}")
         writer.write(result)
         is_last = trainer.epoch == config.training.epochs
         if is_last or trainer.epoch % config.training.checkpoint_every == 0:
@@ -174,8 +186,7 @@ def _finish(
 def _save(trainer: Trainer, directory: RunDirectory) -> None:
     path: Path = directory.checkpoint(trainer.epoch)
     path.parent.mkdir(exist_ok=True)
-    with replacing(path) as temporary:
-        torch.save(trainer.state_dict(), temporary)
+    save_torch(path, trainer.state_dict())
     directory.mark_latest(trainer.epoch)
 
 
@@ -187,7 +198,7 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     UserError
         It is damaged, or holds the parameters of another model.
     """
-    state = _load(checkpoint)
+    state = load_torch(checkpoint, REMEDY)
     try:
         trainer.load_state_dict(state)
     except (RuntimeError, KeyError) as error:
@@ -195,14 +206,4 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
             f"{checkpoint} does not fit this version or these settings "
             f"({str(error).splitlines()[-1].strip()}); go on with the version that wrote it, or "
             "start anew in another --out"
-        ) from error
-
-
-def _load(path: Path) -> dict:
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); name an earlier checkpoint in "
-            "`latest`, or start anew in another --out"
         ) from error

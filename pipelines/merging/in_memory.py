@@ -33,6 +33,7 @@ from braggflux.merge.fit.training import (
     start_held_out,
 )
 from braggflux.merge.indexing.refine import reassigned, refined, seeded
+from braggflux.merge.model.finite import require_finite
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import SavedScale
 from braggflux.merge.prior.double_wilson import DoubleWilson
@@ -158,6 +159,7 @@ class MergeFit:
         self._fit_all(table)
         if self.with_scales:
             fix_gauge(merger, table, config)
+        require_finite(merger, None, "end of the fit")
         return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
 
     def _start(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from braggflux.pipelines.merging.outputs import write_problem
 from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settled
 from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
 from braggflux.pipelines.workspace.device import choose_device
+from braggflux.pipelines.workspace.lock import one_writer
 from braggflux.pipelines.workspace.outputs import MERGE_RESULTS, require_free_folder
 from braggflux.pipelines.workspace.rundir import write_rows
 
@@ -44,6 +46,14 @@ def merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
     ------
     UserError
     """
+    with one_writer(inputs.out):
+        try:
+            return inputs.close_folder(_merge(inputs, config))
+        finally:
+            shutil.rmtree(inputs.unfinished, ignore_errors=True)
+
+
+def _merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
     require_free_folder(inputs.out, MERGE_RESULTS)
     inputs.require_files(config)
     config = settled(
@@ -59,11 +69,8 @@ def merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
         config = saved.configured(config)
     torch.manual_seed(config.seed)
     if is_streamed(inputs.paths, config):
-        written = merge_stores(inputs, config, device, saved)
-    else:
-        written = _merge_in_memory(inputs, config, device, saved)
-    inputs.close_folder()
-    return written
+        return merge_stores(inputs, config, device, saved)
+    return _merge_in_memory(inputs, config, device, saved)
 
 
 def _merge_in_memory(
@@ -72,7 +79,7 @@ def _merge_in_memory(
     device: torch.device,
     saved: SavedScale | None,
 ) -> list[Path]:
-    data, out = inputs.read(is_laue=config.laue), inputs.out
+    data, out = inputs.read(is_laue=config.laue), inputs.unfinished
     operators = ambiguous_operators(data, config)
     feature_scaling = None if saved is None else saved.feature_scaling
     problem = build_problem(data, config, inputs.parents, operators, feature_scaling)

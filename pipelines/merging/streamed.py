@@ -19,6 +19,7 @@ from braggflux.merge.fit.sigma_a import set_sigma_a_from_means
 from braggflux.merge.fit.training import start, start_amplitudes
 from braggflux.merge.io.stores.observation_store import ObservationStore
 from braggflux.merge.io.stores.unmerged_store import SUFFIX, UnmergedStore
+from braggflux.merge.model.finite import require_finite
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, save_scale
 from braggflux.merge.model.sums import ObservationSums
@@ -98,20 +99,21 @@ def merge_stores(
             sums = look_at_all(merger, stream, config)
             solve_amplitudes(merger, sums)
         if f_calc is not None:
-            _choose_sigma_a(merger, sums, inputs.out)
+            _choose_sigma_a(merger, sums, inputs.unfinished)
         merger.prior.couple()
         if merger.prior.has(DoubleWilson):
-            _choose_correlation(merger, sums, config, inputs.out)
+            _choose_correlation(merger, sums, config, inputs.unfinished)
         predictions = {kind: asdict(p) for kind, p in predict_held_out(merger, stream).items()}
         solve_amplitudes(merger, sums.add(held_out_batches(stream, merger)))
         merger.to("cpu")
+        require_finite(merger, None, "end of the fit")
         ambiguity = None if indexing is None else indexing.ambiguity
-        write_metrics(inputs.out / "metrics.json", merger, predictions, ambiguity)
+        write_metrics(inputs.unfinished / "metrics.json", merger, predictions, ambiguity)
         if indexing is not None:
             names = [store.name for store in stores for _ in range(store.n_images)]
-            write_indexing(inputs.out / "indexing.csv", ambiguity, indexing.number, names)
-        save_scale(inputs.out / FILE_NAME, merger, stream.sample, config)
-        return write_stream(merger, stream, sums, config, inputs.out)
+            write_indexing(inputs.unfinished / "indexing.csv", ambiguity, indexing.number, names)
+        save_scale(inputs.unfinished / FILE_NAME, merger, stream.sample, config)
+        return write_stream(merger, stream, sums, config, inputs.unfinished)
 
 
 def _check(config: MergeConfig, stores: Sequence[ObservationStore]) -> None:

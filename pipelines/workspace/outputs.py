@@ -38,7 +38,7 @@ def require_free_file(path: Path) -> None:
 
 
 def require_free_folder(path: Path, results: Iterable[str]) -> None:
-    """Refuse a folder with one of the files ``results`` (patterns), but for an unfinished merge.
+    """Refuse a folder with one of the files ``results`` (patterns).
 
     Raises
     ------
@@ -46,20 +46,12 @@ def require_free_folder(path: Path, results: Iterable[str]) -> None:
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; --out must name a folder")
-    if holds_unfinished_merge(path):
-        return
     for pattern in results:
         for found in sorted(path.glob(pattern)):
             raise UserError(
                 f"{path} holds an earlier result ({found.name}); choose another --out, or remove "
                 "it"
             )
-
-
-def holds_unfinished_merge(folder: Path) -> bool:
-    """Whether `merge` has begun to write here and never ended."""
-    record = _provenance(folder)
-    return "ended" in record and record["ended"] is None
 
 
 def holds_merge(folder: Path) -> bool:

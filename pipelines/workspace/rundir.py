@@ -32,11 +32,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
-from braggflux.integrator.atomic import replacing
+from braggflux.integrator.atomic import remove_leftovers, replacing
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config import schema
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.workspace import log, provenance
+from braggflux.pipelines.workspace.lock import LOCK
 from braggflux.pipelines.workspace.outputs import holds_merge
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ PEAK_COLUMNS = (
 )
 REFERENCE = "DIALS"
 #: What `process` may leave in a run directory before training starts.
-_PREPARED = {"dials", "run.log"}
+_PREPARED = {"dials", "run.log", LOCK}
 #: A resumed run may differ in these: none changes what it computes (beyond rounding).
 _FREE_ON_RESUME = {
     "out",
@@ -148,6 +149,7 @@ class RunDirectory:
                 sessions = run.read_provenance()["sessions"]
         for folder in (run.path, run.checkpoints, run.mtz_folder):
             folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
         log.attach_file(run.log_file)
         run._write_config(config)
         sessions.append(provenance.session_record())
@@ -305,9 +307,8 @@ class RunDirectory:
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.mtz_folder):
             shutil.rmtree(folder, ignore_errors=True)
-        if {p.name for p in self.path.iterdir()} <= {self.log_file.name}:
-            self.log_file.unlink(missing_ok=True)
-            self.path.rmdir()
+        if {p.name for p in self.path.iterdir()} <= {self.log_file.name, LOCK}:
+            self.log_file.unlink(missing_ok=True)  # the lock goes with its holder
 
     def _clear(self) -> None:
         """Remove what an earlier configuration has left before its first checkpoint."""

@@ -142,11 +142,11 @@ def test_foreign_and_damaged_files(written, tmp_path):
     content = written[0].read_bytes()
     short = tmp_path / "short.h5"
     short.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="truncated"):
+    with pytest.raises(UserError, match=r"damaged or incomplete .*truncated"):
         ShoeboxStore.open(short)
     text = tmp_path / "text.h5"
     text.write_text("not HDF5")
-    with pytest.raises(UserError, match="not a readable HDF5"):
+    with pytest.raises(UserError, match="file signature not found"):
         ShoeboxStore.open(text)
     newer = tmp_path / "newer.h5"
     newer.write_bytes(content)

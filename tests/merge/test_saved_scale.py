@@ -11,6 +11,7 @@ import torch
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.torch_file import save_torch
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import fit, start, start_amplitudes
 from braggflux.merge.io.observations import make_unmerged
@@ -147,15 +148,15 @@ def test_what_does_not_fit_is_refused(dark, amplitude, tmp_path):
         build_problem([lacking], CONFIG, feature_scaling=saved.feature_scaling)
     torch.save({"scale.x": torch.zeros(1)}, tmp_path / "old.pt")
     content = torch.load(dark[0] / FILE_NAME, weights_only=True) | {"version": 1}
-    torch.save(content, tmp_path / "first.pt")
+    save_torch(tmp_path / "first.pt", content)
     (tmp_path / "text.pt").write_text("no model\n")
     damaged = (dark[0] / FILE_NAME).read_bytes()
     (tmp_path / "cut.pt").write_bytes(damaged[: len(damaged) // 2])
     for name, words in (
-        ("old.pt", "not a scale model"),
-        ("first.pt", "earlier version of braggflux.*merge the data of that fit again"),
-        ("text.pt", "not a scale model"),
-        ("cut.pt", "not a scale model"),
+        ("old.pt", "earlier version .it has no checksum.*merge the data of that fit again"),
+        ("first.pt", "not a scale model of version 3"),
+        ("text.pt", "damaged or of an earlier version"),
+        ("cut.pt", "damaged or of an earlier version"),
         ("none.pt", "does not exist"),
     ):
         with pytest.raises(UserError, match=words):

@@ -11,7 +11,8 @@ import pytest
 import reciprocalspaceship as rs
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
-from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.integrator.errors import UserError
+from braggflux.merge.io.mtz import read_merged_mtz, write_merged_mtz
 from braggflux.pipelines import cli
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
@@ -273,3 +274,27 @@ def test_wrong_input_is_one_line(kind, said, tmp_path, truth, good, capsys):
     assert error.startswith("braggflux: error: ")
     assert said in error
     assert not list(tmp_path.glob("out/*.mtz"))
+
+
+@pytest.mark.parametrize("failure", [UserError("no room"), KeyboardInterrupt()])
+def test_a_merge_that_stops_leaves_no_result_and_can_be_repeated(
+    tmp_path, truth, monkeypatch, failure
+):
+    path = write_mtz(tmp_path / "a.mtz", *observed(truth, 0))
+    out = tmp_path / "out"
+    whole = write_merged_mtz
+
+    def half(*args, **kwargs):
+        whole(*args, **kwargs)
+        raise failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr("braggflux.pipelines.workspace.merged_files.write_merged_mtz", half)
+        assert run(path, "--out", out, *FAST) in (2, 130)
+    assert [p.name for p in out.iterdir()] == ["run.log"]
+    (out / ".unfinished").mkdir()  # of a killed one
+    (out / ".unfinished" / "old_merged.mtz").touch()
+    assert run(path, "--out", out, *FAST) == 0
+    assert (out / "merged.mtz").is_file()
+    assert not list(out.glob(".*"))
+    assert json.loads((out / "provenance.json").read_text())["ended"]

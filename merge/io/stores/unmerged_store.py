@@ -7,7 +7,7 @@ numbers (8 bytes per image) are in memory as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,14 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.hdf5.checked import (
+    CHECKSUM,
+    read_attributes,
+    refusing_damage,
+    write_attributes,
+    writing_checked,
+)
 from braggflux.merge.io.dataset_labels import DatasetLabels, DatasetNames
 from braggflux.merge.io.dataset_split import check_images, check_one_beam
 from braggflux.merge.io.observations import UnmergedData
@@ -25,7 +31,10 @@ from braggflux.merge.io.stores.observation_store import ObservationStore
 if TYPE_CHECKING:
     import h5py
 
-FORMAT, VERSION = "braggflux unmerged", 1
+FORMAT, VERSION = "braggflux unmerged", 2
+#: Version 1 has no checksums.
+WITHOUT_CHECKSUMS = 1
+REMEDY = "convert the reflections again"
 SUFFIX = ".h5"
 _ROWS_PER_CHUNK = 1 << 16
 #: Chunks of fewer images do not show what their crystals have in common.
@@ -58,9 +67,7 @@ def write_unmerged_store(
     UserError
         There are no observations, or the file cannot be written.
     """
-    import h5py  # only here and below: 10 MiB that a merge of other files does without
-
-    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+    with writing_checked(path) as file:
         starts, cells, weights = [0], [], []
         pulses: list[NDArray[np.float64]] = []
         first: UnmergedData | None = None
@@ -78,30 +85,31 @@ def write_unmerged_store(
                 pulses.append(chunk.wavelength[np.unique(chunk.image, return_index=True)[1]])
         if first is None:
             raise UserError(f"there are no observations to write to {path}; check the input")
-        file["image_starts"] = np.array(starts, dtype=np.int64)
+        file.create_dataset("image_starts", data=np.array(starts, dtype=np.int64), **CHECKSUM)
         if pulses:
             check_one_beam(np.concatenate(pulses), first.name)
         large = np.array(weights) >= MIN_IMAGES_OF_A_CELL
         if large.any():  # the last few crystals may be odd
             own = np.array(cells)[large]
             check_images(own, first.name, "pieces")
-        file.attrs["cell"] = np.average(cells, axis=0, weights=weights)
-        file.attrs["space_group"] = (space_group or first.space_group).xhm()
-        file.attrs["name"] = name or first.name
-        file.attrs["has_lp_applied"] = first.has_lp_applied
-        _write_labels(file, first.labels)
-        file.attrs["format"], file.attrs["version"] = FORMAT, VERSION
+        attributes = {
+            "cell": np.average(cells, axis=0, weights=weights),
+            "space_group": (space_group or first.space_group).xhm(),
+            "name": name or first.name,
+            "has_lp_applied": first.has_lp_applied,
+            "format": FORMAT,
+            "version": VERSION,
+        }
+        write_attributes(file, attributes | _label_attributes(first.labels))
 
 
-def _write_labels(file: h5py.File, labels: DatasetLabels) -> None:
-    file.attrs.update(labels.names._asdict() | {"title": labels.title})
-    if labels.wavelength is not None:
-        file.attrs["wavelength"] = labels.wavelength
+def _label_attributes(labels: DatasetLabels) -> dict[str, Any]:
+    known = {} if labels.wavelength is None else {"wavelength": labels.wavelength}
+    return labels.names._asdict() | {"title": labels.title} | known
 
 
-def _read_labels(file: h5py.File) -> DatasetLabels:
+def _labels(attributes: Mapping[str, Any]) -> DatasetLabels:
     """Labels of a store; earlier stores have none."""
-    attributes = file.attrs
     names = {key: str(attributes[key]) for key in DatasetNames._fields if key in attributes}
     wavelength = attributes.get("wavelength")
     return DatasetLabels(
@@ -130,6 +138,7 @@ def _create(file: h5py.File, data: UnmergedData) -> None:
             maxshape=(None, *column.shape[1:]),
             chunks=(_ROWS_PER_CHUNK, *column.shape[1:]),
             dtype=np.int16 if name == "miller_index" else np.float32,
+            **CHECKSUM,
         )
     file.require_group("metadata")
 
@@ -167,32 +176,28 @@ class UnmergedStore(ObservationStore):
     """
 
     def __init__(self, path: str | Path) -> None:
-        import h5py
+        import h5py  # only here: 10 MiB that a merge of other files does without
 
         self.path = Path(path)
-        try:
+        with refusing_damage(path, REMEDY):
             self._file = h5py.File(self.path, "r")
-        except OSError as error:
-            raise UserError(
-                f"cannot open {path} as HDF5 ({str(error).splitlines()[0]}); convert the "
-                "reflections again"
-            ) from error
-        attributes = self._file.attrs
-        kind = attributes.get("format"), attributes.get("version")
-        if kind != (FORMAT, VERSION):
+            attributes = read_attributes(self._file)
+        version = attributes.get("version")
+        if attributes.get("format") != FORMAT or version not in (VERSION, WITHOUT_CHECKSUMS):
             self._file.close()
             raise UserError(
                 f"{path} is not a store of unmerged reflections of version {VERSION}; give one "
                 "that was converted from unmerged reflections by this version"
             )
-        self.cell = gemmi.UnitCell(*attributes["cell"])
-        self.space_group = gemmi.SpaceGroup(attributes["space_group"])
-        self.name = str(attributes["name"])
-        self.has_lp_applied = bool(attributes["has_lp_applied"])
-        self.labels = _read_labels(self._file)
-        self.image_starts: NDArray[np.int64] = self._file["image_starts"][()]
-        self.metadata_names = tuple(self._file["metadata"])
-        self.has_wavelength = "wavelength" in self._file
+        with refusing_damage(path, REMEDY):
+            self.cell = gemmi.UnitCell(*attributes["cell"])
+            self.space_group = gemmi.SpaceGroup(attributes["space_group"])
+            self.name = str(attributes["name"])
+            self.has_lp_applied = bool(attributes["has_lp_applied"])
+            self.labels = _labels(attributes)
+            self.image_starts: NDArray[np.int64] = self._file["image_starts"][()]
+            self.metadata_names = tuple(self._file["metadata"])
+            self.has_wavelength = "wavelength" in self._file
 
     def close(self) -> None:
         """Close the file."""
@@ -207,10 +212,10 @@ class UnmergedStore(ObservationStore):
         rows = slice(starts[0], starts[-1])
 
         def column(name: str) -> NDArray[np.float64]:
-            return self._file[name][rows].astype(np.float64)
+            return self.column(name, rows).astype(np.float64)
 
         return UnmergedData(
-            miller_index=self._file["miller_index"][rows].astype(np.int32),
+            miller_index=self.column("miller_index", rows).astype(np.int32),
             intensity=column("intensity"),
             sigma=column("sigma"),
             image=np.repeat(np.arange(last - first), np.diff(starts)),
@@ -225,4 +230,5 @@ class UnmergedStore(ObservationStore):
 
     def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column as they are stored."""
-        return self._file[name][rows]
+        with refusing_damage(self.path, REMEDY):
+            return self._file[name][rows]
