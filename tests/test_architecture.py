@@ -25,7 +25,7 @@ FOUNDATIONS = (
 )
 # merge, from below: files, then the observations as tensors, the model's parts, the model
 SMALL = (
-    *(*FOUNDATIONS, "integrator.errors", "integrator.atomic"),
+    *(*FOUNDATIONS, "integrator.errors", "integrator.atomic", "integrator.torch_file"),
     *("merge.config", "merge.rows", "merge.hat_functions"),
 )
 DATA = (*SMALL, "merge.io", "merge.data")
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "": ("integrator", "merge", "pipelines"),  # braggflux itself: public names, imported when used
     "integrator.errors": (),
     "integrator.atomic": ("integrator.errors",),
+    "integrator.torch_file": ("integrator.atomic", "integrator.errors"),
     "integrator.crystal": ("integrator.errors",),
     "integrator.records": (),
     "integrator.distributions": ("integrator.records", "integrator.errors"),
@@ -67,6 +68,7 @@ MAY_IMPORT = {
         "integrator.io",
         "integrator.errors",
         "integrator.atomic",
+        "integrator.torch_file",
     ),
     "pipelines": BELOW,
     "pipelines.config": BELOW,

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.torch_file import load_torch, save_torch
+from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.feature_scaling import FeatureScaling
 from braggflux.merge.data.table import ObservationTable

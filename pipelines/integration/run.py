@@ -13,7 +13,7 @@ from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
-from braggflux.integrator.io.torch_file import load_torch, save_torch
+from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.integrator.types import IntensityTable
 from braggflux.merge.model.finite import require_finite
 from braggflux.pipelines.config.run import RunConfig

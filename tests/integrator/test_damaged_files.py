@@ -17,7 +17,7 @@ from braggflux.integrator.io.intensity_file import (
     write_intensities,
 )
 from braggflux.integrator.io.shoebox_store import BackgroundField, ShoeboxStore, writing_store
-from braggflux.integrator.io.torch_file import load_torch, save_torch
+from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.integrator.types import ReflectionMetadata
 from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store

@@ -11,7 +11,7 @@ import torch
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.torch_file import save_torch
+from braggflux.integrator.torch_file import save_torch
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.training import fit, start, start_amplitudes
 from braggflux.merge.io.observations import make_unmerged
