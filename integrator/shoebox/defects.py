@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,12 @@ class Defects:
     tile: NDArray[np.int32]
     is_shaded: Bools
 
+    @cached_property
+    def shaded_before(self) -> NDArray[np.int32]:
+        """Frames before each on which each tile was in a shadow, (n_images + 1, n_tiles)."""
+        n_shaded = self.is_shaded.cumsum(axis=0, dtype=np.int32)
+        return np.concatenate([np.zeros_like(n_shaded[:1]), n_shaded])
+
     def __bool__(self) -> bool:
         """Whether there is any."""
         return bool(self.is_hot.any() or self.is_shaded.any())
@@ -110,16 +117,10 @@ class BoxGeometry:
         """Voxels of some boxes that hold a defect, (K, D, H, W)."""
         corner = self.corner[rows]
         pixel = canvas.windows(self.panel[rows], corner[:, 1], corner[:, 2], self.box[1:])
-        n_images = len(defects.is_shaded)
-        frame = corner[:, :1] + np.arange(self.terms[2].shape[1])
-        layer = self.layers(rows)
-        on_scan = (frame >= 0) & (frame < n_images) & (layer < self.box[0])
-        shaded = defects.is_shaded[frame.clip(0, n_images - 1)] & on_scan[..., None]
-        by_layer = np.zeros((len(corner), self.box[0] + 1, shaded.shape[2]), dtype=bool)
-        np.logical_or.at(by_layer, (np.arange(len(corner))[:, None], layer), shaded)
-        each = np.arange(len(corner))[:, None, None]
-        bad = by_layer[:, :-1].swapaxes(1, 2)[each, defects.tile[pixel]]  # (K, H, W, D)
-        return np.moveaxis(bad, 3, 1) | defects.is_hot[pixel][:, None]
+        edge = corner[:, :1] + np.arange(self.box[0] + 1) * self.per_layer[rows, None]
+        edge = edge.clip(0, len(defects.is_shaded))[:, :, None, None]
+        shaded = np.diff(defects.shaded_before[edge, defects.tile[pixel][:, None]], axis=1)
+        return (shaded > 0) | defects.is_hot[pixel][:, None]
 
 
 def hot_pixels(total: Array, squares: Array, count: Array) -> Bools:
