@@ -8,7 +8,13 @@ from scipy.special import erf
 
 from braggflux.integrator.shoebox.background import mean_image
 from braggflux.integrator.shoebox.canvas import FrameCanvas
-from braggflux.integrator.shoebox.defects import Defects, flaring_pixels, hot_pixels, report
+from braggflux.integrator.shoebox.defects import (
+    BoxGeometry,
+    Defects,
+    flaring_pixels,
+    hot_pixels,
+    report,
+)
 from braggflux.integrator.shoebox.spikes import HOT_FRAMES, QuietFrames, SpikeFilter, peak_ratios
 
 SHAPE = (60, 70)
@@ -230,3 +236,43 @@ def test_mean_image_keeps_rings_and_smooths_what_is_flat():
     # raw pixels scatter by 18 %, the smoothed image by 2.6 %
     assert image[flat].mean() == pytest.approx(0.5, rel=0.01)
     assert image[flat].std() < 0.05 * 0.5
+
+
+def test_voxels_in_a_shadow_are_those_of_its_tiles_and_frames():
+    """Layers of one to five frames, boxes over the ends of the scan and the edge of the panel."""
+    rng = np.random.default_rng(0)
+    n, n_images, box, side = 60, 40, (5, 7, 9), 16
+    canvas = FrameCanvas([SHAPE], 15)
+    hot, tile = np.zeros(canvas.size, bool), np.zeros(canvas.size, np.int32)
+    canvas.panel_view(hot, 0)[30, 40] = True
+    tiles = (np.arange(SHAPE[0]) // side)[:, None] * 5 + np.arange(SHAPE[1]) // side
+    canvas.panel_view(tile, 0)[...] = tiles
+    is_shaded = rng.random((n_images, 20)) < 0.1
+    per_layer = rng.choice([1, 2, 5], n)
+    corner = np.column_stack([rng.integers(-8, 40, n), rng.integers(0, 54, (n, 2))])
+    terms = [np.zeros((n, length), np.float32) for length in (9, 7, 25)]
+    boxes = BoxGeometry(box, np.zeros(n, np.int64), per_layer, corner, terms)
+    found = boxes.bad_voxels(Defects(hot, tile, is_shaded), canvas, slice(0, n))
+    for row, (frame, slow, fast) in enumerate(corner):
+        for layer in range(box[0]):
+            first = frame + layer * per_layer[row]
+            frames = range(max(first, 0), min(first + per_layer[row], n_images))
+            for y, x in np.ndindex(min(7, SHAPE[0] - slow), min(9, SHAPE[1] - fast)):
+                place = tiles[slow + y, fast + x]
+                expected = any(is_shaded[f, place] for f in frames)
+                expected |= (slow + y, fast + x) == (30, 40)
+                assert found[row, layer, y, x] == expected
+
+
+def test_what_stays_beside_a_lasting_spot_is_no_hot_pixel():
+    """Its fringes count steadily; it covers the pixels beside for half of the scan."""
+    total, count = np.full(SHAPE, 8.0), np.full(SHAPE, 100.0)
+    total[20, 20] = total[40, 40] = 900.0
+    squares = total**2 / count + total
+    assert [tuple(p) for p in np.argwhere(hot_pixels(total, squares, count))] == [
+        (20, 20),
+        (40, 40),
+    ]
+    count[40, 41:43] = 40.0
+    total[40, 41:43] = 3.2
+    assert [tuple(p) for p in np.argwhere(hot_pixels(total, squares, count))] == [(20, 20)]
