@@ -29,7 +29,7 @@ Examples
 --------
 ../shared/tools/dials_reference.sh ../shared/data/hewl_nai/twin_master.h5 twin_dials 2.0
 python benchmarks/doses.py --doses 30 100 8 1 --rows joint staged dials dials-tuned \
-    --geometry twin_dials --work doses --figure docs/figures/dose.png
+    --geometry twin_dials --work doses --figure docs/figures/dose.svg
 """
 
 from __future__ import annotations
