@@ -6,25 +6,22 @@ with DIALS.
 
 from __future__ import annotations
 
-import importlib
 import logging
-import os
-import warnings
-import zlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.crystal.geometry import Experiment, ImageFiles, Panel
+from braggflux.integrator.crystal.geometry import Experiment, Panel
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials.lookup import LookupMaps, read_lookup
+from braggflux.integrator.io.dxtbx_frames import DxtbxFrames
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
 from braggflux.integrator.io.hdf5.photons import (
-    INVALID,
     NO_COUNT,
     NegativeCounts,
     PerPixel,
@@ -32,23 +29,13 @@ from braggflux.integrator.io.hdf5.photons import (
     Pixels,
     rounding_changes_mean,
 )
+from braggflux.integrator.io.hdf5.stored import photons_of_stored
 
 log = logging.getLogger(__name__)
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-# what the readers behind dxtbx are known to raise on files that are cut or scrambled
-_DAMAGED = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    zlib.error,
-)
-_DEBIAN_BUILD = Path("/usr/lib/cctbx/python3.11")
+
+Photons = NDArray[np.signedinteger[Any]]
 
 
 class FrameSource(Protocol):
@@ -61,7 +48,7 @@ class FrameSource(Protocol):
     def static_mask(self) -> list[NDArray[np.bool_]]:
         """Return pixels usable on every frame, one (slow, fast) array per panel."""
 
-    def read(self, frame: int) -> list[NDArray[np.int32]]:
+    def read(self, frame: int) -> list[Photons]:
         """Return the photons of a frame (0-based), per panel; -1 where there is no count."""
 
     def close(self) -> None:
@@ -83,6 +70,12 @@ class RawFrames(Protocol):
     def read(self, number: int) -> list[Pixels]:
         """Return the values [ADU] of each panel: int32, or floating."""
 
+    def read_stored(self, number: int) -> list[NDArray[np.unsignedinteger[Any]]] | None:
+        """Return the values as stored, where only the highest of their type are mask codes.
+
+        None for frames of another kind. Valid until this thread reads another frame.
+        """
+
     def pixel_mask(self) -> list[NDArray[np.bool_]]:
         """Return whether the pixels of each panel are good."""
 
@@ -90,13 +83,15 @@ class RawFrames(Protocol):
         """Release the files."""
 
 
-def open_frames(experiment: Experiment) -> ExperimentFrames:
+def open_frames(experiment: Experiment, *, transient: bool = False) -> ExperimentFrames:
     """Open the frames of an experiment.
 
     Parameters
     ----------
     experiment : Experiment
         With ``images`` and ``panels``; a ``scan``, where there is one, must have as many images.
+    transient : bool
+        See :class:`ExperimentFrames`.
 
     Returns
     -------
@@ -138,7 +133,14 @@ def open_frames(experiment: Experiment) -> ExperimentFrames:
     else:
         raw, numbers = DxtbxFrames(images, indices, shapes), range(len(indices))
     first = experiment.scan.image_range[0] if experiment.scan is not None else 1
-    return ExperimentFrames(raw, numbers, experiment.panels, lookup, images.paths[0], first)
+    return ExperimentFrames(
+        *(raw, numbers, experiment.panels, lookup, images.paths[0], first), transient=transient
+    )
+
+
+def open_transient_frames(experiment: Experiment) -> ExperimentFrames:
+    """Open frames each of which is used before the next is read."""
+    return open_frames(experiment, transient=True)
 
 
 class ExperimentFrames:
@@ -156,6 +158,8 @@ class ExperimentFrames:
         Of the images, for messages.
     first_image : int
         Number of the first image, for messages.
+    transient : bool
+        A frame is valid until the same thread reads another: it may share its memory.
 
     Attributes
     ----------
@@ -179,9 +183,11 @@ class ExperimentFrames:
         lookup: LookupMaps | None = None,
         name: str = "the images",
         first_image: int = 1,
+        *,
+        transient: bool = False,
     ) -> None:
         self._raw, self._numbers, self._panels = raw, numbers, panels
-        self._first_image = first_image
+        self._first_image, self._transient = first_image, transient
         lookup = lookup or LookupMaps()
         self._external = lookup.mask or [np.array(True)] * len(panels)
         gain: Sequence[PerPixel] = lookup.gain or [panel.gain for panel in panels]
@@ -200,6 +206,7 @@ class ExperimentFrames:
         self.n_images = len(numbers)
         self.panel_shapes = [panel.shape for panel in panels]
         self.n_overloads = 0
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -237,8 +244,8 @@ class ExperimentFrames:
             self._mask = masks
         return self._mask
 
-    def read(self, frame: int) -> list[NDArray[np.int32]]:
-        """Return the photons of one frame.
+    def read(self, frame: int) -> list[Photons]:
+        """Return the photons of one frame; several threads may read at a time.
 
         Parameters
         ----------
@@ -247,7 +254,7 @@ class ExperimentFrames:
 
         Returns
         -------
-        list of ndarray, (slow, fast) int32
+        list of ndarray, (slow, fast) int32, or int16 where the counts fit
             One per panel: ``(ADU - pedestal) / gain``, made whole. -1 where the frame has no
             count (mask code) or one outside the trusted range. The static mask is not applied.
 
@@ -258,8 +265,26 @@ class ExperimentFrames:
         """
         if not 0 <= frame < self.n_images:
             raise IndexError(f"frame {frame} of {self.n_images}")
-        values = self._raw.read(self._numbers[frame])
         masks = self.static_mask()
+        number = self._numbers[frame]
+        if all(scale.keeps_counts for scale in self._scales):
+            stored = self._raw.read_stored(number)
+            if stored is not None:
+                limits = (scale.last for scale in self._scales)
+                read = [
+                    photons_of_stored(*panel, in_place=self._transient)
+                    for panel in zip(stored, masks, limits, strict=True)
+                ]
+                with self._lock:
+                    self.n_overloads += sum(n for _, n in read)
+                return [photons for photons, _ in read]
+        with self._lock:
+            return self._converted(frame, self._raw.read(number), masks)
+
+    def _converted(
+        self, frame: int, values: Sequence[Pixels], masks: Sequence[NDArray[np.bool_]]
+    ) -> list[Photons]:
+        """Apply pedestal, gain and trusted range to raw values."""
         # the same fractions are rounded up however often and in what order frames are read
         dither = np.random.default_rng(frame) if self._needs_dither(values) else None
         photons = [s.photons(adu, dither) for s, adu in zip(self._scales, values, strict=True)]
@@ -269,7 +294,7 @@ class ExperimentFrames:
         for adu, counts, mask, scale in zip(values, photons, masks, self._scales, strict=True):
             self.n_overloads += int(np.count_nonzero(scale.is_overload(adu) & mask))
             counts[~scale.is_trusted(adu) | (counts < 0)] = NO_COUNT
-        return photons
+        return list(photons)
 
     def _neighbour(self, frame: int) -> list[Pixels] | None:
         """Return the next raw frame, of the last one that before; None where there is but one."""
@@ -293,101 +318,6 @@ class ExperimentFrames:
                     ]
                 )
         return self._dithers
-
-
-class DxtbxFrames:
-    """Frames of any format that dxtbx knows.
-
-    Parameters
-    ----------
-    images : ImageFiles
-        One file per frame, or one file of several frames; and what the format class is told.
-    indices : sequence of int
-        Frame number in the file, when there is one file.
-    shapes : sequence of (int, int)
-        (slow, fast) of each panel.
-
-    Raises
-    ------
-    UserError
-        When dxtbx is not installed, or does not know the format.
-    """
-
-    def __init__(
-        self, images: ImageFiles, indices: Sequence[int], shapes: Sequence[tuple[int, int]]
-    ) -> None:
-        self._paths, self._params = images.paths, images.params
-        self._indices, self._shapes = indices, list(shapes)
-        registry = _import_dxtbx(self._paths[0])
-        self._format_class = registry.get_format_class_for_file(self._paths[0])
-        if self._format_class is None:
-            raise UserError(
-                f"{self._paths[0]} is in no image format that dxtbx knows; convert it, or check "
-                "that the file is whole"
-            )
-
-    def close(self) -> None:
-        """Do nothing: each file is closed after reading."""
-
-    def read(self, number: int) -> list[Pixels]:
-        """Return the values of each panel; INVALID where there is none."""
-        one_file = len(self._paths) == 1
-        path = self._paths[0 if one_file else number]
-        try:
-            image = self._format_class.get_instance(path, **self._params)
-            single = not hasattr(image, "get_num_images")
-            raw = image.get_raw_data() if single else image.get_raw_data(self._indices[number])
-        except _DAMAGED as error:
-            raise UserError(
-                f"cannot read {path} ({' '.join(str(error).split())[:160]}); the file is damaged, "
-                "copy it again"
-            ) from error
-        panels = [_as_pixels(panel) for panel in (raw if isinstance(raw, tuple) else (raw,))]
-        self._check_shapes([panel.shape for panel in panels], path)
-        return panels
-
-    def pixel_mask(self) -> list[NDArray[np.bool_]]:
-        """Return the format's static mask, where it has one."""
-        image = self._format_class.get_instance(self._paths[0], **self._params)
-        mask = image.get_static_mask()
-        if mask is None:
-            return [np.ones(shape, dtype=bool) for shape in self._shapes]
-        panels = mask if isinstance(mask, tuple) else (mask,)
-        return [np.array(panel.as_numpy_array()) for panel in panels]
-
-    def _check_shapes(self, shapes: list[tuple[int, ...]], path: str) -> None:
-        if shapes != self._shapes:
-            raise UserError(
-                f"{path} has panels of {sorted(set(shapes))} pixels, the .expt of "
-                f"{sorted(set(self._shapes))}; give the images that the .expt was made from"
-            )
-
-
-def _as_pixels(panel: Any) -> Pixels:
-    """Convert a flex array."""
-    raw = panel.as_numpy_array()
-    if raw.dtype.kind == "f":
-        return np.where(np.isfinite(raw), raw, INVALID)
-    pixels = raw.astype(np.int32)
-    pixels[pixels != raw] = INVALID  # beyond 32 bits
-    return pixels
-
-
-def _import_dxtbx(path: str) -> ModuleType:
-    """Import dxtbx's registry of formats; Debian's build needs to be told where it is."""
-    if _DEBIAN_BUILD.is_dir():
-        os.environ.setdefault("LIBTBX_BUILD", str(_DEBIAN_BUILD))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the libraries that dxtbx imports
-            importlib.import_module("scitbx.array_family.flex")
-            return importlib.import_module("dxtbx.format.Registry")
-    except (ImportError, KeyError) as error:  # KeyError: libtbx without its build folder
-        raise UserError(
-            f"{path} is not HDF5, and other image formats are read through dxtbx, which is not "
-            f"installed ({error}); install it with DIALS: apt install dials, or conda install -c "
-            "conda-forge dials"
-        ) from error
 
 
 def _is_hdf5(path: str) -> bool:

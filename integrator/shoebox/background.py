@@ -19,14 +19,14 @@ from scipy import ndimage
 
 from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.io.shoebox_store import BackgroundField
-from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.canvas import Counts, FrameCanvas
 from braggflux.integrator.shoebox.defects import (
     HOT_REACH,
     Defects,
     flaring_pixels,
     hot_pixels,
 )
-from braggflux.integrator.shoebox.kernels.frames import add_background, take_background_back
+from braggflux.integrator.shoebox.kernels.frames import add_background, count_unseen
 from braggflux.integrator.shoebox.shadows import (
     TOUCHING,
     divide,
@@ -55,10 +55,16 @@ class BackgroundAccumulator:
     is_watched : sequence of ndarray, (slow, fast) bool
         Pixels of each panel where all spots are known: beyond the resolution limit, spots that
         nobody predicted would pass for background.
+    highest : float
+        Largest count there can be on a frame.
     """
 
     def __init__(
-        self, canvas: FrameCanvas, n_images: int, is_watched: Sequence[NDArray[np.bool_]]
+        self,
+        canvas: FrameCanvas,
+        n_images: int,
+        is_watched: Sequence[NDArray[np.bool_]],
+        highest: float,
     ) -> None:
         self._canvas = canvas
         self._is_watched = np.zeros(canvas.size, dtype=bool)
@@ -66,9 +72,13 @@ class BackgroundAccumulator:
             canvas.panel_view(self._is_watched, panel)[...] = watched
         self._n_frames = 0
         # sums of counts n and of n (n - 1), and frames on which a pixel was not seen
-        self._total = np.zeros(canvas.size, dtype=np.int64)
-        self._excess = np.zeros(canvas.size, dtype=np.int64)
-        self._unseen = np.zeros(canvas.size, dtype=np.int32)
+        fits = highest * n_images <= np.iinfo(np.int32).max
+        self._total: Counts = np.zeros(canvas.size, dtype=np.int32 if fits else np.int64)
+        self._excess = np.zeros(canvas.size, dtype=np.float32)
+        few = n_images <= np.iinfo(np.uint16).max
+        self._unseen: NDArray[np.unsignedinteger[Any]] = np.zeros(
+            canvas.size, dtype=np.uint16 if few else np.uint32
+        )
         self._side = _tile_side(canvas)
         self._grids = [(-(-a // self._side), -(-b // self._side)) for a, b in canvas.panel_shapes]
         n_tiles = sum(rows * columns for rows, columns in self._grids)
@@ -100,9 +110,12 @@ class BackgroundAccumulator:
         sums = self._total, self._excess, self._unseen
         of_tiles = self._frame_total[frame], self._frame_count[frame]
         parts = (part for part, _ in tiles_of_panels(self._grids))
+        hidden = hidden[watched[hidden]]
+        watched[hidden] = False
         for place, part in zip(self._places, parts, strict=True):
             add_background(counts, watched, place, *sums, *(a[part] for a in of_tiles))
-        take_background_back(hidden, counts, watched, self._panels, *sums, *of_tiles)
+        watched[hidden] = True
+        count_unseen(hidden, self._panels, self._unseen, of_tiles[1])
         np.subtract(self._watched_pixels, of_tiles[1], out=of_tiles[1])
         self._n_frames += 1
 
@@ -120,7 +133,8 @@ class BackgroundAccumulator:
             for a in (self._total, self._excess, self._unseen, self._is_watched)
         )
         count = (self._n_frames - unseen) * watched
-        return total.astype(float), (total + excess).astype(float), count.astype(float)
+        photons = total.astype(float)
+        return photons, photons + excess, count.astype(float)
 
     def find_defects(self, is_hot: NDArray[np.bool_]) -> Defects:
         """Hot pixels and shadows of the frames added; :meth:`result` is free of them from now on.

@@ -5,18 +5,30 @@ Padding around each panel lets a window reach over the edge: what lies outside r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.shoebox.kernels.frames import load_panel
 
+if TYPE_CHECKING:
+    from braggflux.integrator.shoebox.sweep import Frames
+
 INVALID = -1
 """In place of the photons of a pixel that was not recorded, is masked or overloaded."""
 
+MAX_READERS = 2
+"""Threads that read frames; more would wait for HDF5."""
+WORD = 8
+"""The buffer is a whole number of words of so many bytes, whatever the type of its counts."""
+
 IntArray = NDArray[np.int64]
+Counts = NDArray[np.signedinteger[Any]]
 
 
 class FrameCanvas:
@@ -33,7 +45,7 @@ class FrameCanvas:
     ----------
     base, stride : ndarray, (n_panels,) int64
         First pixel of each panel in the flat array, without its padding, and length of its rows.
-    counts : ndarray, (size,) int32, or int16 if the frame is
+    counts : ndarray, (size,) int16 or int32
         Photons of the loaded frame; :data:`INVALID` in the padding and where not usable.
     """
 
@@ -45,8 +57,12 @@ class FrameCanvas:
         starts = np.cumsum([0, *(slow * fast for slow, fast in padded)])
         self._start = starts[:-1].astype(np.int64)
         self.base = self._start + margin * (self.stride + 1)
-        self.size = int(starts[-1])
-        self.counts = np.full(self.size, INVALID, dtype=np.int32)
+        self.size = -(-int(starts[-1]) // WORD) * WORD
+        self.counts = self.empty()
+
+    def empty(self) -> Counts:
+        """Give a buffer without a count, (size,)."""
+        return np.full(self.size, INVALID, dtype=np.int16)
 
     def panel_view(self, flat: NDArray[Any], panel: int) -> NDArray[Any]:
         """View of a panel's pixels, (slow, fast), in an array of the canvas' size."""
@@ -55,12 +71,14 @@ class FrameCanvas:
         padded = flat[base : base + (slow + 2 * m) * stride].reshape(slow + 2 * m, stride)
         return padded[m : m + slow, m : m + fast]
 
-    def load(
-        self,
-        images: Sequence[NDArray[np.signedinteger[Any]]],
-        usable: Sequence[NDArray[np.bool_]],
-    ) -> None:
-        """Take over a frame.
+    def load(self, images: Sequence[Counts], usable: Sequence[NDArray[np.bool_]]) -> None:
+        """Take over a frame; see :meth:`loaded`."""
+        self.counts = self.loaded(images, usable, self.counts)
+
+    def loaded(
+        self, images: Sequence[Counts], usable: Sequence[NDArray[np.bool_]], into: Counts
+    ) -> Counts:
+        """Lay a frame out as this canvas has it.
 
         Parameters
         ----------
@@ -68,13 +86,20 @@ class FrameCanvas:
             Photons per panel, negative where there is no count.
         usable : sequence of ndarray, (slow, fast) bool
             Static mask per panel.
+        into : ndarray, (size,)
+            :attr:`counts` of an earlier frame, written over if of the frame's type.
+
+        Returns
+        -------
+        ndarray, (size,)
         """
         dtype = np.result_type(*images)
-        if self.counts.dtype != dtype:
-            self.counts = np.full(self.size, INVALID, dtype)
+        if into.dtype != dtype:
+            into = np.full(self.size, INVALID, dtype)
         for panel, image in enumerate(images):
             base, stride = int(self.base[panel]), int(self.stride[panel])
-            load_panel(image, usable[panel], self.counts, base, stride, INVALID)
+            load_panel(image, usable[panel], into, base, stride, INVALID)
+        return into
 
     def windows(
         self, panel: IntArray, slow: IntArray, fast: IntArray, shape: tuple[int, int]
@@ -109,3 +134,60 @@ class FrameCanvas:
         stride = self.stride[np.searchsorted(self._start, index, side="right") - 1]
         rows = index[:, None] + np.array([-1, 0, 1]) * stride[:, None]
         return (rows[:, :, None] + np.array([-1, 0, 1])).reshape(len(index), 9)
+
+
+def read_ahead(
+    frames: Frames, numbers: Iterable[int], canvas: FrameCanvas, *, keep: int = 1
+) -> Generator[tuple[int, Counts], None, None]:
+    """Read frames onto buffers of a canvas' layout, the next ones in threads meanwhile.
+
+    HDF5 decompresses one frame at a time; all else is done in as many threads as there are cores,
+    two at most, beside the caller's.
+
+    Parameters
+    ----------
+    frames : Frames
+    numbers : iterable of int
+        In this order.
+    canvas : FrameCanvas
+        Its layout is used, not its counts.
+    keep : int
+        The counts of so many frames stay valid, the last one included.
+
+    Yields
+    ------
+    frame : int
+    counts : ndarray, (canvas.size,)
+        As :attr:`FrameCanvas.counts`.
+    """
+    n_threads = min(len(os.sched_getaffinity(0)), MAX_READERS)
+    usable = frames.static_mask()  # before the threads ask for it
+    spare: deque[Counts] = deque(canvas.empty() for _ in range(keep + n_threads))
+    held: deque[Counts] = deque()
+    coming: deque[tuple[int, Future[Counts]]] = deque()
+    waiting = iter(numbers)
+    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="frames")
+    try:
+        while True:
+            while spare and (number := next(waiting, None)) is not None:
+                into = spare.popleft()
+                coming.append((number, pool.submit(_read, frames, number, canvas, usable, into)))
+            if not coming:
+                return
+            number, future = coming.popleft()
+            held.append(future.result())
+            yield number, held[-1]
+            if len(held) == keep:
+                spare.append(held.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(
+    frames: Frames,
+    number: int,
+    canvas: FrameCanvas,
+    usable: Sequence[NDArray[np.bool_]],
+    into: Counts,
+) -> Counts:
+    return canvas.loaded(frames.read(number), usable, into)

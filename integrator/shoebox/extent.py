@@ -24,7 +24,7 @@ from scipy import stats
 
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.prediction.rocking import RockingWidth, frame_sigma
-from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.spikes import Windows, take_windows
 from braggflux.integrator.shoebox.sweep import Sweep
 
 logger = logging.getLogger(__name__)
@@ -165,6 +165,7 @@ def measure_extent(
     sweeps: Sequence[Sweep],
     *,
     n_sigma: float = 4.0,
+    find_hot: bool = False,
     max_spots: int = 2000,
     n_blocks: int = 4,
     seed: int = 0,
@@ -180,6 +181,8 @@ def measure_extent(
         Of each, ``n_blocks`` blocks of frames spread over the scan are read.
     n_sigma : float
         Half size of the box in standard deviations.
+    find_hot : bool
+        Leave out hot pixels that the masks do not know.
     max_spots : int
         The strongest so many are used, per sweep.
     n_blocks : int
@@ -194,15 +197,13 @@ def measure_extent(
     widths = [abs(sweep.experiment.rotation.scan.oscillation[1]) for sweep in sweeps]
     half_frames = int(np.clip(math.ceil(1.0 / min(widths)), 4, 20))
     rng = np.random.default_rng(seed)
-    found = [
-        _StrongSpots.join(
-            [
-                _strong_spots(sweep, block, half_frames, max_spots // n_blocks, rng)
-                for block in _blocks(sweep.frames.n_images, 4 * half_frames + 1, n_blocks)
-            ]
-        )
-        for sweep in sweeps
-    ]
+    found = []
+    for sweep in sweeps:
+        blocks = _blocks(sweep.frames.n_images, 4 * half_frames + 1, n_blocks)
+        chosen = [_candidates(sweep, block, half_frames, rng) for block in blocks]
+        take_windows(sweep.frames, [windows for _, windows in chosen], find_hot=find_hot)
+        parts = [_strong_spots(sweep, *some, max_spots // n_blocks) for some in chosen]
+        found.append(_StrongSpots.join(parts))
     groups = [spots for spots in found if len(spots) >= OWN_SPOTS]
     rest = [spots for spots in found if len(spots) < OWN_SPOTS]
     if sum(map(len, rest)) >= MIN_SPOTS:
@@ -257,22 +258,29 @@ def _blocks(n_images: int, length: int, n_blocks: int) -> list[tuple[int, int]]:
     return [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
-def _strong_spots(
-    sweep: Sweep,
-    block: tuple[int, int],
-    half_frames: int,
-    max_spots: int,
-    rng: np.random.Generator,
-) -> _StrongSpots:
-    """Strongest spots whose centroid lies in a block of frames."""
-    centre = sweep.prediction.xyz_px.numpy().astype(float)
-    zeta = sweep.prediction.zeta.numpy().astype(float)
+def _candidates(
+    sweep: Sweep, block: tuple[int, int], half_frames: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], Windows]:
+    """Rows of spots whose centroid lies in a block of frames, and the windows around them."""
+    centre, zeta = sweep.prediction.xyz_px.numpy(), sweep.prediction.zeta.numpy()
     inside = (centre[:, 2] >= block[0]) & (centre[:, 2] < block[1]) & (zeta > MIN_ZETA)
     rows = np.nonzero(inside)[0]
     if len(rows) > MAX_CANDIDATES:
         rows = np.sort(rng.choice(rows, MAX_CANDIDATES, replace=False))
-    centre, zeta = centre[rows], zeta[rows]
-    corner, counts = _crop(sweep, block, rows, (half_frames, HALF_WINDOW, HALF_WINDOW))
+    half = (half_frames, HALF_WINDOW, HALF_WINDOW)
+    corner = np.floor(centre[rows, ::-1]).astype(np.int64) - half
+    depth, height, width = (2 * n + 1 for n in half)
+    panel = sweep.prediction.panel.numpy()[rows]
+    return rows, Windows(block, panel, corner, (depth, height, width))
+
+
+def _strong_spots(
+    sweep: Sweep, rows: NDArray[np.int64], windows: Windows, max_spots: int
+) -> _StrongSpots:
+    """Strongest of some spots."""
+    centre = sweep.prediction.xyz_px.numpy()[rows].astype(float)
+    zeta = sweep.prediction.zeta.numpy()[rows].astype(float)
+    corner, counts = windows.corner, windows.counts
     dx, dy, dz = (
         corner[:, 2 - axis, None] + np.arange(counts.shape[3 - axis]) + 0.5 - centre[:, axis, None]
         for axis in range(3)
@@ -284,32 +292,6 @@ def _strong_spots(
     dm = dz * step[:, None]
     d = sweep.prediction.d.numpy()[rows].astype(float)
     return _StrongSpots(net[best], (dx[best], dy[best], dm[best]), step[best], d[best])
-
-
-def _crop(
-    sweep: Sweep, block: tuple[int, int], rows: NDArray[np.int64], half: tuple[int, int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Raw windows around some reflections, -1 where invalid or outside of the block.
-
-    Returns
-    -------
-    corner : ndarray, (N, 3)
-        First (frame, slow, fast) of each window.
-    counts : ndarray, (N, D, H, W) int32
-    """
-    panel = sweep.prediction.panel.numpy()[rows]
-    corner = np.floor(sweep.prediction.xyz_px.numpy()[rows, ::-1]).astype(np.int64) - half
-    depth, height, width = (2 * n + 1 for n in half)
-    counts = np.full((len(rows), depth, height, width), -1, dtype=np.int32)
-    canvas = FrameCanvas(sweep.frames.panel_shapes, max(half[1:]) + 3)
-    for frame in range(*block):
-        step = frame - corner[:, 0]
-        active = np.nonzero((step >= 0) & (step < depth))[0]
-        canvas.load(sweep.frames.read(frame), sweep.frames.static_mask())
-        _, slow, fast = corner[active].T
-        index = canvas.windows(panel[active], slow, fast, (height, width))
-        counts[active, step[active]] = canvas.counts[index]
-    return corner, counts
 
 
 def _subtract_background(

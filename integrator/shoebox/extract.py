@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,11 @@ def extract_shoeboxes(
         columns, pairs, first, max_count = [], [], 0, 0
         for number, sweep in enumerate(sweeps):
             cutter = _SweepCutter(sweep, extent, settings, writer, first, find_defects)
-            for frame in range(sweep.frames.n_images):
-                cutter.add_frame(frame)
-                tick()
-            columns.append(cutter.finish(number))
+            with closing(cutter):
+                for frame in range(sweep.frames.n_images):
+                    cutter.add_frame(frame)
+                    tick()
+                columns.append(cutter.finish(number))
             pairs.append(cutter.neighbours(number))
             max_count = max(max_count, cutter.max_count)
             first += len(sweep.prediction)
@@ -135,12 +137,17 @@ def extract_shoeboxes(
 
 def _count_type(sweeps: Sequence[Sweep]) -> np.dtype[Any]:
     """Choose the smallest integer that holds the photons of every trusted value."""
+    fits = _highest_count(sweeps) <= np.iinfo(np.uint16).max
+    return np.dtype(np.uint16 if fits else np.int32)
+
+
+def _highest_count(sweeps: Sequence[Sweep]) -> float:
+    """Largest number of photons that a frame can hold in a pixel."""
     lookups = [sweep.experiment.images.lookup for sweep in sweeps if sweep.experiment.images]
     if any(lookup.gain or lookup.pedestal for lookup in lookups):
-        return np.dtype(np.int32)
+        return float(np.iinfo(np.int32).max)
     panels = [panel for sweep in sweeps for panel in sweep.experiment.panels]
-    highest = max((panel.trusted_range[1] - panel.pedestal) / panel.gain for panel in panels)
-    return np.dtype(np.uint16 if highest <= np.iinfo(np.uint16).max else np.int32)
+    return max((panel.trusted_range[1] - panel.pedestal) / panel.gain for panel in panels)
 
 
 class _OpenBoxes:
@@ -242,7 +249,7 @@ class _SweepCutter:
             is_active=find_defects,
         )
         self._background = BackgroundAccumulator(
-            self._canvas, self._n_images, where_spots_are_known(sweep)
+            self._canvas, self._n_images, where_spots_are_known(sweep), _highest_count([sweep])
         )
         self._open = _OpenBoxes(
             writer, first_row, self._corner[:, 0], self._per_layer, box, self._n_images
@@ -308,9 +315,14 @@ class _SweepCutter:
         for column, flag in enumerate((Flag.DEFECT, Flag.MASKED_CORE, Flag.OVERLAPPED)):
             self._flags[rows[is_found[:, column]]] |= flag
 
+    def close(self) -> None:
+        """Stop reading, and let go of what only frames need."""
+        self._source.close()
+
     def finish(self, experiment: int) -> dict[str, NDArray[Any]]:
         """Write what is left and return the columns of the sweep."""
         self._open.flush(len(self._corner))
+        self.close()
         if self._find_defects:
             self._remove_defects()
         self._writer.write_background(experiment, self._background.result())

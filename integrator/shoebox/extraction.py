@@ -17,7 +17,7 @@ from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, place_on_scans
 from braggflux.integrator.io.dials.sweeps import images_of, require_distinct, sweeps_of
-from braggflux.integrator.io.images import FrameSource, open_frames
+from braggflux.integrator.io.images import FrameSource, open_transient_frames
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.prediction.predict import (
     Prediction,
@@ -30,7 +30,6 @@ from braggflux.integrator.prediction.rocking import frame_sigma
 from braggflux.integrator.shoebox.extent import SpotExtent, measure_extent
 from braggflux.integrator.shoebox.extract import Progress, extract_shoeboxes
 from braggflux.integrator.shoebox.mask import MaskSettings
-from braggflux.integrator.shoebox.spikes import QuietFrames
 from braggflux.integrator.shoebox.sweep import Sweep
 from braggflux.integrator.version import software
 
@@ -57,7 +56,7 @@ def run_extraction(
     settings: MaskSettings | None = None,
     find_defects: bool = True,
     model_neighbours: bool = True,
-    frame_source: Callable[[Experiment], FrameSource] = open_frames,
+    frame_source: Callable[[Experiment], FrameSource] = open_transient_frames,
     progress: Progress | None = None,
 ) -> ShoeboxStore:
     """Predict reflections, measure the spot size and write the shoebox store.
@@ -124,10 +123,7 @@ def run_extraction(
             frames = stack.enter_context(frame_source(experiment))
             _check_frames(experiment, frames)
             sweeps.append(Sweep(experiment, frames, prediction))
-        quiet = (
-            [replace(s, frames=QuietFrames(s.frames)) for s in sweeps] if find_defects else sweeps
-        )
-        extent = extent_override or measure_extent(quiet, n_sigma=n_sigma)
+        extent = extent_override or measure_extent(sweeps, n_sigma=n_sigma, find_hot=find_defects)
         if box is not None:
             extent = replace(extent, box=box)
         logger.info(

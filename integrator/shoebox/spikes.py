@@ -15,13 +15,14 @@ left to the outlier part of the merge's likelihood.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf, pdtrc
 
-from braggflux.integrator.shoebox.canvas import INVALID, FrameCanvas
+from braggflux.integrator.shoebox.canvas import INVALID, Counts, FrameCanvas, read_ahead
 from braggflux.integrator.shoebox.kernels.frames import sharp_candidates
 
 if TYPE_CHECKING:
@@ -49,107 +50,47 @@ HOT_SHARE, HOT_FRAMES = 0.5, 10
 """A pixel is hot when it is sharp on a larger share of the frames, and on so many at least."""
 
 ODD_RATIOS = (ODD_RATIO,) * len(OPPOSITE)
+KEPT = 3
+"""Frames in hand: before, now and ahead."""
+ANY_SIZE = (1.0, 1.0, 1.0)
+"""Standard deviations that allow for spots of any size."""
 NONE = np.zeros(0, dtype=np.int64)
 _LEFT_OUT = np.array([out or (-1, -1) for out in OPPOSITE], dtype=np.int64)
 
-Integers = NDArray[np.signedinteger[Any]]
+Index = NDArray[np.int64]
 
 
-class SpikeFilter:
-    """Reads frames in order and takes the spikes out of them.
+class SharpCounts:
+    """Finds counts that exceed what the pixels around them allow.
 
     Parameters
     ----------
-    frames : Frames
     canvas : FrameCanvas
-        Loaded by :meth:`load`.
+        Layout of the frames.
+    usable : sequence of ndarray, (slow, fast) bool
+        Static mask of each panel.
     sigma : (float, float, float)
         Standard deviation of the spots along fast, slow [pixels] and rotation [frames], without
         the width of pixel and frame.
-    is_active : bool
-        False passes the frames on as they are.
     """
 
     def __init__(
         self,
-        frames: Frames,
         canvas: FrameCanvas,
+        usable: Sequence[NDArray[np.bool_]],
         sigma: tuple[float, float, float],
-        *,
-        is_active: bool = True,
     ) -> None:
-        self._frames, self._canvas, self._usable = frames, canvas, frames.static_mask()
-        self._is_active = is_active
-        self._ratios, self._across = peak_ratios(sigma)
-        self._ahead = FrameCanvas(canvas.panel_shapes, canvas.margin)
-        self._before = FrameCanvas(canvas.panel_shapes, canvas.margin)
+        self._canvas = canvas
+        self._ratios, self.across = peak_ratios(sigma)
         self._static = np.zeros(canvas.size, dtype=bool)
-        for panel, good in enumerate(self._usable):
+        for panel, good in enumerate(usable):
             canvas.panel_view(self._static, panel)[...] = good
-        self._next = -1
-        self._spikes, self._taken = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        self._sharp: list[NDArray[np.int64]] = []  # of each frame
-        self.n_spikes = 0
-        self.is_spike = np.zeros(canvas.size, dtype=bool)  # on the loaded frame
-        self.odd = np.zeros(0, dtype=np.int64)  # flat indices, too sharp for background
 
-    def load(self, frame: int) -> None:
-        """Load a frame (each in turn) into the canvas, without its spikes."""
-        canvas, ahead = self._canvas, self._ahead
-        if not self._is_active:
-            canvas.load(self._frames.read(frame), self._usable)
-            return
-        if self._next != frame:
-            self._before.counts[...] = INVALID
-            ahead.load(self._frames.read(frame), self._usable)
-        else:
-            canvas.counts[self._spikes] = self._taken
-            self._before.counts, canvas.counts = canvas.counts, self._before.counts
-        canvas.counts, ahead.counts = ahead.counts, canvas.counts
-        if frame + 1 < self._frames.n_images:
-            ahead.load(self._frames.read(frame + 1), self._usable)
-        else:
-            ahead.counts[...] = INVALID
-        self._next = frame + 1
-        self.is_spike[self._spikes] = False
-        candidates = self._candidates(canvas.counts)
-        sharp, is_supported = self._find(canvas.counts, candidates)
-        self.odd = self._sharp_of(canvas.counts, candidates, ODD_RATIOS)
-        self._spikes = sharp[~is_supported]
-        self.is_spike[self._spikes] = True
-        self._sharp.append(sharp)
-        self.n_spikes += len(self._spikes)
-        self._taken = canvas.counts[self._spikes]
-        canvas.counts[self._spikes] = INVALID
+    def find(self, now: Counts) -> tuple[Index, Index]:
+        """Flat indices of the sharp counts of a frame (canvas.size,), and of the odd ones.
 
-    def hot_pixels(self) -> NDArray[np.bool_]:
-        """Pixels that were sharp on most frames, (size,)."""
-        pixels, n_sharp = np.unique(np.concatenate([NONE, *self._sharp]), return_counts=True)
-        is_hot = np.zeros(self._canvas.size, dtype=bool)
-        is_hot[pixels[n_sharp >= max(HOT_SHARE * self._frames.n_images, HOT_FRAMES)]] = True
-        return is_hot
-
-    def _find(
-        self, now: Integers, candidates: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Flat indices of sharp counts, (K,), and whether the frames beside support them."""
-        index = self._sharp_of(now, candidates, self._ratios)
-        around = self._canvas.around(index)
-        support, n_frames = np.zeros(len(index)), np.zeros(len(index))
-        for frame in (self._before.counts, self._ahead.counts):
-            window = np.maximum(frame[around], 0)
-            # all of a spot in one pixel, nothing of one that has a third there, as most have
-            support += np.maximum(1.5 * window.max(axis=1) - 0.5 * window.sum(axis=1), 0.0)
-            n_frames += frame[index] >= 0
-        support *= 2.0 / np.maximum(n_frames, 1.0)
-        return index, ~exceeds(now[index], self._across, support)
-
-    def find_sharp(self, now: Integers) -> NDArray[np.int64]:
-        """Flat indices of the sharp counts of a frame (canvas.size,)."""
-        return self._sharp_of(now, self._candidates(now), self._ratios)
-
-    def _candidates(self, now: Integers) -> NDArray[np.int64]:
-        """Flat indices of counts above the mean that their neighbours allow."""
+        Odd are those that are too sharp where no spot is predicted.
+        """
         canvas = self._canvas
         least = ALLOWANCE * np.minimum(self._ratios, ODD_RATIOS)
         places = zip(canvas.base, canvas.stride, canvas.panel_shapes, strict=True)
@@ -159,11 +100,10 @@ class SpikeFilter:
             )
             for base, stride, shape in places
         ]
-        return np.concatenate(found)
+        index = np.concatenate(found)
+        return self._above(now, index, self._ratios), self._above(now, index, ODD_RATIOS)
 
-    def _sharp_of(
-        self, now: Integers, index: NDArray[np.int64], ratios: Sequence[float]
-    ) -> NDArray[np.int64]:
+    def _above(self, now: Counts, index: Index, ratios: Sequence[float]) -> Index:
         """Those of some pixels whose counts are above ``ratios`` to each set of neighbours."""
         around = self._canvas.around(index)
         ring = np.delete(around, 4, axis=1)  # without the pixel itself
@@ -178,36 +118,181 @@ class SpikeFilter:
         return index[is_sharp]
 
 
-class QuietFrames:
-    """Frames without hot pixels, for looks at some of them before all are read.
+class SpikeFilter:
+    """Reads frames in order and takes the spikes out of them.
+
+    Parameters
+    ----------
+    frames : Frames
+    canvas : FrameCanvas
+        Loaded by :meth:`load`.
+    sigma : (float, float, float)
+        As for :class:`SharpCounts`.
+    is_active : bool
+        False passes the frames on as they are.
+
+    Attributes
+    ----------
+    is_spike : ndarray, (canvas.size,) bool
+        Of the loaded frame.
+    odd : ndarray, (K,) int64
+        Flat indices of counts of the loaded frame that are too sharp for background.
+    n_spikes : int
+        So far.
+    """
+
+    def __init__(
+        self,
+        frames: Frames,
+        canvas: FrameCanvas,
+        sigma: tuple[float, float, float],
+        *,
+        is_active: bool = True,
+    ) -> None:
+        self._canvas, self._is_active, self._n_images = canvas, is_active, frames.n_images
+        self._sharp_counts = SharpCounts(canvas, frames.static_mask(), sigma)
+        self._reader = read_ahead(frames, range(frames.n_images), canvas, keep=KEPT)
+        self._nothing = canvas.counts
+        self._before, self._now, self._ahead = self._nothing, self._nothing, self._nothing
+        self._next = 0
+        self._spikes, self._taken = NONE, np.zeros(0, dtype=np.int32)
+        self._sharp: list[Index] = []  # of each frame
+        self.n_spikes = 0
+        self.is_spike = np.zeros(canvas.size, dtype=bool)
+        self.odd = NONE
+
+    def load(self, frame: int) -> None:
+        """Load a frame (each in turn, from the first) into the canvas, without its spikes."""
+        if frame != self._next:
+            raise ValueError(f"frames are loaded in turn: {self._next}, not {frame}")
+        self._next += 1
+        if not self._is_active:
+            self._canvas.counts = next(self._reader)[1]
+            return
+        if frame == 0:
+            self._ahead = next(self._reader)[1]
+        self._now[self._spikes] = self._taken
+        self._before, now = self._now, self._ahead
+        self._now, self._ahead = now, next(self._reader, (0, self._nothing))[1]
+        self.is_spike[self._spikes] = False
+        sharp, self.odd = self._sharp_counts.find(now)
+        self._spikes = sharp[~self._are_supported(sharp)]
+        self.is_spike[self._spikes] = True
+        self._sharp.append(sharp)
+        self.n_spikes += len(self._spikes)
+        self._taken = now[self._spikes]
+        now[self._spikes] = INVALID
+        self._canvas.counts = now
+
+    def close(self) -> None:
+        """Stop reading, and let go of the frames."""
+        self._reader.close()
+        self._before = self._now = self._ahead = self._canvas.counts = self._nothing
+        self._nothing = np.zeros(0, dtype=np.int16)
+
+    def hot_pixels(self) -> NDArray[np.bool_]:
+        """Pixels that were sharp on most frames, (size,)."""
+        return often_sharp(self._sharp, self._n_images, self._canvas.size)
+
+    def _are_supported(self, index: Index) -> NDArray[np.bool_]:
+        """Whether the frames beside support sharp counts, (K,)."""
+        around = self._canvas.around(index)
+        support, n_frames = np.zeros(len(index)), np.zeros(len(index))
+        for frame in (self._before, self._ahead):
+            window = np.maximum(frame[around], 0)
+            # all of a spot in one pixel, nothing of one that has a third there, as most have
+            support += np.maximum(1.5 * window.max(axis=1) - 0.5 * window.sum(axis=1), 0.0)
+            n_frames += frame[index] >= 0
+        support *= 2.0 / np.maximum(n_frames, 1.0)
+        return ~exceeds(self._now[index], self._sharp_counts.across, support)
+
+
+def often_sharp(sharp: Sequence[Index], n_frames: int, size: int) -> NDArray[np.bool_]:
+    """Pixels that are in most of ``n_frames`` lists of sharp ones, (size,): hot ones."""
+    pixels, n_sharp = np.unique(np.concatenate([NONE, *sharp]), return_counts=True)
+    is_hot = np.zeros(size, dtype=bool)
+    is_hot[pixels[n_sharp >= max(HOT_SHARE * n_frames, HOT_FRAMES)]] = True
+    return is_hot
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows around some spots in a block of frames, for a first look at these.
+
+    Parameters
+    ----------
+    block : (int, int)
+        Half-open range of frames.
+    panel : ndarray, (N,) int64
+    corner : ndarray, (N, 3) int64
+        First (frame, slow, fast) of each window.
+    shape : (int, int, int)
+        (D, H, W) of each window.
+
+    Attributes
+    ----------
+    counts : ndarray, (N, D, H, W) int32
+        Photons; negative where invalid or outside of the block.
+    """
+
+    block: tuple[int, int]
+    panel: NDArray[np.int64]
+    corner: NDArray[np.int64]
+    shape: tuple[int, int, int]
+    counts: NDArray[np.int32] = field(init=False)
+
+    def __post_init__(self) -> None:
+        counts = np.full((len(self.corner), *self.shape), INVALID, dtype=np.int32)
+        object.__setattr__(self, "counts", counts)
+
+    def take(self, frame: int, counts: Counts, canvas: FrameCanvas) -> None:
+        """Take what a frame holds of the windows."""
+        if not self.block[0] <= frame < self.block[1]:
+            return
+        step = frame - self.corner[:, 0]
+        active = np.nonzero((step >= 0) & (step < self.shape[0]))[0]
+        self.counts[active, step[active]] = counts[self._pixels(active, canvas)]
+
+    def leave_out(self, is_bad: NDArray[np.bool_], canvas: FrameCanvas) -> None:
+        """Make pixels (canvas.size,) invalid."""
+        rows = np.arange(len(self.corner))
+        self.counts.swapaxes(0, 1)[:, is_bad[self._pixels(rows, canvas)]] = INVALID
+
+    def _pixels(self, rows: NDArray[np.int64], canvas: FrameCanvas) -> NDArray[np.int64]:
+        _, slow, fast = self.corner[rows].T
+        return canvas.windows(self.panel[rows], slow, fast, self.shape[1:])
+
+
+def take_windows(frames: Frames, windows: Sequence[Windows], *, find_hot: bool) -> None:
+    """Fill windows, without hot pixels if these are to be found; each frame is read once.
 
     Hot are pixels that are sharp on most of some frames from all over the scan. Zingers stay: as
     long as the size of the spots is not known, a spot of a fifth of a pixel would be one.
+
+    Parameters
+    ----------
+    frames : Frames
+    windows : sequence of Windows
+    find_hot : bool
     """
-
-    def __init__(self, frames: Frames) -> None:
-        self._frames = frames
-        self.n_images, self.panel_shapes = frames.n_images, frames.panel_shapes
-        canvas = FrameCanvas(frames.panel_shapes, 2)
-        spikes = SpikeFilter(frames, canvas, (1.0, 1.0, 1.0))
-        n_sharp, usable = np.zeros(canvas.size, dtype=np.int32), frames.static_mask()
-        looks = np.unique(np.linspace(0, frames.n_images - 1, 2 * HOT_FRAMES).astype(int))
-        for frame in looks:
-            canvas.load(frames.read(int(frame)), usable)
-            n_sharp[spikes.find_sharp(canvas.counts)] += 1
-        is_hot = n_sharp >= max(HOT_SHARE * len(looks), HOT_FRAMES)
-        self._usable = [good & ~canvas.panel_view(is_hot, p) for p, good in enumerate(usable)]
-
-    def static_mask(self) -> list[NDArray[np.bool_]]:
-        """Pixels usable on every frame, per panel."""
-        return self._usable
-
-    def read(self, frame: int) -> list[NDArray[np.int32]]:
-        """Photons of a frame per panel, hot pixels among them: the mask knows those."""
-        return self._frames.read(frame)
+    margin = max((max(w.shape[1:]) for w in windows), default=0) + 3
+    canvas = FrameCanvas(frames.panel_shapes, margin)
+    n_looks = 2 * HOT_FRAMES if find_hot else 0
+    looks = {int(n) for n in np.linspace(0, frames.n_images - 1, n_looks)}
+    search, sharp = SharpCounts(canvas, frames.static_mask(), ANY_SIZE), []
+    numbers = looks.union(*(range(*w.block) for w in windows))
+    for frame, counts in read_ahead(frames, sorted(numbers), canvas):
+        if frame in looks:
+            sharp.append(search.find(counts)[0])
+        for window in windows:
+            window.take(frame, counts, canvas)
+    is_hot = often_sharp(sharp, len(sharp), canvas.size)
+    if is_hot.any():
+        for window in windows:
+            window.leave_out(is_hot, canvas)
 
 
-def _sums(neighbours: Integers) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _sums(neighbours: Counts) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Sum over neighbours (K, M), missing ones (negative) like the others, and how many are."""
     n = (neighbours >= 0).sum(axis=1)
     total = np.maximum(neighbours, 0).sum(axis=1) * neighbours.shape[1] / np.maximum(n, 1)
@@ -243,7 +328,7 @@ def peak_ratios(sigma: tuple[float, float, float]) -> tuple[list[float], float]:
     return in_frame, min(float(across), MAX_ACROSS)
 
 
-def exceeds(count: Integers, ratio: float, total: NDArray[np.float64]) -> NDArray[np.bool_]:
+def exceeds(count: Counts, ratio: float, total: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Whether counts (K,) are too large for neighbours that hold ``total``."""
     # the neighbours' own rate may be larger than what they counted
     upper = total + 3.0 * np.sqrt(total) + 3.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ class Frames(Protocol):
     def static_mask(self) -> list[NDArray[np.bool_]]:
         """Return pixels usable on every frame, one (slow, fast) array per panel."""
 
-    def read(self, frame: int) -> list[NDArray[np.int32]]:
+    def read(self, frame: int) -> list[NDArray[np.signedinteger[Any]]]:
         """Return the photons of a frame (0-based), per panel; -1 where there is no count."""
 
 

@@ -25,7 +25,7 @@ def counts_of(expt) -> tuple[np.ndarray, np.ndarray]:
     """All frames, -1 where there is no count, and the static mask."""
     with open_frames(read_experiments(expt)[0]) as source:
         frames = np.stack([source.read(i)[0] for i in range(source.n_images)])
-        return frames, source.static_mask()[0]
+        return frames.astype(np.int32), source.static_mask()[0]
 
 
 def dxtbx_counts(expt) -> np.ndarray:

@@ -15,7 +15,13 @@ from braggflux.integrator.shoebox.defects import (
     hot_pixels,
     report,
 )
-from braggflux.integrator.shoebox.spikes import HOT_FRAMES, QuietFrames, SpikeFilter, peak_ratios
+from braggflux.integrator.shoebox.spikes import (
+    HOT_FRAMES,
+    SpikeFilter,
+    Windows,
+    peak_ratios,
+    take_windows,
+)
 
 SHAPE = (60, 70)
 SIGMA = (0.8, 0.7, 0.5)
@@ -46,6 +52,12 @@ def filtered(frames: Frames, sigma=SIGMA, **options) -> tuple[SpikeFilter, np.nd
         source.load(frame)
         seen.append(canvas.panel_view(canvas.counts, 0).copy())
     return source, np.stack(seen)
+
+
+def whole(frames: Frames) -> Windows:
+    """One window that is all of the frames."""
+    n, zeros = frames.n_images, np.zeros((1, 3), np.int64)
+    return Windows((0, n), zeros[:, 0], zeros, (n, *SHAPE))
 
 
 def spot(centre, sigma, shape) -> np.ndarray:
@@ -193,9 +205,9 @@ def test_spots_of_any_size_are_whole_before_their_size_is_known(sigma):
         for fast in range(6, 70, 9):
             rate += 3e4 * spot(np.array([4, slow, fast]) + rng.random(3), sigma, rate.shape)
     frames = Frames(rng.poisson(rate))
-    quiet = QuietFrames(frames)
-    assert np.array_equal(quiet.read(4)[0], frames.images[4])
-    assert quiet.static_mask()[0].all()
+    windows = whole(frames)
+    take_windows(frames, [windows], find_hot=True)
+    assert np.array_equal(windows.counts[0], frames.images)
     # and none is a zinger once it is
     source, _ = filtered(frames, sigma=sigma[::-1])
     assert source.n_spikes == 0
@@ -204,7 +216,10 @@ def test_spots_of_any_size_are_whole_before_their_size_is_known(sigma):
 def test_hot_pixels_are_masked_before_the_spots_are_measured():
     images = np.random.default_rng(0).poisson(0.5, (30, *SHAPE))
     images[:, 15, 15] += 20_000
-    assert np.argwhere(~QuietFrames(Frames(images)).static_mask()[0]).tolist() == [[15, 15]]
+    windows = whole(Frames(images))
+    take_windows(Frames(images), [windows], find_hot=True)
+    assert np.argwhere((windows.counts[0] < 0).all(0)).tolist() == [[15, 15]]
+    assert (windows.counts >= 0).sum() == 30 * (images[0].size - 1)
 
 
 def test_a_loss_of_more_than_a_per_mille_is_a_warning(caplog):

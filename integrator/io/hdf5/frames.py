@@ -9,12 +9,15 @@ wanted, and then is an error, and so that a chunk is decompressed once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import h5py
+import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
@@ -54,6 +57,7 @@ class FrameStack:
         self.path = Path(path)
         self._files = Hdf5Files()
         self._block: tuple[str, int, NDArray[Any]] | None = None
+        self._memory, self._lock = threading.local(), threading.Lock()
         try:
             self.master = self._files.open(self.path)
             self._origins = self._find_frames(None if needed is None else max(needed, default=-1))
@@ -85,18 +89,22 @@ class FrameStack:
         """Return frame ``number`` (0-based) as stored.
 
         Chunks that span several frames are kept until another one is needed, so that reading in
-        order decompresses each frame once.
+        order decompresses each frame once. A frame that has chunks of its own is valid until the
+        same thread reads another: memory that is new for each would take half as long again.
         """
         origin = self._origins[number]
         if isinstance(origin, str):
             raise UserError(origin)
         dataset, frame = origin
         depth = dataset.chunks[0] if dataset.chunks else 1
+        if depth == 1:
+            return self._load_alone(dataset, frame)
         start = frame - frame % depth
         key = f"{dataset.file.filename}:{dataset.name}"
-        if self._block is None or self._block[:2] != (key, start):
-            self._block = (key, start, self._load(dataset, start, depth))
-        return self._block[2][frame - start]
+        with self._lock:
+            if self._block is None or self._block[:2] != (key, start):
+                self._block = (key, start, self._load(dataset, start, depth))
+            return self._block[2][frame - start]
 
     def follow(self, group: h5py.Group, name: str) -> h5py.Dataset | h5py.Group | None:
         """Return a member of a group through any link, or None when there is none.
@@ -110,14 +118,18 @@ class FrameStack:
             return None
         return self._files.member(group, name)
 
+    def _load_alone(self, dataset: h5py.Dataset, frame: int) -> NDArray[Any]:
+        """Read a frame into this thread's memory for frames."""
+        memory = getattr(self._memory, "frame", None)
+        if memory is None or memory.shape != dataset.shape[1:] or memory.dtype != dataset.dtype:
+            memory = self._memory.frame = np.empty(dataset.shape[1:], dataset.dtype)
+        with _readable(dataset, frame):
+            dataset.read_direct(memory, np.s_[frame])
+        return memory
+
     def _load(self, dataset: h5py.Dataset, start: int, depth: int) -> NDArray[Any]:
-        try:
+        with _readable(dataset, start):
             return dataset[start : start + depth]
-        except OSError as error:
-            raise UserError(
-                f"cannot read frame {start} of {dataset.file.filename} ({brief(error)}); "
-                "the file is damaged, copy it again"
-            ) from error
 
     def _find_frames(self, last: int | None) -> list[Origin]:
         """Trace frames to data sets, in order, as far as frame ``last`` (None: all)."""
@@ -243,3 +255,15 @@ class FrameStack:
                     "to different data sets"
                 )
         return first
+
+
+@contextmanager
+def _readable(dataset: h5py.Dataset, frame: int) -> Iterator[None]:
+    """Say which frame it is that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read frame {frame} of {dataset.file.filename} ({brief(error)}); "
+            "the file is damaged, copy it again"
+        ) from error

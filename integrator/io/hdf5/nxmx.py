@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import h5py
 import numpy as np
@@ -108,6 +108,21 @@ class NxmxFrames:
         if masks is not None:
             image[masks[number] != 0] = INVALID
         return [image[panel] for panel in self._panels]
+
+    def read_stored(self, number: int) -> list[NDArray[np.unsignedinteger[Any]]] | None:
+        """Return frame ``number`` as stored, where the highest values of its type are the codes.
+
+        None for frames with other codes, or a mask for each image. Valid until the same thread
+        reads another frame.
+        """
+        if (
+            self._stack.dtype not in (np.uint16, np.uint32)
+            or self._codes
+            or self._masks[1] is not None
+        ):
+            return None
+        raw = self._stack.read(number)
+        return [raw[panel] for panel in self._panels]
 
     def pixel_mask(self) -> list[NDArray[np.bool_]]:
         """Return whether pixels are good, per panel: ``pixel_mask`` is zero, or absent.

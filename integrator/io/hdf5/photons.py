@@ -56,6 +56,10 @@ class PhotonScale:
     is_calibrated : ndarray of bool, () or (slow, fast)
         Where gain and pedestal can be used: not where they are no number, or the gain is not
         positive.
+    last : int
+        Highest trusted value, of whole ones [ADU].
+    keeps_counts : bool
+        Whether whole values up to ``last`` are photons, and all of them trusted.
     """
 
     def __init__(
@@ -69,11 +73,15 @@ class PhotonScale:
         first, last = (
             (np.floor(low) + 1, np.ceil(high) - 1) if low < 0 else (np.ceil(low), np.floor(high))
         )
-        self._first, self._last = int(max(first, INVALID + 1)), int(min(last, _LARGEST))
+        self._first, self.last = int(max(first, INVALID + 1)), int(min(last, _LARGEST))
         self.is_calibrated = np.isfinite(gain) & np.isfinite(pedestal) & (np.asarray(gain) > 0)
         self._gain = np.where(self.is_calibrated, gain, 1.0)
         self._pedestal = np.where(self.is_calibrated, pedestal, 0.0)
         self._is_identity = bool(np.all(gain == 1.0) and np.all(pedestal == 0.0))
+
+    @property
+    def keeps_counts(self) -> bool:  # noqa: D102 - an attribute to its users
+        return self._is_identity and self._first <= 0 and not self.is_empty
 
     @property
     def is_empty(self) -> bool:
@@ -85,14 +93,14 @@ class PhotonScale:
         if self.is_empty:
             return np.zeros(adu.shape, dtype=bool)
         if adu.dtype.kind == "i":
-            return (adu >= self._first) & (adu <= self._last)
+            return (adu >= self._first) & (adu <= self.last)
         above = adu > max(self.low, INVALID) if self.low < 0 else adu >= self.low
         return above & ~self.is_overload(adu)
 
     def is_overload(self, adu: Pixels) -> NDArray[np.bool_]:
         """Whether values lie above the trusted range."""
         if adu.dtype.kind == "i":
-            return adu > self._last
+            return adu > self.last
         return adu >= self.high if self.low < 0 else adu > self.high
 
     def is_whole(self, adu: Pixels) -> bool:

@@ -22,12 +22,12 @@ def load_panel(
     image: Integers, usable: Bools, out: Integers, base: int, stride: int, invalid: int
 ) -> None:
     """Copy an image to its place; ``invalid`` where it is negative or not usable."""
-    slow, fast = image.shape
-    for y in range(slow):
-        first = base + y * stride
-        for x in range(fast):
-            value = image[y, x]
-            out[first + x] = value if usable[y, x] and value >= 0 else invalid
+    nothing = out.dtype.type(invalid)
+    for y in range(len(image)):
+        row, good = image[y], usable[y]
+        to = out[base + y * stride : base + y * stride + len(row)]
+        for x in range(len(row)):
+            to[x] = row[x] if good[x] & (row[x] >= 0) else nothing
 
 
 @compiled
@@ -35,9 +35,9 @@ def add_background(
     counts: Integers,
     is_watched: Bools,
     place: tuple[int, int, int, int, int],
-    total: Index,
-    excess: Index,
-    unseen: NDArray[np.int32],
+    total: Integers,
+    excess: NDArray[np.float32],
+    unseen: NDArray[np.unsignedinteger[Any]],
     tile_total: NDArray[np.float64],
     tile_unseen: NDArray[np.float64],
 ) -> None:
@@ -54,66 +54,68 @@ def add_background(
     tile_total, tile_unseen : ndarray, (n_tiles of the panel,)
     """
     base, stride, slow, fast, side = place
+    words, per_word = counts.view(np.uint64), 8 // counts.itemsize
+    notable = _words_with(~1, counts.itemsize)
     columns = (fast + side - 1) // side
+    nothing = total.dtype.type(0)
+    of_columns = np.zeros(fast, dtype=np.int64)
     for y in range(slow):
-        row = base + y * stride
-        for column in range(columns):
-            tile = (y // side) * columns + column
-            sum_here, unseen_here = 0, 0
-            for i in range(row + column * side, row + min((column + 1) * side, fast)):
-                n = int(counts[i])
-                if n != 0 and is_watched[i]:
-                    if n > 0:
-                        sum_here += n
-                        total[i] += n
-                        if n > 1:
-                            excess[i] += n * (n - 1)
-                    else:
-                        unseen_here += 1
+        first = base + y * stride
+        row, watched = counts[first : first + fast], is_watched[first : first + fast]
+        sums = total[first : first + fast]
+        for x in range(fast):
+            n = max(total.dtype.type(row[x]) * total.dtype.type(watched[x]), nothing)
+            sums[x] += n
+            of_columns[x] += n
+        for word in range(first // per_word, (first + fast + per_word - 1) // per_word):
+            if words[word] & notable == 0:  # zeros and ones
+                continue
+            for i in range(word * per_word, (word + 1) * per_word):
+                if is_watched[i]:
+                    value = int(counts[i])
+                    if value > 1:
+                        excess[i] += value * (value - 1)
+                    elif value < 0:
                         unseen[i] += 1
-            tile_total[tile] += sum_here
-            tile_unseen[tile] += unseen_here
+                        tile_unseen[(y // side) * columns + (i - first) // side] += 1
+        if (y + 1) % side == 0 or y + 1 == slow:
+            for x in range(fast):
+                tile_total[(y // side) * columns + x // side] += of_columns[x]
+                of_columns[x] = 0
 
 
 @compiled
-def take_background_back(
+def _words_with(bits: int, itemsize: int) -> np.uint64:
+    """Repeat the bits of an integer of so many bytes over a word of eight."""
+    if itemsize == 2:
+        return np.uint64(bits & 0xFFFF) * np.uint64(0x0001000100010001)
+    return np.uint64(bits & 0xFFFFFFFF) * np.uint64(0x0000000100000001)
+
+
+@compiled
+def count_unseen(
     pixels: Index,
-    counts: Integers,
-    is_watched: Bools,
     panels: Index,
-    total: Index,
-    excess: Index,
-    unseen: NDArray[np.int32],
-    tile_total: NDArray[np.float64],
+    unseen: NDArray[np.unsignedinteger[Any]],
     tile_unseen: NDArray[np.float64],
 ) -> None:
-    """Undo :func:`add_background` for different pixels: they count as unseen on this frame.
+    """Count pixels (flat indices, each once) as unseen on a frame.
 
     Parameters
     ----------
-    pixels : ndarray, (K,)
-        Flat indices, each once.
     panels : ndarray, (n_panels, 5)
         (base, stride, side, columns of tiles, first tile) of each panel.
     """
     panel = 0
-    for k in range(len(pixels)):
-        i = pixels[k]
-        n = int(counts[i])
-        if not is_watched[i] or n < 0:
-            continue
+    for i in pixels:
         while panel + 1 < len(panels) and i >= panels[panel + 1, 0]:
             panel += 1
         while i < panels[panel, 0]:
             panel -= 1
         y, x = divmod(i - panels[panel, 0], panels[panel, 1])
         side = panels[panel, 2]
-        tile = panels[panel, 4] + (y // side) * panels[panel, 3] + x // side
-        total[i] -= n
-        excess[i] -= n * (n - 1)
         unseen[i] += 1
-        tile_total[tile] -= n
-        tile_unseen[tile] += 1
+        tile_unseen[panels[panel, 4] + (y // side) * panels[panel, 3] + x // side] += 1
 
 
 @compiled
@@ -146,24 +148,46 @@ def sharp_candidates(
     ring = np.array(
         [-stride - 1, -stride, -stride + 1, -1, 1, stride - 1, stride, stride + 1], dtype=np.int64
     )
+    words, per_word = counts.view(np.uint64), 8 // counts.itemsize
+    bits = 1
+    while 2 * bits <= least:
+        bits *= 2
+    notable = _words_with(~(bits - 1), counts.itemsize)  # a larger count has one of these
     for y in range(slow):
-        row = base + y * stride
-        for i in range(row, row + fast):
-            if counts[i] < least:
+        first, end = base + y * stride, base + y * stride + fast
+        for word in range(first // per_word, (end + per_word - 1) // per_word):
+            if words[word] & notable == 0:
                 continue
-            for k in range(len(ratios)):
-                n, members, held = 0, 0, 0
-                for j in range(8):
-                    if j == left_out[k, 0] or j == left_out[k, 1]:
-                        continue
-                    members += 1
-                    value = int(counts[i + ring[j]])
-                    if value >= 0:
-                        n += 1
-                        held += value
-                total = held * members / max(n, 1)
-                upper = total + 3.0 * np.sqrt(total) + 3.0
-                if n >= min_share * members and counts[i] > 0.999 * ratios[k] * upper:
+            for i in range(max(word * per_word, first), min((word + 1) * per_word, end)):
+                if counts[i] >= least and _is_candidate(
+                    counts, i, ring, ratios, left_out, min_share
+                ):
                     found.append(i)
-                    break
     return np.array(found, dtype=np.int64)
+
+
+@compiled
+def _is_candidate(
+    counts: Integers,
+    i: int,
+    ring: Index,
+    ratios: NDArray[np.float64],
+    left_out: Index,
+    min_share: float,
+) -> bool:
+    """Whether a count is above the mean that some set of its neighbours allows."""
+    for k in range(len(ratios)):
+        n, members, held = 0, 0, 0
+        for j in range(8):
+            if j == left_out[k, 0] or j == left_out[k, 1]:
+                continue
+            members += 1
+            value = int(counts[i + ring[j]])
+            if value >= 0:
+                n += 1
+                held += value
+        total = held * members / max(n, 1)
+        upper = total + 3.0 * np.sqrt(total) + 3.0
+        if n >= min_share * members and counts[i] > 0.999 * ratios[k] * upper:
+            return True
+    return False
