@@ -49,7 +49,7 @@ from braggflux.integrator.types import ReflectionMetadata, ShoeboxBatch
 
 FORMAT = "braggflux-shoeboxes"
 VERSION = 4
-#: Version 3 has no checksums.
+#: Version 3 has no checksums, and no overlapping spots: it masked what neighbours claim.
 WITHOUT_CHECKSUMS = 3
 #: Version 2 placed tables on scans that do not start at image 1 wrongly; the others it has right.
 RIGHT_FROM_IMAGE_1 = 2

@@ -324,16 +324,21 @@ def test_image_0_of_one_file_is_refused(tiny, tmp_path):
 
 
 def test_stores_of_earlier_versions(tiny, tmp_path):
-    """They are right for scans from image 1 only."""
+    """Of version 2 they are right for scans from image 1 only; version 3 masked neighbours."""
     expt = cut(tiny, tmp_path, 6, 16, "wedge")
     table = read_reflections(tiny.refl)
     for name, experiment in (("whole", tiny.expt), ("wedge", expt)):
         extracted(tmp_path, name, experiment, table).close()
         with h5py.File(tmp_path / f"{name}.h5", "r+") as file:
             file.attrs["version"] = 2
+            del file["neighbours"]
     ShoeboxStore.open(tmp_path / "whole.h5").close()
     with pytest.raises(UserError, match=r"starts at image 6: make it again"):
         ShoeboxStore.open(tmp_path / "wedge.h5")
+    with h5py.File(tmp_path / "wedge.h5", "r+") as file:
+        file.attrs["version"] = 3
+    with ShoeboxStore.open(tmp_path / "wedge.h5") as store:
+        assert store.read(slice(None)).neighbours is None
 
 
 @pytest.mark.slow
