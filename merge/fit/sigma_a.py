@@ -49,7 +49,8 @@ def set_sigma_a_from_means(
 ) -> list[dict[str, float | None]]:
     """As :func:`set_sigma_a`, from merged intensities in units of the table, (R,) each."""
     prior = merger.prior
-    rows = choose_sigma_a(prior.part(Reference), intensity, sigma, prior.spread())
+    model, spread = prior.part(Reference), prior.spread()
+    rows = choose_sigma_a(model, intensity, sigma, spread, merger.n_obs)
     shells = " ".join(f"{r['sigma_a']:.3f}" for r in rows)
     logger.info("sigma_A by shell, low to high resolution: %s", shells)
     return rows
@@ -75,7 +76,13 @@ class SigmaA2:
 
 
 @torch.no_grad()
-def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tensor) -> SigmaA2:
+def estimate_sigma_a2(
+    z: Tensor,
+    noise: Tensor,
+    z_calc: Tensor,
+    is_centric: Tensor,
+    n_obs: Tensor | None = None,
+) -> SigmaA2:
     """sigma_A^2 from the regression of measured on calculated normalised intensities.
 
     The mean of E^2 given E_calc^2 is (1 - sigma_A^2) + sigma_A^2 E_calc^2: intercept a and slope b
@@ -85,21 +92,25 @@ def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tens
 
         noise^2 + c ((1 - s)^2 + 2 s (1 - s) E_calc^2),    c = 1 acentric, 2 centric, s = sigma_A^2
 
-    of the present estimate: weak E_calc tell most of 1 - s.
+    of the present estimate: weak E_calc tell most of 1 - s. The noise is what is usual at this
+    E_calc, see :func:`usual_variance`.
 
     Parameters
     ----------
     z, noise, z_calc : Tensor, (M,)
         Prior-free I / (epsilon Sigma), its standard deviation, and E_calc^2.
     is_centric : Tensor, (M,) bool
+    n_obs : Tensor, (M,), optional
+        Observations of each, on which the usual noise depends too.
     """
     n, s = len(z), 0.5
     if n < MIN_REFLECTIONS:
         return SigmaA2(0.0, math.inf, n)
     c = torch.where(is_centric, 2.0, 1.0)
     x = torch.stack([torch.ones_like(z_calc), z_calc], -1)
+    usual = usual_variance(noise, z_calc, n_obs)
     for _ in range(N_ROUNDS):
-        variance = c * ((1 - s) ** 2 + 2 * s * (1 - s) * z_calc) + noise**2
+        variance = c * ((1 - s) ** 2 + 2 * s * (1 - s) * z_calc) + usual
         covariance = torch.linalg.inv((x / variance[:, None]).T @ x)
         a, b = (covariance @ (x.T @ (z / variance))).tolist()
         s = min(max(b / (a + b), 0.0), 0.99) if a + b > 0 else 0.0
@@ -113,9 +124,33 @@ def estimate_sigma_a2(z: Tensor, noise: Tensor, z_calc: Tensor, is_centric: Tens
     return SigmaA2(b / (a + b), error, n)
 
 
+def usual_variance(noise: Tensor, z_calc: Tensor, n_obs: Tensor | None = None) -> Tensor:
+    """Geometric mean of noise^2 given E_calc^2 and the number of observations, (M,).
+
+    Where photons are counted, a mean that fell low by chance is taken for a precise one. Weighted
+    by its own noise it would pull the intercept of the weak E_calc down, and sigma_A up to 1.
+
+    Parameters
+    ----------
+    noise, z_calc : Tensor, (M,)
+    n_obs : Tensor, (M,), optional
+    """
+    columns = [torch.ones_like(z_calc), z_calc]
+    if n_obs is not None:
+        columns.append(n_obs.to(z_calc).clamp_min(1).log())
+    x = torch.stack(columns, -1)
+    ridge = 1e-9 * len(x) * torch.eye(len(columns), dtype=x.dtype, device=x.device)
+    log_variance = noise.square().clamp_min(1e-12).log()
+    return (x @ torch.linalg.solve(x.T @ x + ridge, x.T @ log_variance)).exp()
+
+
 @torch.no_grad()
 def choose_sigma_a(
-    reference: Reference, intensity: Tensor, sigma: Tensor, spread: Tensor
+    reference: Reference,
+    intensity: Tensor,
+    sigma: Tensor,
+    spread: Tensor,
+    n_obs: Tensor | None = None,
 ) -> list[dict[str, float | None]]:
     """Set sigma_A^2 of each shell from merged intensities; returns what was found.
 
@@ -127,6 +162,8 @@ def choose_sigma_a(
         Inverse-variance means free of any prior; NaN where not observed.
     spread : Tensor, (R,)
         epsilon Sigma on the same scale.
+    n_obs : Tensor, (R,), optional
+        Observations of each.
     """
     usable = torch.isfinite(intensity) & torch.isfinite(sigma) & ~reference.e_calc.isnan()
 
@@ -136,6 +173,7 @@ def choose_sigma_a(
             sigma[chosen] / spread[chosen],
             reference.e_calc[chosen] ** 2,
             reference.is_centric[chosen],
+            None if n_obs is None else n_obs[chosen],
         )
 
     n_shells = len(reference.sigma_a2)

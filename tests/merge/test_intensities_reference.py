@@ -160,6 +160,24 @@ def test_sigma_a_whatever_noise_scale_and_claimed_sigmas(sigma_a, noise):
     assert np.abs(z_scores).max() < 4.5
 
 
+def test_noise_claimed_from_few_counts_does_not_pull_sigma_a_up():
+    """Weighted by what each mean claims, these would give 0.99 and more for 0.9."""
+    values = []
+    for seed in range(4):
+        c = crystal(d_min=3.5, sigma_a=0.9, seed=seed)
+        z, z_calc = normalised(c)
+        rng = np.random.default_rng(seed)
+        n_obs = rng.integers(1, 9, len(z))
+        counts = rng.poisson(3.0 * n_obs * (z + 0.1))
+        measured = counts / (3.0 * n_obs) - 0.1
+        claimed = np.sqrt(counts + 0.5) / (3.0 * n_obs)
+        columns = (measured, claimed, z_calc, c.asu.is_centric, n_obs)
+        values.append(estimate_sigma_a2(*(torch.as_tensor(x) for x in columns)))
+    error = np.mean([v.error for v in values]) / len(values) ** 0.5
+    assert error < 0.02
+    assert abs(np.mean([v.value for v in values]) - 0.81) < 3 * error
+
+
 def test_model_scale_falloff_and_missing_reflections_do_not_matter():
     c = crystal(d_min=3.5, sigma_a=0.8)
     model = torch.as_tensor(c.model.copy())
