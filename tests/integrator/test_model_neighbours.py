@@ -13,9 +13,16 @@ from helpers import (
     robust_spread,
     spot_metadata,
 )
+from scipy.spatial import cKDTree
 
+from braggflux.fixtures.simulate import simulate
+from braggflux.integrator.config import IntegratorConfig
+from braggflux.integrator.io.dials import read_experiments
+from braggflux.integrator.model.build import build_integrator, start_from_strong_spots
 from braggflux.integrator.model.start import start_profile
-from braggflux.integrator.types import Neighbours
+from braggflux.integrator.shoebox.extent import SpotExtent
+from braggflux.integrator.shoebox.extraction import run_extraction
+from braggflux.integrator.types import Flag, Neighbours
 
 SPOT = Spot()
 LEVEL = 0.5
@@ -108,3 +115,34 @@ def test_empty_places_change_nothing(integrator):
     once, _ = estimates(integrator, batch)
     again, _ = estimates(integrator, replace(batch, neighbours=padded))
     np.testing.assert_allclose(once, again, atol=0.01)
+
+
+@pytest.mark.slow
+def test_crowded_frames(tmp_path):
+    """From frames: masked, weak spots hold ten photons of their neighbours; modelled, none."""
+    files = simulate(tmp_path, "crowded", 0, overrides={"scan.n_images": 18})
+    experiments = read_experiments(files.expt)
+    extent = SpotExtent(1.06, 0.98, 0.356, (11, 13, 13))
+    with np.load(files.truth) as truth:
+        key = np.hstack([truth["miller_index"] * 1e3, truth["xyz_px"]])
+        photons, recorded = truth["photons"], truth["recorded"]
+    bias = {}
+    for is_modelled in (True, False):
+        out = tmp_path / f"{is_modelled}.h5"
+        with run_extraction(
+            experiments, 3.2, out, extent_override=extent, model_neighbours=is_modelled
+        ) as store:
+            torch.manual_seed(0)
+            integrator = build_integrator(store, IntegratorConfig(n_profile_spots=300))
+            start_from_strong_spots(integrator, store, 0)
+            data = store.metadata()
+            place = np.hstack([data.miller_index.numpy() * 1e3, data.xyz_px.numpy()])
+            distance, at = cKDTree(key).query(place)
+            is_weak = (distance < 0.1) & (photons[at] < 100) & (recorded[at] > 0.98)
+            rows = np.flatnonzero(is_weak & (store.flags.numpy() & Flag.REJECTED == 0))
+            mode, _ = estimates(integrator, store.read(torch.as_tensor(rows)))
+        error = mode - photons[at[rows]]
+        assert len(error) > 200
+        bias[is_modelled] = error.mean()
+    assert abs(bias[True]) < 3.5  # the error of the mean is 0.75
+    assert bias[False] > 6.0
