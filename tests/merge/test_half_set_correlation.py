@@ -126,3 +126,20 @@ def test_too_few_pairs_leave_r_as_it_is(caplog):
     assert torch.equal(prior.one_minus_r2, before)
     assert {r["one_minus_r2"] for r in rows} == {None}
     assert "fewer than" in caplog.text
+
+
+def test_pairs_that_noise_hides_do_not_hide_the_others():
+    """Every second difference has fifty times the variance in noise: as if it were not there."""
+    merger, _ = mates(0.004, 20.0)
+    n, share = len(merger.prior.part(DoubleWilson).child), 0.004
+    rng = np.random.default_rng(2)
+    noise = np.where(np.arange(n) % 2, 0.05 * share, 25 * share)
+    true = np.sqrt(share / 2) * rng.standard_normal(n)
+    halves = true + np.sqrt(2 * noise) * rng.standard_normal((2, n))
+    rows = set_correlation(merger, torch.as_tensor(halves.prod(0)), torch.as_tensor(noise))
+    weight = np.array([r["error"] ** -2 for r in rows])
+    pooled = weight @ [r["one_minus_r2"] for r in rows] / weight.sum()
+    error = weight.sum() ** -0.5
+    alone = 2 * np.hypot(share / 2 + 0.1 * share, share / 2) * (n / 2) ** -0.5
+    assert error < 1.3 * alone
+    assert abs(pooled - share) < 3 * error
