@@ -3,6 +3,7 @@
 #   make env     environment in .venv (and DIALS by apt, where that is allowed)
 #   make demo    simulate frames, process them beside DIALS, end with the peak table
 #   make test    all tests; make test-fast leaves out the slow ones
+#   make bench   cost of the extraction beside that of decompression
 #   make lint    ruff and mypy (.ci/run calls it, then the tests)
 #
 # A smaller torch for a machine without a GPU:
@@ -16,6 +17,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTHON ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 # Each worker holds its own torch, a GB at worst; a file's tests share what its fixtures made.
 PYTEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO ?= demo
@@ -26,7 +28,7 @@ DEMO_NAME := hewl-iodide
 # The edges of the simulated detector; beyond, only its corners record anything.
 DEMO_D_MIN := 2.5
 
-.PHONY: env dials demo test test-fast lint reference-config
+.PHONY: env dials demo test test-fast bench lint reference-config
 
 env: $(STAMP)
 
@@ -93,6 +95,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	"$(BIN)/python" -m pytest $(PYTEST_JOBS) -m "not slow" $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	"$(BIN)/python" benchmarks/extraction.py $(BENCH_ARGS)
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

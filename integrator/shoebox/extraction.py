@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 MIN_ROWS = 10
 """Fewer reflections than these, of more, mean that the resolution limit is a mistake."""
+BYTES_PER_PIXEL = 50
+"""Of a frame, that its extraction takes."""
 NEIGHBOUR_RESOLUTION = 0.9
 """Spots are predicted to this part of the smallest d of the list, to know all its neighbours."""
 
@@ -117,7 +119,7 @@ def run_extraction(
     is_full = reflections is not None and is_full_set(reflections)
     predictions = _positions(experiments, tables, is_full, (d_min, d_max))
     predictions = list(map(_on_valid_images, experiments, predictions))
-    with ExitStack() as stack:
+    with ExitStack() as stack, _in_memory(experiments):
         sweeps = []
         for experiment, prediction in zip(experiments, predictions, strict=True):
             frames = stack.enter_context(frame_source(experiment))
@@ -143,6 +145,20 @@ def run_extraction(
             },
             progress=progress,
         )
+
+
+@contextmanager
+def _in_memory(experiments: Sequence[Experiment]) -> Iterator[None]:
+    """Say what frames need when the memory does not suffice."""
+    try:
+        yield
+    except MemoryError as error:
+        n = max(sum(p.image_size[0] * p.image_size[1] for p in e.panels) for e in experiments)
+        raise UserError(
+            f"not enough memory: frames of {n / 1e6:.1f} megapixels need about "
+            f"{n * BYTES_PER_PIXEL / 1e9:.2g} GB beside half a GB for the program; end other "
+            "programs, or take a machine with more"
+        ) from error
 
 
 def is_full_set(table: ReflectionTable) -> bool:

@@ -1,5 +1,10 @@
 """Extraction from frames of the shared simulation, from beginning to end."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import h5py
@@ -16,9 +21,11 @@ from braggflux.integrator.io.dials import (
     read_experiments,
     read_reflections,
 )
+from braggflux.integrator.io.hdf5.frames import FrameStack
 from braggflux.integrator.io.images import open_frames
 from braggflux.integrator.prediction.predict import predict_reflections
 from braggflux.integrator.shoebox.background import mean_image
+from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.extraction import is_full_set, run_extraction
 from braggflux.integrator.shoebox.mask import MaskBit
@@ -214,4 +221,70 @@ def test_user_errors(experiment, table, tmp_path):
         return open_frames(first_frames(experiment, 20))
 
     refused("hold 20 frames", frame_source=too_many)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("extent", "n_reads"), [(EXTENT, 1), (None, 2)])
+def test_frames_are_decompressed_once_for_each_look(
+    experiment, table, extent, n_reads, tmp_path, monkeypatch
+):
+    """The pass reads every frame once; to measure the spots, a short scan is read once before."""
+    reads, load = [], FrameStack._load_alone
+
+    def counted(self, dataset, frame):
+        reads.append(frame)
+        return load(self, dataset, frame)
+
+    monkeypatch.setattr(FrameStack, "_load_alone", counted)
+    run_extraction(
+        [first_frames(experiment, 24)],
+        3.0,
+        tmp_path / "s.h5",
+        reflections=table,
+        extent_override=extent,
+    )
+    assert sorted(reads) == sorted(list(range(24)) * n_reads)
+
+
+def command(shared, out, *options):
+    folder = shared / "data/hewl_nai"
+    program = "import sys; from braggflux.pipelines.cli import main; sys.exit(main())"
+    files = [str(folder / "refined.expt"), str(folder / "refined.refl")]
+    return [sys.executable, "-c", program, "extract", *files, "--out", str(out), *options]
+
+
+def test_a_full_disk_is_one_line(shared, tmp_path):
+    """A small file system in memory, mounted for the command only, stands in for the disk."""
+    mount = ["unshare", "-rm", "bash", "-c"]
+    small = f"mount -t tmpfs -o size=8m tmpfs {tmp_path}"
+    if subprocess.run([*mount, small], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    script = f'{small}; "$@"; code=$?; ls -A {tmp_path}; exit $code'
+    run = [*mount, script, "bash", *command(shared, tmp_path / "s.h5", "--d-min", "2.2")]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "braggflux: error: cannot write" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""  # nothing is left in the folder
+
+
+def test_ctrl_c_leaves_nothing(shared, tmp_path):
+    run = command(shared, tmp_path / "s.h5", "--d-min", "2.5")
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+    while not any(tmp_path.iterdir()) and process.poll() is None:
+        time.sleep(0.05)  # until the store is being written
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_too_large_for_the_memory_are_told(experiment, table, tmp_path, monkeypatch):
+    def none_left(self):
+        raise MemoryError
+
+    monkeypatch.setattr(FrameCanvas, "empty", none_left)
+    with pytest.raises(UserError, match=r"0.3 megapixels need about 0.015 GB"):
+        run_extraction([experiment], 3.0, tmp_path / "s.h5", reflections=table)
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,9 @@ fixed length.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,25 @@ def writing_checked(path: str | Path) -> Iterator[h5py.File]:
     """
     import h5py
 
-    with replacing(path) as temporary, h5py.File(temporary, "w", libver="v110") as handle:
-        yield handle
+    with replacing(path) as temporary:
+        handle = h5py.File(temporary, "w", libver="v110")
+        try:
+            yield handle
+            handle.close()
+        except BaseException:
+            _abandon(handle, temporary)
+            raise
+
+
+def _abandon(handle: h5py.File, path: Path) -> None:
+    """Close a file that is not wanted; a full disk then has the space that it has taken.
+
+    What HDF5 cannot write when it closes a file, it tries again when the program ends, and
+    crashes.
+    """
+    os.truncate(path, 0)
+    with suppress(OSError, RuntimeError, ValueError):
+        handle.close()
 
 
 @contextmanager

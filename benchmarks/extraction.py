@@ -1,0 +1,158 @@
+"""Cost of the extraction of shoeboxes beside that of decompressing the frames.
+
+    python benchmarks/extraction.py [--frames 16,48,96] [--data ../shared/data/e16] [--dials]
+
+Each number is of a process of its own, on frames that are repeated by a virtual data set: user
+and system time, wall time on one core and on two, and the largest resident memory. ``ratio`` is
+the CPU time of ``braggflux extract`` over that of reading all frames with h5py and hdf5plugin.
+``per frame`` is the slope between this row and the one before: what a longer scan adds. With
+``--dials``, ``dials.integrate`` runs on the same frames, where its input has shoeboxes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+
+READ_ALL = """
+import sys, h5py, hdf5plugin
+with h5py.File(sys.argv[1]) as file:
+    frames = file["entry/data/data"]
+    for i in range(len(frames)):
+        frames[i]
+"""
+COLUMNS = (
+    *("frames", "decompression CPU s", "extract CPU s", "ratio", "per frame", "ratio per frame"),
+    *("wall 1 core s", "wall 2 cores s", "times faster", "memory MB"),
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process took: CPU and wall time [s], largest resident memory [MB]."""
+
+    cpu: float
+    wall: float
+    memory: float
+
+
+def measured(command: list[str], cores: set[int]) -> Cost:
+    """Run a command on some cores."""
+    start = time.perf_counter()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            log.seek(0)
+            sys.exit(f"{' '.join(command)}:\n{log.read().decode()[-2000:]}")
+    wall = time.perf_counter() - start
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1000)
+
+
+def repeated(data: Path, n_frames: int, out: Path) -> Path:
+    """Make a scan of ``n_frames`` of the frames in a folder, repeated; return its .expt."""
+    (master,) = data.glob("*_master.h5")
+    copy = out / master.name
+    shutil.copyfile(master, copy)
+    copy.chmod(0o644)
+    with h5py.File(copy, "r+") as file:
+        link = file["entry/data"].get("data", getlink=True)
+        with h5py.File(data / link.filename) as source:
+            frames = source[link.path]
+            layout = h5py.VirtualLayout((n_frames, *frames.shape[1:]), frames.dtype)
+            for first in range(0, n_frames, len(frames)):
+                part = min(len(frames), n_frames - first)
+                layout[first : first + part] = h5py.VirtualSource(frames)[:part]
+        del file["entry/data/data"]
+        file["entry/data"].create_virtual_dataset("data", layout)
+    expt = json.loads((data / "refined.expt").read_text())
+    scan, images = expt["scan"][0], expt["imageset"][0]
+    first = scan["image_range"][0]
+    scan["image_range"] = [first, first + n_frames - 1]
+    scan["exposure_time"] = scan["epochs"] = [0.0] * n_frames
+    images["template"], images["single_file_indices"] = str(copy), list(range(n_frames))
+    for name in ("A_at_scan_points", "B_covariance"):
+        expt["crystal"][0].pop(name, None)
+    path = out / "repeated.expt"
+    path.write_text(json.dumps(expt))
+    return path
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/e16"))
+    parser.add_argument("--frames", default="16,48,96")
+    parser.add_argument("--d-min", default="1.8")
+    parser.add_argument("--dials", action="store_true")
+    args = parser.parse_args()
+    two = set(sorted(os.sched_getaffinity(0))[:2])
+    one = {min(two)}
+    refl = str(args.data.resolve() / "refined.refl")
+    braggflux = str(Path(sys.executable).with_name("braggflux"))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        print("| " + " | ".join(COLUMNS) + " |")
+        print("|" + "---|" * len(COLUMNS))
+        before = None
+        for n in map(int, args.frames.split(",")):
+            expt = str(repeated(args.data.resolve(), n, out))
+            (master,) = out.glob("*_master.h5")
+            store = out / "boxes.h5"
+            command = [
+                braggflux,
+                "extract",
+                expt,
+                refl,
+                "--out",
+                str(store),
+                "--d-min",
+                args.d_min,
+            ]
+            floor = measured([sys.executable, "-c", READ_ALL, str(master)], one)
+            alone = measured(command, one)
+            store.unlink()
+            both = measured(command, two)
+            store.unlink()
+            slope = ["", ""]
+            if before is not None:
+                more = n - before[0]
+                added = (alone.cpu - before[2].cpu) / more
+                slope = [f"{added:.3f}", f"{added / ((floor.cpu - before[1].cpu) / more):.2f}"]
+            before = n, floor, alone
+            print(
+                f"| {n} | {floor.cpu:.2f} | {alone.cpu:.2f} | {alone.cpu / floor.cpu:.1f} "
+                f"| {slope[0]} | {slope[1]} | {alone.wall:.1f} | {both.wall:.1f} "
+                f"| {alone.wall / both.wall:.2f} | {max(alone.memory, both.memory):.0f} |",
+                flush=True,
+            )
+            if args.dials:
+                options = ["nproc=1", f"prediction.d_min={args.d_min}"]
+                options += [f"output.{x}={out}/i.{x[:4]}" for x in ("reflections", "experiments")]
+                integrate = ["dials.integrate", expt, refl, *options]
+                dials = measured(integrate, one)
+                print(
+                    f"dials.integrate on {n} frames: {dials.cpu:.1f} CPU s, {dials.wall:.1f} s, "
+                    f"{dials.memory:.0f} MB, {dials.cpu / alone.cpu:.1f} times extract"
+                )
+
+
+if __name__ == "__main__":
+    main()
