@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import ndtr
 
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.prediction.rocking import RockingWidth, frame_sigma
@@ -370,12 +370,20 @@ def _profile_sigma(at: Array, marginal: Array, sigma: float, scale: Array, cut: 
     which = np.digitize(at[inside], edges[1:-1])
     values = density[inside]
     of_bins = (values[which == b] for b in range(n_bins))
-    profile = np.array([stats.trim_mean(v, TRIMMED) if len(v) else 0.0 for v in of_bins]).clip(0)
+    profile = np.array([_trimmed_mean(v) if len(v) else 0.0 for v in of_bins]).clip(0)
     centres = 0.5 * (edges[1:] + edges[:-1])
     if profile.sum() <= 0:
         return sigma
     # about the prediction, not about the mean: the box sits where the spot is predicted
     second = (profile * centres**2).sum() / profile.sum()
     # what a unit Gaussian keeps of its variance inside
-    kept = 1 - 2 * cut * stats.norm.pdf(cut) / (2 * stats.norm.cdf(cut) - 1)
+    density_there = np.exp(-(cut**2) / 2.0) / math.sqrt(2 * math.pi)
+    kept = 1 - 2 * cut * density_there / (2 * ndtr(cut) - 1)
     return math.sqrt(second / kept)
+
+
+def _trimmed_mean(values: Array) -> float:
+    """Mean without the :data:`TRIMMED` share on either side; scipy.stats takes long to import."""
+    n = int(TRIMMED * len(values))
+    inner = np.partition(values, (n, len(values) - n - 1))[n : len(values) - n]
+    return float(np.mean(inner))
