@@ -63,7 +63,7 @@ def measured(command: list[str], cores: set[int]) -> Cost:
             log.seek(0)
             sys.exit(f"{' '.join(command)}:\n{log.read().decode()[-2000:]}")
     wall = time.perf_counter() - start
-    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss / 1000)
+    return Cost(usage.ru_utime + usage.ru_stime, wall, usage.ru_maxrss * 1024 / 1e6)
 
 
 def repeated(data: Path, n_frames: int, out: Path) -> Path:
