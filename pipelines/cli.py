@@ -11,6 +11,8 @@ From the refined geometry of a DIALS project::
     braggflux run refined.expt refined.refl --model model.pdb --out run
 
 ``braggflux COMMAND --help`` explains a command with examples.
+
+Everything is read and written on this machine: nothing is ever uploaded.
 """
 
 from __future__ import annotations
