@@ -50,8 +50,9 @@ def test_first_moments_are_derivatives_by_the_shift(latent, exponent):
     weights = integrator.profile.grid.voxel_weights(batch.metadata)
     z = torch.zeros(40, integrator.profile.n_latent, requires_grad=True)
     background = integrator.mean_background(batch.metadata).flatten(1)
-    moments, _, intensity = integrator._encode_inputs(batch, weights, z.detach(), background)
-    rate = intensity[:, None] * integrator.profile(weights, z).flatten(1) + background
+    typical = integrator.profile.node_weights(z.detach())
+    moments, _, start = integrator._encode_inputs(batch, weights, typical, background, None)
+    rate = start[:, :1] * integrator.profile(weights, z).flatten(1) + background
     log_likelihood = (batch.counts.flatten(1) * rate.log() - rate).sum()
     exact = torch.autograd.grad(log_likelihood, z)[0][:, latent]
     ours = moments[:, EXPONENTS.index(exponent)]
@@ -68,8 +69,9 @@ def test_second_moments_follow_the_derivative_by_the_width():
     weights = integrator.profile.grid.voxel_weights(batch.metadata)
     z = torch.zeros(40, integrator.profile.n_latent, requires_grad=True)
     background = integrator.mean_background(batch.metadata).flatten(1)
-    moments, _, intensity = integrator._encode_inputs(batch, weights, z.detach(), background)
-    rate = intensity[:, None] * integrator.profile(weights, z).flatten(1) + background
+    typical = integrator.profile.node_weights(z.detach())
+    moments, _, start = integrator._encode_inputs(batch, weights, typical, background, None)
+    rate = start[:, :1] * integrator.profile(weights, z).flatten(1) + background
     exact = torch.autograd.grad((batch.counts.flatten(1) * rate.log() - rate).sum(), z)[0]
     second = moments[:, EXPONENTS.index((0, 0, 2))] - moments[:, EXPONENTS.index((0, 0, 0))]
     assert np.corrcoef(0.5 * second, exact[:, 3])[0, 1] > 0.98

@@ -114,7 +114,7 @@ def test_columns_of_the_merged_file(tmp_path, truth, flags):
     wanted = {"F": "F", "SIGF": "Q", "IMEAN": "J", "SIGIMEAN": "Q", "E": "E"}
     halves = {f"{p}F{k}": t for k in range(1, 7) for p, t in (("", "F"), ("SIG", "Q"))}
     if flags:
-        wanted |= {"DANO": "D", "SIGDANO": "Q"}
+        wanted |= {"DANO": "D", "SIGDANO": "Q", "FOMDANO": "W"}
         for name, value, sigma in (("F", "G", "L"), ("I", "K", "M")):
             wanted |= {f"{name}({m})": value for m in "+-"}
             wanted |= {f"SIG{name}({m})": sigma for m in "+-"}

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.torch_file import save_torch
 from braggflux.pipelines.config.run import RunConfig, schema
 from braggflux.pipelines.integration.run import restore
 from braggflux.pipelines.maps.anomalous_peaks import COUPLED, SitePeak
@@ -233,7 +234,7 @@ def test_a_checkpoint_of_another_model_is_one_line(tmp_path):
         def load_state_dict(self, state):
             torch.nn.Linear(2, 1).load_state_dict(state)
 
-    torch.save(torch.nn.Linear(3, 1).state_dict(), tmp_path / "epoch_0001.pt")
+    save_torch(tmp_path / "epoch_0001.pt", torch.nn.Linear(3, 1).state_dict())
     with pytest.raises(UserError, match=r"epoch_0001.pt does not fit.*size mismatch") as refused:
         restore(Trainer(), tmp_path / "epoch_0001.pt")
     assert "\n" not in str(refused.value)

@@ -87,6 +87,8 @@ def refusing_damage(path: str | Path, remedy: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:  # a ValueError too: the block has said what is wrong
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; correct the path") from error
     except (OSError, KeyError, RuntimeError, ValueError) as error:
