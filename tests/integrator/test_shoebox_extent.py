@@ -144,6 +144,7 @@ def test_dense_spots_on_coarse_images_are_told_from_neighbours(tmp_path, width, 
     assert extent.box == (5, 9, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rows_of_wide_spots_are_told_from_neighbours(tmp_path, seed):
     """Three standard deviations apart; before, 5.1 x 4.9 pixels and boxes of 15 x 45 x 45.

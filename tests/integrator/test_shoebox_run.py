@@ -253,6 +253,7 @@ def command(shared, out, *options):
     return [sys.executable, "-c", program, "extract", *files, "--out", str(out), *options]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(shared, tmp_path):
     """A small file system in memory, mounted for the command only, stands in for the disk."""
     mount = ["unshare", "-rm", "bash", "-c"]
@@ -268,6 +269,7 @@ def test_a_full_disk_is_one_line(shared, tmp_path):
     assert done.stdout == ""  # nothing is left in the folder
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing(shared, tmp_path):
     run = command(shared, tmp_path / "s.h5", "--d-min", "2.5")
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
