@@ -11,8 +11,10 @@ from pathlib import Path
 
 from braggflux.integrator.errors import UserError
 
-#: Of mkstemp.
-_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}(\.npz)?")
+#: Names of :func:`replacing` for this program's files; a user's `.notes.markdown` is none.
+_TEMPORARY = re.compile(
+    r"\.(latest|.+\.(pt|mtz|h5|csv|jsonl?|yaml|refl|expt|npz|html))\.[a-z0-9_]{8}(\.npz)?"
+)
 
 
 @contextmanager

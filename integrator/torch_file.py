@@ -57,11 +57,13 @@ def load_torch(path: str | Path, remedy: str) -> dict[str, Any]:
     try:
         archive = _checked(Path(path).read_bytes())
         content = torch.load(io.BytesIO(archive), weights_only=True, map_location="cpu")
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except Exception as error:  # a decoder of strangers' bytes raises of many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{path} is damaged or of an earlier version ({reason}); {remedy}"
         ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no parameters; {remedy}")
     for name, value in _tensors(content, ""):
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{path} has values that are not finite ({name}); {remedy}")

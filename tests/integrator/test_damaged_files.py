@@ -10,6 +10,7 @@ import pytest
 import torch
 from simulated_merge import simulate
 
+from braggflux.integrator.atomic import remove_leftovers
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import (
     read_experiment_records,
@@ -134,3 +135,18 @@ def test_parameters_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     save_torch(tmp_path / "x.pt", {"state": {"scale": torch.tensor([1.0, torch.nan])}})
     with pytest.raises(UserError, match=r"not finite \(state.scale\); start anew"):
         load_torch(tmp_path / "x.pt", "start anew")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"x": Path()}], ids=["no mapping", "code"])
+def test_whole_files_with_other_contents_are_refused(tmp_path: Path, content: object) -> None:
+    save_torch(tmp_path / "x.pt", content)
+    with pytest.raises(UserError, match="start anew"):
+        load_torch(tmp_path / "x.pt", "start anew")
+
+
+def test_only_files_of_the_program_are_leftovers(tmp_path: Path) -> None:
+    theirs, ours = (".paper.markdown", ".git", "notes"), (".latest.ab12_xyz", ".a.mtz.q1w2e3r4")
+    for name in (*theirs, *ours):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(theirs)

@@ -447,7 +447,7 @@ def test_memory_stays_far_below_the_output(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(store) * 7 * 9 * 9 * 5 > 28e6
-    assert peak < 16e6
+    assert peak < 15.5e6, peak  # 14.8 MB on 2026-11-30, one of them pairs of neighbours
 
 
 def test_user_errors_leave_no_file(tmp_path):
