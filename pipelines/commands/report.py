@@ -1,11 +1,12 @@
-"""Rebuild report.html of a run directory from its tables.
+"""Rebuild report.html of a run or a merge from its files.
 
-Needs no model and no frames: everything is drawn from metrics.jsonl, peaks.csv, statistics.csv,
-compare.csv and the sample shoeboxes.
+Needs no frames: everything is drawn from what the directory holds. A merge does not know a model
+or DIALS' result: with --model its maps are drawn, with --reference DIALS stands beside it.
 
 Examples
 --------
 braggflux report run
+braggflux report merged --model model.pdb --reference dials/merged.mtz
 """
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the run directory."""
+    """Declare the directory and what a merge may stand beside."""
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--model", type=Path, metavar="PDB", help="of a merge: model for anomalous maps"
+    )
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="MTZ",
+        help="of a merge: merged MTZ of DIALS; scaled.refl beside it is used too",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Write report.html."""
-    from braggflux.pipelines.report.html import write_report
-    from braggflux.pipelines.workspace.rundir import RunDirectory
+    from braggflux.pipelines.report.html import write_report_of
 
-    logger.info("wrote %s", write_report(RunDirectory.open(args.run_directory)))
+    page = write_report_of(args.run_directory, args.model, args.reference)
+    logger.info("wrote %s", page)

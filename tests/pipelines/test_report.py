@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import html.parser
+import json
 import re
 
 import numpy as np
@@ -56,22 +56,30 @@ def fill(run: RunDirectory) -> None:
 
 
 class Page(html.parser.HTMLParser):
+    """Elements of a page, and what it would fetch."""
+
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.sources: list[str] = []
+        self.fetched: list[str] = []
         self.open_tags: list[str] = []
+        self.panels = 0
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
-        assert "href" not in attributes, "nothing outside of the page"
         if tag in {"img", "script", "link"}:
-            self.sources.append(attributes["src"])
-        if tag not in {"img", "meta", "link"}:
+            self.fetched += [attributes[k] for k in ("src", "href") if k in attributes]
+        self.panels += "data-panel" in attributes
+        if tag not in {"img", "meta", "link", "input"}:
             self.open_tags.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open_tags.pop() == tag
+
+
+def numbers(text: str) -> dict:
+    """What the scripts of a page draw."""
+    return json.loads(re.search(r'id="numbers">(.*?)</script>', text).group(1))
 
 
 def test_page_is_whole_and_self_contained(run):
@@ -79,20 +87,30 @@ def test_page_is_whole_and_self_contained(run):
     text = write_report(run).read_text(encoding="utf-8")
     page = Page(text)
     assert page.open_tags == []
-    assert len(page.sources) == 5  # peaks, objective, statistics, two boxes
-    for source in page.sources:
-        kind, data = re.fullmatch(r"data:image/(svg\+xml|png);base64,(.*)", source).groups()
-        head = base64.b64decode(data)[:200]
-        assert (b"<?xml" in head) if kind == "svg+xml" else head.startswith(b"\x89PNG")
+    assert page.fetched == []
+    data = numbers(text)
+    assert len(data["panels"]) == page.panels > 5
+    assert [set(box) for box in data["boxes"]] == [{"counts", "model", "residual"}] * 2
     assert "-4 5 6" in text
     assert "12.35" in text or "12.34" in text
+    assert len(text) < 4_000_000
+
+
+def test_nothing_in_a_name_can_become_markup(run):
+    evil = "</script><script>alert(1)</script>"
+    run.write_peaks(1, [SitePeak(evil, "1", "IOD", "I", 9.0)])
+    run.note("reference", evil)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert evil not in text
+    assert text.count("<script") == 3  # numbers, plotly, ours
+    assert evil in numbers(text)["panels"][0]["traces"][0]["name"]
 
 
 def test_page_shows_the_numbers_of_the_tables(run):
     fill(run)
     text = write_report(run).read_text(encoding="utf-8")
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", text)
-    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
     assert ["epoch", "IOD 204", "IOD 205", "IOD 206", "CYS SG, mean of 8"] in cells
     assert ["3", "18.00", "13.50", "16.20", "4.61"] in cells
     assert ["DIALS", "20.00", "15.00", "18.00", "5.12"] in cells

@@ -1,0 +1,76 @@
+"""A folder of `braggflux merge` as sources of a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from braggflux.integrator.errors import UserError
+from braggflux.pipelines.report.sources import DataSource
+from braggflux.pipelines.workspace.rundir import RunDirectory
+
+
+def describe(
+    folder: Path, model: Path | None, reference: Path | None
+) -> tuple[dict[str, Any], list[DataSource]]:
+    """Head of the page and the data sets.
+
+    Raises
+    ------
+    UserError
+        A file that was given does not exist.
+    """
+    for option, path in (("--model", model), ("--reference", reference)):
+        if path is not None and not path.is_file():
+            raise UserError(f"{option} {path} does not exist")
+    record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    found = sorted(folder.glob("*merged.mtz"))
+    stems = [path.name.removesuffix("merged.mtz").removesuffix("_") for path in found]
+    sources = [
+        DataSource(RunDirectory(folder, stem), stem, True, model or _model(record), reference)
+        for stem in stems
+    ]
+    head = {
+        "title": folder.absolute().name,
+        "kind": "merge",
+        "sessions": [record],
+        "inputs": record["inputs"],
+        "changes": {},
+        "facts": [
+            ("data", _kind(config)),
+            ("seed", str(config.get("seed"))),
+            ("time", _elapsed(record)),
+        ],
+        "comparisons": [],
+        "boxes": None,
+        "dials_reports": [],
+    }
+    return head, sources
+
+
+def _model(record: dict[str, Any]) -> Path | None:
+    """Coordinates among the inputs: --prior-model."""
+    for file in record["inputs"].values():
+        path = Path(file["path"])
+        if path.suffix.lower() in {".pdb", ".cif", ".ent"} and path.is_file():
+            return path
+    return None
+
+
+def _kind(config: dict[str, Any]) -> str:
+    geometry = "stills" if config.get("stills") else "Laue" if config.get("laue") else "rotation"
+    return f"{geometry}, {'Bijvoet mates apart' if config.get('anomalous') else 'mates together'}"
+
+
+def _elapsed(record: dict[str, Any]) -> str:
+    from datetime import datetime
+
+    if not record.get("ended"):
+        return "not ended yet"
+    begun, ended = (datetime.fromisoformat(record[k]) for k in ("started", "ended"))
+    minutes, seconds = divmod(int((ended - begun).total_seconds()), 60)
+    return f"{minutes} min {seconds} s"
