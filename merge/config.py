@@ -115,6 +115,13 @@ class MergeConfig:
     # Half-set pairs in half_sets.mtz (F1 F2, then F3 F4, ...), each another random split; CC1/2,
     # CCanom and the spread of z are averaged over them.
     half_set_repeats: int = 1
+    # Merged MTZ whose test set (FreeR_flag, R-free-flags) is kept, and extended where it lacks
+    # reflections; a new one, 5 %, when null.
+    free_r: Path | None = None
+    # Seed of a new test set; of one crystal form the same seed gives the same set.
+    free_r_seed: int = 0
+    # A new test set of whole thin shells, for non-crystallographic symmetry.
+    free_r_thin_shells: bool = False
     # Same seed, same result on the CPU.
     seed: int = 0
     # auto (cuda where present, else cpu), cpu, cuda or cuda:N.
@@ -141,7 +148,7 @@ class MergeConfig:
             "stream_above": 0,
             "stream_training": 1,
         }
-        least |= {"batch_size": 1, "half_set_repeats": 1, "seed": 0}
+        least |= {"batch_size": 1, "half_set_repeats": 1, "seed": 0, "free_r_seed": 0}
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:

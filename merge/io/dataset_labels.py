@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: Characters of a title that MTZ files keep.
+MAX_TITLE = 70
+
 
 class DatasetNames(NamedTuple):
     """The three names an MTZ file gives to a data set."""

@@ -3,8 +3,8 @@
 Unmerged ones are in :mod:`braggflux.merge.io.formats.unmerged_mtz`.
 
 Column names and types are those of CCP4 (``F(+)`` G, ``SIGF(+)`` L, ``I(+)`` K, ``SIGI(+)`` M,
-``F`` F, ``IMEAN`` J, ``DANO`` D, ``E`` E, sigmas Q, figures of merit W, counts I), so that other
-programs find the data without being told.
+``F`` F, ``IMEAN`` J, ``DANO`` D, ``E`` E, sigmas Q, figures of merit W, ``FreeR_flag`` I, counts
+R), so that other programs find the data without being told.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ __all__ = [
 Array = NDArray[np.float64]
 Column = tuple[str, str, NDArray[Any]]  # label, type, values
 
+FREE_FLAG = "FreeR_flag"
+#: Of counts: R, any real number. Programs look for flags of R_free among integers (I), where small
+#: counts look like flags.
+COUNT = "R"
+
 
 @dataclass(frozen=True)
 class MergedMtz:
@@ -79,11 +84,12 @@ def write_merged_mtz(
     history: Sequence[str] = (),
     names: DatasetNames = DatasetNames(),  # noqa: B008 - immutable
     title: str = "",
+    free_flag: NDArray[np.int64] | None = None,
 ) -> None:
     """Write ``F SIGF F(+) SIGF(+) F(-) SIGF(-) IMEAN SIGIMEAN I(+) ... N(+) N(-) DANO ... E``.
 
     Without Friedel mates kept apart: ``F SIGF IMEAN SIGIMEAN N E``. DANO, SIGDANO and FOMDANO are
-    there where a prior ties the mates, E where it is known.
+    there where a prior ties the mates, E where it is known, FreeR_flag where it is given.
 
     Parameters
     ----------
@@ -98,6 +104,8 @@ def write_merged_mtz(
         Lines of at most 80 characters; longer ones are cut.
     names : DatasetNames
     title : str
+    free_flag : (R,) int, optional
+        Of R_free, as CCP4 has it: 0 is the test set.
 
     Raises
     ------
@@ -107,7 +115,10 @@ def write_merged_mtz(
     if not is_in_asu(table.miller_index, space_group).all():
         raise ValueError("miller_index must lie in the CCP4 asymmetric unit")
     mtz = _empty_mtz(cell, space_group, wavelength, names, title)
-    _write(path, mtz, _columns(table), history)
+    columns = list(_columns(table))
+    if free_flag is not None:
+        columns.append((FREE_FLAG, "I", free_flag))
+    _write(path, mtz, columns, history)
 
 
 def write_half_sets_mtz(
@@ -189,9 +200,9 @@ def _columns(table: MergedTable) -> Iterable[Column]:
     yield from _value_and_sigma("IMEAN", t.i_mean, t.sigma_i_mean)
     if t.is_anomalous:
         yield from _mates("I", t.i_plus, t.sigma_i_plus, t.i_minus, t.sigma_i_minus)
-        yield from (("N(+)", "I", t.n_plus), ("N(-)", "I", t.n_minus))
+        yield from (("N(+)", COUNT, t.n_plus), ("N(-)", COUNT, t.n_minus))
     else:
-        yield "N", "I", t.n_plus
+        yield "N", COUNT, t.n_plus
     if t.has_coupled_differences:
         yield from (("DANO", "D", t.difference), ("SIGDANO", "Q", t.sigma_difference))
     if np.isfinite(t.merit).any():

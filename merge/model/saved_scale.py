@@ -40,7 +40,7 @@ FREE = {
     *("prior", "correlation", "sigma", "n_correlation_shells", "n_reference_shells"),
     *("anisotropic", "held_out", "epochs", "batch_size"),
     *("stream_above", "stream_training", "learning_rate", "network_learning_rate"),
-    *("half_set_repeats", "seed", "device"),
+    *("half_set_repeats", "seed", "device", "free_r", "free_r_seed", "free_r_thin_shells"),
 }
 
 

@@ -176,11 +176,13 @@ class RunConfig:
         images = tuple(path.absolute() for path in self.dials.images)
         changed: dict[str, Any] = paths | {"dials": replace(self.dials, images=images)}
         changed["more_data"] = tuple(path.absolute() for path in self.more_data)
+        if self.merge.free_r is not None:
+            changed["merge"] = replace(self.merge, free_r=self.merge.free_r.absolute())
         return replace(self, **changed)
 
     def input_files(self) -> dict[str, Path]:
         """Files that the run reads, by what they are, those given only."""
-        named = {k: getattr(self, k) for k in INPUTS}
+        named = {k: getattr(self, k) for k in INPUTS} | {"free_r": self.merge.free_r}
         images = {f"image {i + 1}": path for i, path in enumerate(self.dials.images)}
         more = {f"more_data {i + 1}": path for i, path in enumerate(self.more_data)}
         return {k: v for k, v in (named | images | more).items() if v is not None}

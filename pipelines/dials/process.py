@@ -8,6 +8,7 @@ from pathlib import Path
 
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.pipelines.compare.run import PEAKS, compare, show
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.dials.chain import DialsChain, Reference
@@ -55,6 +56,7 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
         read_merged_mtz(truth)
     [out] = config.require("out")
     choose_device(config.training.device)
+    FreeFlags.of(config.merge)  # what cannot be read is not met after DIALS' minutes
     check_images(config.dials.images)
     check_known_crystal(config.dials, config.model, config.extraction.d_min)
     with one_writer(out):

@@ -148,6 +148,7 @@ class MergeInputs:
         check_unmerged(self.paths)
         named = {"--prior-model": self.prior_model}
         named |= {"--reference-intensities": config.reference_intensities}
+        named |= {"--free-r": config.free_r}
         for what, path in named.items():
             if path is not None and not path.is_file():
                 raise UserError(f"{what}: {path} does not exist; correct the path")
@@ -166,6 +167,7 @@ class MergeInputs:
         more = {
             "prior_model": self.prior_model,
             "reference_intensities": config.reference_intensities,
+            "free_r": config.free_r,
             "freeze_scales": None
             if self.freeze_scales is None
             else scale_file(self.freeze_scales),

@@ -26,6 +26,7 @@ from braggflux.integrator.prediction.predict import require_recorded
 from braggflux.integrator.shoebox.extraction import MIN_ROWS
 from braggflux.merge.io.dataset_split import wavelength_groups
 from braggflux.merge.io.mtz import read_merged_mtz
+from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.merge.rows import check_parents, parse_parents
 from braggflux.pipelines.config.run import DialsConfig, RunConfig
 from braggflux.pipelines.integration.data_sets import read_sweeps
@@ -74,6 +75,7 @@ def check_input(config: RunConfig) -> None:
         check_same_crystal(read_model(config.model), cell, space_group, config.model)
     if config.prior_model is not None:
         check_reference(config.prior_model, cell, space_group)
+    FreeFlags.of(config.merge).check(cell, space_group)
 
 
 def check_parents_of_run(config: RunConfig) -> None:

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from braggflux.merge.io.dataset_labels import DatasetLabels
+from braggflux.merge.io.dataset_labels import MAX_TITLE, DatasetLabels, DatasetNames
 from braggflux.merge.output.amplitudes import used_observations
 from braggflux.merge.output.datasets import MergedDataset, merged_datasets
+from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.pipelines.integration.trainer import EpochResult, Trainer
 from braggflux.pipelines.maps.anomalous_peaks import COUPLED, AnomalousModel, SitePeak
@@ -52,6 +53,7 @@ class EpochWriter:
         self.directory = directory
         self.trainer = trainer
         self.anomalous = anomalous
+        self.free = FreeFlags.of(trainer.config.merge)
 
     def write(self, result: EpochResult) -> list[MergedDataset]:
         """Write everything of one epoch and log its line."""
@@ -75,11 +77,19 @@ class EpochWriter:
     def _write_files(self, own: RunDirectory, merged: MergedDataset, epoch: int) -> None:
         path = own.epoch_mtz(epoch)
         path.parent.mkdir(exist_ok=True)
-        labels = DatasetLabels(wavelength=self.trainer.problem.wavelength(own.dataset))
+        labels = self._labels(own)
         coupling = self.trainer.config.training.coupling
         made_by = f"run, coupling {coupling}, epoch {epoch}"
-        write_merged(path, merged, labels, made_by)
+        write_merged(path, merged, labels, made_by, self.free)
         write_half_sets(own.half_sets, merged, labels, made_by)
+
+    def _labels(self, own: RunDirectory) -> DatasetLabels:
+        expt = self.trainer.config.expt
+        name = own.dataset or ("" if expt is None else expt.stem)
+        names = DatasetNames(dataset=name or DatasetNames().dataset)
+        wavelength = self.trainer.problem.wavelength(own.dataset)
+        title = f"{name}: integrated and merged by braggflux"[:MAX_TITLE]
+        return DatasetLabels(names, title, wavelength)
 
 
 def _of_training(result: EpochResult) -> dict[str, Any]:

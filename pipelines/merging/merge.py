@@ -23,7 +23,7 @@ from braggflux.pipelines.merging.indexing import (
     write_choices,
 )
 from braggflux.pipelines.merging.metrics import write_metrics
-from braggflux.pipelines.merging.outputs import write_problem
+from braggflux.pipelines.merging.outputs import check_free_flags, write_problem
 from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settled
 from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
 from braggflux.pipelines.workspace.device import choose_device
@@ -94,6 +94,7 @@ def _merge_in_memory(
     say_what_data_leave_idle(config, problem, data)
     del data  # nearly as large as the table
     check_coupling(problem.unique, config)
+    check_free_flags(problem.unique, config)
     if saved is not None:
         saved.check(problem.table)
     f_calc = None

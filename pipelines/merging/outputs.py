@@ -12,6 +12,7 @@ from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.sums import ObservationSums
 from braggflux.merge.output.amplitudes import scaled_observations
 from braggflux.merge.output.datasets import MergedDataset, merged_datasets, streamed_datasets
+from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.merge.output.statistics import write_statistics_csv
 from braggflux.merge.prior.registry import prior_name
 from braggflux.merge.problem import MergeProblem
@@ -24,6 +25,18 @@ logger = logging.getLogger(__name__)
 
 #: Of a spread from the median, times the root of the number of values.
 MEDIAN_ERROR = 1.17
+
+
+def check_free_flags(unique: UniqueRows, config: MergeConfig) -> None:
+    """Refuse flags that cannot be those of every dataset, before anything is fitted.
+
+    Raises
+    ------
+    UserError
+    """
+    free = FreeFlags.of(config)
+    for asu in unique.asus:
+        free.check(asu.cell, asu.space_group)
 
 
 def write_problem(
@@ -90,10 +103,11 @@ def _write(
     out: Path,
 ) -> list[Path]:
     paths, made_by = [], f"merge, prior {prior_name(unique, config)}"
+    free = FreeFlags.of(config)
     for k, dataset in enumerate(datasets):
         stem = _stem(names, k)
         paths.append(out / f"{stem}merged.mtz")
-        write_merged(paths[-1], dataset, labels[k], made_by)
+        write_merged(paths[-1], dataset, labels[k], made_by, free)
         write_half_sets(out / f"{stem}{HALF_SETS}", dataset, labels[k], made_by)
         _write_statistics(dataset, out / f"{stem}statistics.csv", names[k])
         expected = model_rows(merger, unique.rows(k))

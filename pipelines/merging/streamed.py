@@ -38,7 +38,7 @@ from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 from braggflux.pipelines.merging.in_memory import check_coupling
 from braggflux.pipelines.merging.indexing import write_indexing
 from braggflux.pipelines.merging.metrics import write_metrics
-from braggflux.pipelines.merging.outputs import write_stream
+from braggflux.pipelines.merging.outputs import check_free_flags, write_stream
 from braggflux.pipelines.merging.streamed_indexing import indexed, resolve_indexing
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.rundir import write_rows
@@ -84,6 +84,7 @@ def merge_stores(
         feature_scaling = None if saved is None else saved.feature_scaling
         stream = ObservationStream(stores, config, feature_scaling, inputs.parents)
         check_coupling(stream.unique, config)
+        check_free_flags(stream.unique, config)
         f_calc = None
         if inputs.prior_model is not None:
             f_calc = torch.as_tensor(reference_amplitudes(inputs.prior_model, stream.unique.asus))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from datetime import date
 from pathlib import Path
 
 from braggflux.merge.io.dataset_labels import DatasetLabels
 from braggflux.merge.io.mtz import write_half_sets_mtz, write_merged_mtz
 from braggflux.merge.output.datasets import MergedDataset
+from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.pipelines.workspace.provenance import package_version
 
 logger = logging.getLogger(__name__)
@@ -15,7 +17,13 @@ logger = logging.getLogger(__name__)
 HALF_SETS = "half_sets.mtz"
 
 
-def write_merged(path: Path, dataset: MergedDataset, labels: DatasetLabels, made_by: str) -> None:
+def write_merged(
+    path: Path,
+    dataset: MergedDataset,
+    labels: DatasetLabels,
+    made_by: str,
+    free: FreeFlags,
+) -> None:
     """Write the merged MTZ.
 
     Parameters
@@ -26,6 +34,8 @@ def write_merged(path: Path, dataset: MergedDataset, labels: DatasetLabels, made
         Of the input.
     made_by : str
         First line of the history, after program and version.
+    free : FreeFlags
+        How the test set is chosen.
     """
     if labels.wavelength is None:
         logger.warning(
@@ -38,9 +48,12 @@ def write_merged(path: Path, dataset: MergedDataset, labels: DatasetLabels, made
         dataset.asu.cell,
         dataset.asu.space_group,
         labels.wavelength or 0.0,
-        history=[_first_line(made_by), *dataset.history],
+        history=[_first_line(made_by), *dataset.history, *free.history],
         names=labels.names,
         title=labels.title,
+        free_flag=free.numbers(
+            dataset.table.miller_index, dataset.asu.cell, dataset.asu.space_group
+        ),
     )
 
 
@@ -64,4 +77,5 @@ def write_half_sets(
 
 
 def _first_line(made_by: str) -> str:
-    return f"braggflux {package_version()}, {made_by}"
+    """Say program, version and day, as MTZ has no other place for a date."""
+    return f"braggflux {package_version()}, {date.today():%Y-%m-%d}, {made_by}"

@@ -22,7 +22,8 @@ MERGED_COLUMNS = {
     "F(+)": "G", "SIGF(+)": "L", "F(-)": "G", "SIGF(-)": "L",
     "I(+)": "K", "SIGI(+)": "M", "I(-)": "K", "SIGI(-)": "M",
     "F": "F", "SIGF": "Q", "IMEAN": "J", "SIGIMEAN": "Q",
-    "N(+)": "I", "N(-)": "I", "E": "E", "DANO": "D", "SIGDANO": "Q", "FOMDANO": "W",
+    "N(+)": "R", "N(-)": "R", "E": "E", "DANO": "D", "SIGDANO": "Q", "FOMDANO": "W",
+    "FreeR_flag": "I",
 }  # fmt: skip
 HALF_SET_COLUMNS = {
     "F1": "F", "SIGF1": "Q", "F2": "F", "SIGF2": "Q",

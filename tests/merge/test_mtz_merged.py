@@ -23,7 +23,7 @@ SPACE_GROUP = gemmi.SpaceGroup("P 43 21 2")
 WAVELENGTH = 1.0375
 CONTRACT = (
     "H K L F SIGF F(+) SIGF(+) F(-) SIGF(-) IMEAN SIGIMEAN I(+) SIGI(+) I(-) SIGI(-) N(+) N(-) "
-    "DANO SIGDANO FOMDANO E"
+    "DANO SIGDANO FOMDANO E FreeR_flag"
 ).split()
 HALVES = [
     f"{prefix}F{half}{mate}"
@@ -65,6 +65,7 @@ def written(tmp_path):
         WAVELENGTH,
         history=["made by a test", "x" * 100, *DIFFERENCE],
         names=mtz_io.DatasetNames("project", "crystal", "peak"),
+        free_flag=np.arange(len(table)) % 20,
     )
     return asu, values, table, path
 
@@ -74,7 +75,7 @@ def test_columns_types_and_header_follow_the_contract(written):
     mtz = gemmi.read_mtz_file(str(path))
     assert mtz.column_labels() == CONTRACT
     types = {c.label: c.type for c in mtz.columns}
-    assert "".join(types[label] for label in CONTRACT) == "HHHFQGLGLJQKMKMIIDQWE"
+    assert "".join(types[label] for label in CONTRACT) == "HHHFQGLGLJQKMKMRRDQWEI"
     assert mtz.spacegroup.hm == "P 43 21 2"
     np.testing.assert_allclose(mtz.cell.parameters, CELL.parameters)
     assert [(d.project_name, d.crystal_name, d.dataset_name) for d in mtz.datasets] == [
@@ -210,7 +211,7 @@ def test_without_a_prior_that_ties_mates_there_is_no_difference(tmp_path):
     _, _, table = made(coupled=False)
     mtz_io.write_merged_mtz(tmp_path / "m.mtz", table, CELL, SPACE_GROUP, WAVELENGTH)
     labels = gemmi.read_mtz_file(str(tmp_path / "m.mtz")).column_labels()
-    assert labels == [label for label in CONTRACT if "DANO" not in label]
+    assert labels == [x for x in CONTRACT if "DANO" not in x and x != "FreeR_flag"]
     assert not mtz_io.read_merged_mtz(tmp_path / "m.mtz").table.has_coupled_differences
 
 

@@ -121,7 +121,7 @@ def test_columns_of_the_merged_file(tmp_path, truth, flags):
         halves |= {f"F{k}({m})": "G" for k in range(1, 7) for m in "+-"}
         halves |= {f"SIGF{k}({m})": "L" for k in range(1, 7) for m in "+-"}
     counts = ("N(+)", "N(-)") if flags else ("N",)
-    wanted |= dict.fromkeys(counts, "I")
+    wanted |= dict.fromkeys(counts, "R") | {"FreeR_flag": "I"}
     assert types == wanted | dict.fromkeys("HKL", "H")
     apart = gemmi.read_mtz_file(str(out / "half_sets.mtz"))
     assert {c.label: c.type for c in apart.columns} == halves | dict.fromkeys("HKL", "H")

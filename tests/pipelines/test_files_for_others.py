@@ -1,0 +1,135 @@
+"""Files that leave the house, read as other programs read them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gemmi
+import numpy as np
+import pytest
+
+from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
+from braggflux.pipelines import cli
+
+CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
+SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
+
+IOTBX = """
+import io, json, sys
+from iotbx.reflection_file_reader import any_reflection_file
+from iotbx.reflection_file_utils import reflection_file_server
+file = any_reflection_file(sys.argv[1])
+arrays = file.as_miller_arrays()
+server = reflection_file_server(reflection_files=[file], err=io.StringIO())
+def chosen(labels=None, **preferences):
+    found = server.get_xray_data(file_name=None, labels=labels, ignore_all_zeros=True,
+                                 parameter_scope="", **preferences)
+    return found.info().label_string()
+flags, test_value = server.get_r_free_flags(file_name=None, label=None, test_flag_value=None,
+                                            disable_suitability_test=False, parameter_scope="")
+json.dump({
+  "amplitudes": [a.info().label_string() for a in arrays if a.is_xray_amplitude_array()],
+  "intensities": [a.info().label_string() for a in arrays if a.is_xray_intensity_array()],
+  "amplitude": chosen(labels=["F,SIGF"]),
+  "intensity": chosen(prefer_anomalous=False), "mates": chosen(prefer_anomalous=True),
+  "flags": flags.info().label_string(), "test_value": test_value,
+  "n_test": int((flags.data() == test_value).count(True))}, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def unmerged(tmp_path_factory) -> Path:
+    """5,000 observations, none of them of an odd batch of the high resolutions."""
+    asu, rng = ReciprocalAsu(CELL, SPACE_GROUP, 3.5, True), np.random.default_rng(5)
+    f2 = rng.exponential(1000.0, len(asu)) * asu.epsilon
+    minus = asu.friedel_sign < 0
+    f2[minus] = f2[asu.friedel_mate[minus]] * (1 + 0.05 * rng.standard_normal(minus.sum()))
+    image, row = np.repeat(np.arange(20), 250), rng.integers(0, len(asu), 5000)
+    sigma = 15.0 + 0.02 * f2[row]
+    values = f2[row] + sigma * rng.standard_normal(len(row)), sigma, image + 1
+    mtz = gemmi.Mtz(with_base=True)
+    mtz.spacegroup, mtz.title = SPACE_GROUP, "a test"
+    mtz.set_cell_for_all(CELL)
+    mtz.add_dataset("peak").wavelength = 1.1
+    for label, kind in (("I", "J"), ("SIGI", "Q"), ("BATCH", "B")):
+        mtz.add_column(label, kind)
+    mtz.set_data(np.column_stack([asu.miller_index[row], *values]).astype(np.float32))
+    path = tmp_path_factory.mktemp("unmerged") / "a.mtz"
+    mtz.write_to_file(str(path))
+    return path
+
+
+def merge(path, out, *more) -> int:
+    fast = ("--anomalous", "--epochs", "5", "--set", "held_out=0")
+    return cli.main(["merge", *(str(a) for a in (path, "--out", out, *fast, *more))])
+
+
+@pytest.fixture(scope="module")
+def merged(unmerged, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("merge") / "out"
+    assert merge(unmerged, out) == 0
+    return out
+
+
+@pytest.mark.dials
+def test_cctbx_takes_one_array_of_each_kind_and_our_flags(merged, dials, tmp_path):
+    environment = dict(os.environ)
+    for build in Path("/usr/lib/cctbx").glob("python3*"):
+        environment.setdefault("LIBTBX_BUILD", str(build))
+    path, out = merged / "merged.mtz", tmp_path / "out.json"
+    command = [sys.executable, "-c", IOTBX, str(path), str(out)]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+    seen = json.loads(out.read_text())
+    mates = "I(+),SIGI(+),I(-),SIGI(-)"
+    assert seen["amplitudes"] == ["F,SIGF", mates.replace("I(", "F(")]
+    assert seen["intensities"] == ["IMEAN,SIGIMEAN", mates]
+    chosen = [seen[k] for k in ("amplitude", "intensity", "mates")]
+    assert chosen == ["F,SIGF", "IMEAN,SIGIMEAN", mates]
+    flags = np.array(gemmi.read_mtz_file(str(path)).column_with_label("FreeR_flag"))
+    assert (seen["flags"], seen["test_value"]) == ("FreeR_flag", 0)
+    assert seen["n_test"] == (flags == 0).sum() > 20
+
+
+def test_names_title_and_day_are_in_the_header(merged):
+    mtz = gemmi.read_mtz_file(str(merged / "merged.mtz"))
+    (dataset,) = mtz.datasets
+    assert (mtz.title, dataset.dataset_name, dataset.wavelength) == (
+        "a test", "peak", pytest.approx(1.1),
+    )  # fmt: skip
+    assert dataset.crystal_name
+    assert dataset.project_name
+    assert "braggflux" in mtz.history[0]
+    assert any(word.count("-") == 2 for word in mtz.history[0].replace(",", " ").split())
+    assert mtz.rfree_column().label == "FreeR_flag"
+
+
+def test_a_test_set_is_carried_and_another_crystals_refused(merged, unmerged, tmp_path, capsys):
+    before = gemmi.read_mtz_file(str(merged / "merged.mtz"))
+    flags = np.array(before.column_with_label("FreeR_flag"))
+    swapped = np.where(flags == 7, 0, np.where(flags == 0, 7, flags))
+    half = gemmi.Mtz(with_base=True)
+    half.spacegroup = before.spacegroup
+    half.set_cell_for_all(before.cell)
+    half.add_dataset("other")
+    half.add_column("FREE", "I")
+    half.set_data(np.column_stack([before.make_miller_array(), swapped])[::2].astype(np.float32))
+    half.write_to_file(str(tmp_path / "half.mtz"))
+    assert merge(unmerged, tmp_path / "out", "--free-r", tmp_path / "half.mtz") == 0
+    after = gemmi.read_mtz_file(str(tmp_path / "out" / "merged.mtz"))
+    kept = np.array(after.column_with_label("FreeR_flag"))
+    np.testing.assert_array_equal(kept[::2], swapped[::2])
+    np.testing.assert_array_equal(kept[1::2], flags[1::2])  # the same seed as before
+    np.testing.assert_array_equal(after.column_with_label("F"), before.column_with_label("F"))
+    assert any("kept from half.mtz" in line for line in after.history)
+    half.set_cell_for_all(gemmi.UnitCell(44, 50, 60, 90, 90, 90))
+    half.write_to_file(str(tmp_path / "other.mtz"))
+    capsys.readouterr()
+    assert merge(unmerged, tmp_path / "none", "--free-r", tmp_path / "other.mtz") == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "has the cell 44" in said
+    assert "leave --free-r out" in said
+    assert not (tmp_path / "none" / "merged.mtz").exists()
