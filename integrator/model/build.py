@@ -12,7 +12,13 @@ from braggflux.integrator.model.encoder import PositionFeatures
 from braggflux.integrator.model.integrator import Integrator
 from braggflux.integrator.model.local_shape import PlaceFeatures
 from braggflux.integrator.model.profile import SpotShape
-from braggflux.integrator.model.start import MIN_PHOTONS, spot_brightness, start_profile
+from braggflux.integrator.model.saved_integrator import SavedIntegrator
+from braggflux.integrator.model.start import (
+    MIN_PHOTONS,
+    spot_brightness,
+    start_local_shape,
+    start_profile,
+)
 from braggflux.integrator.prediction.rocking import RockingWidth
 from braggflux.integrator.shoebox.background import mean_image
 from braggflux.integrator.types import Flag
@@ -20,17 +26,28 @@ from braggflux.integrator.types import Flag
 CHUNK = 4096
 
 
-def build_integrator(store: ShoeboxStore, config: IntegratorConfig) -> Integrator:
-    """Integrator with untrained networks and a Gaussian profile of the measured extent."""
+def build_integrator(
+    store: ShoeboxStore, config: IntegratorConfig, saved: SavedIntegrator | None = None
+) -> Integrator:
+    """Integrator with untrained networks and a Gaussian profile of the measured extent.
+
+    Where one was ``saved``, its networks and its profile, on its grid; the grid is laid on the
+    rocking curves of this store.
+    """
     sigma_x, sigma_y, sigma_m = (float(v) for v in store.attributes["extent"])
     mosaic, size_rate = (float(v) for v in store.attributes.get("rocking", (sigma_m, 0.0)))
-    rocking = RockingWidth(mosaic, size_rate) if size_rate else None
+    rocking = RockingWidth(mosaic, size_rate) if size_rate or saved else None
+    if saved is not None:
+        sigma_x, sigma_y, sigma_m = saved.sigma
     shape = SpotShape(sigma_x, sigma_y, sigma_m, store.box, sweep_widths(store), rocking)
     background = mean_background(store, config.background_smoothing_px)
     metadata = store.metadata()
     features = PositionFeatures.from_metadata(metadata)
     place = PlaceFeatures.from_metadata(metadata, len(store.experiments))
-    return Integrator(shape, background, features, config, place)
+    integrator = Integrator(shape, background, features, config, place)
+    if saved is not None:
+        saved.give_to(integrator)
+    return integrator
 
 
 def sweep_widths(store: ShoeboxStore) -> tuple[float, ...]:
@@ -53,8 +70,13 @@ def mean_background(store: ShoeboxStore, smoothing_px: float) -> MeanBackground:
     return MeanBackground(images, levels, store.box)
 
 
-def start_from_strong_spots(integrator: Integrator, store: ShoeboxStore, seed: int) -> int:
+def start_from_strong_spots(
+    integrator: Integrator, store: ShoeboxStore, seed: int, *, has_profile: bool = False
+) -> int:
     """Set the mean profile from the strongest whole spots; returns how many were used.
+
+    An integrator that ``has_profile`` keeps it: only where its spots lie and how wide they are is
+    set.
 
     Raises
     ------
@@ -80,5 +102,6 @@ def start_from_strong_spots(integrator: Integrator, store: ShoeboxStore, seed: i
     bright = bright[brightness[bright].argsort(descending=True)][: max(len(bright) // 2, 50)]
     order = torch.randperm(len(bright), generator=torch.Generator().manual_seed(seed))
     rows = bright[order[:n_used]].sort().values
-    start_profile(integrator, store.read(rows))
+    start = start_local_shape if has_profile else start_profile
+    start(integrator, store.read(rows))
     return len(rows)

@@ -51,21 +51,41 @@ def start_profile(integrator: Integrator, strong: ShoeboxBatch, chunk: int = 512
     chunk : int
         Shoeboxes treated at once.
     """
-    node_weights = integrator.profile.node_weights()[0]
+    node_weights = integrator.profile.node_weights()
     chunks = [strong[slice(i, i + chunk)] for i in range(0, len(strong), chunk)]
     local = integrator.profile.grid.local_shape
     for k in range(integrator.config.profile_em_rounds):
         if k in SHAPE_ROUNDS and local is not None:
-            _score_local_shape(integrator, local, node_weights, chunks)
+            _score_local_shape(integrator, local, [node_weights] * len(chunks), chunks)
         node_weights = _maximise(integrator, node_weights, chunks)
-    integrator.profile.set_mean(node_weights)
+    integrator.profile.set_mean(node_weights[0])
+
+
+@torch.no_grad()
+def start_local_shape(integrator: Integrator, strong: ShoeboxBatch, chunk: int = 512) -> None:
+    """Set how spots shift and widen of an integrator whose profile is known already.
+
+    Parameters are those of :func:`start_profile`.
+    """
+    local = integrator.profile.grid.local_shape
+    if local is None:
+        return
+    chunks = [strong[slice(i, i + chunk)] for i in range(0, len(strong), chunk)]
+    typical = [
+        integrator.profile.node_weights(
+            integrator.profile_prior(integrator.features(batch.metadata)).mean
+        )
+        for batch in chunks
+    ]
+    for _ in SHAPE_ROUNDS:
+        _score_local_shape(integrator, local, typical, chunks)
 
 
 def _maximise(
     integrator: Integrator, node_weights: Tensor, chunks: Sequence[ShoeboxBatch]
 ) -> Tensor:
-    """One round of expectation maximisation for the node weights, (G3, Gy, Gx)."""
-    collected, exposed = torch.zeros_like(node_weights), torch.zeros_like(node_weights)
+    """One round of expectation maximisation for the node weights, (1, G3, Gy, Gx)."""
+    collected, exposed = torch.zeros_like(node_weights[0]), torch.zeros_like(node_weights[0])
     for batch in chunks:
         spots = _expected_spots(integrator, batch, node_weights)
         ratio = spots.valid * batch.counts / spots.rate
@@ -83,10 +103,12 @@ def _maximise(
 def _score_local_shape(
     integrator: Integrator,
     local: LocalShape,
-    node_weights: Tensor,
+    node_weights: Sequence[Tensor],
     chunks: Sequence[ShoeboxBatch],
 ) -> None:
     """One Fisher-scoring step for the coefficients of the spots' offset and width.
+
+    ``node_weights``, (B or 1, G3, Gy, Gx), are those of each chunk.
 
     Each spot has its own intensity and background level, which are eliminated (Schur complement
     of its information); what is left tells of its six offsets and widths, and the features of its
@@ -96,9 +118,9 @@ def _score_local_shape(
     n = local.coefficients.numel()
     information = torch.eye(n, dtype=torch.float64) / local.prior_sd**2
     score = -local.coefficients.double().flatten().cpu() / local.prior_sd**2
-    for batch in chunks:
-        spots = _expected_spots(integrator, batch, node_weights)
-        slopes = [spots.scale * s for s in _slopes(grid, spots.weights.edges, node_weights)]
+    for batch, own_weights in zip(chunks, node_weights, strict=True):
+        spots = _expected_spots(integrator, batch, own_weights)
+        slopes = [spots.scale * s for s in _slopes(grid, spots.weights.edges, own_weights)]
         design = torch.stack([spots.profile, spots.background, *slopes], -1).flatten(1, 3)
         weight = (spots.valid / spots.rate).flatten(1)
         normal = (design * weight[..., None]).transpose(1, 2) @ design
@@ -137,10 +159,10 @@ class _Spots:
 def _expected_spots(integrator: Integrator, batch: ShoeboxBatch, node_weights: Tensor) -> _Spots:
     grid = integrator.profile.grid
     weights = grid.voxel_weights(batch.metadata)
-    profile = weights.project(node_weights[None])
+    profile = weights.project(node_weights)
     background = integrator.mean_background(batch.metadata)
     valid = batch.is_valid.to(profile.dtype)
-    neighbours = neighbour_profiles(grid, batch, node_weights[None])
+    neighbours = neighbour_profiles(grid, batch, node_weights)
     counts, seen, own, level = (v.flatten(1) for v in (batch.counts, valid, profile, background))
     intensity = first_intensities(counts, seen, own, level, neighbours)
     beside = torch.zeros_like(profile)
@@ -165,6 +187,6 @@ def _slopes(
                 moved[axis] = edges[axis] * math.exp(-step)
             rotation, slow, fast = moved
             weights = grid.weights_between((rotation, slow, fast))
-            ends.append(weights.project(node_weights[None]))
+            ends.append(weights.project(node_weights))
         slopes.append((ends[0] - ends[1]) / (2 * DIFFERENCE))
     return slopes

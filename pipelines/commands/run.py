@@ -9,6 +9,9 @@ Several pairs EXPT REFL are several data sets (dark and light, native and deriva
 each has amplitudes of its own and files DIR/<name of its EXPT>_merged.mtz and so on. --parents
 says which resembles which.
 
+--integrator takes what a finished run on a crystal of the same kind of experiment has learned;
+with --epochs 0 every spot is then integrated in one pass, without training.
+
 EXPT and REFL are DIALS files. With refined.refl the full set of reflections is predicted; an
 integrated or predicted table is taken as it is.
 
@@ -23,6 +26,7 @@ braggflux run refined.expt refined.refl --model model.pdb --out plain \
 braggflux run dark.expt dark.refl light.expt light.refl --parents none,0 --out pair \
     --set merge.anomalous=false
 braggflux run --config run/config.yaml --out again
+braggflux run next.expt next.refl --model model.pdb --out next --integrator run --epochs 0
 """
 
 from __future__ import annotations

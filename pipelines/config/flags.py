@@ -23,6 +23,7 @@ RUN_FLAGS = {
     "--reference": "reference",
     "--prior-model": "prior_model",
     "--free-r": "merge.free_r",
+    "--integrator": "trained_integrator",
     "--coupling": "training.coupling",
     "--epochs": "training.epochs",
     "--batch-size": "training.batch_size",

@@ -23,6 +23,8 @@ from braggflux.pipelines.config import schema
 
 #: Options that name a file to read.
 INPUTS = ("expt", "refl", "model", "reference", "prior_model")
+#: File of a run directory that `trained_integrator` names by its directory.
+INTEGRATOR_FILE = "integrator.pt"
 REFERENCE_CONFIG = Path(__file__).parent / "reference_full.yaml"
 
 
@@ -90,7 +92,7 @@ class TrainingConfig:
 
     # joint: the merge's gradients reach the shoebox encoder; staged: integrate, then merge.
     coupling: Literal["joint", "staged"] = "joint"
-    # Passes over all observations.
+    # Passes over all observations; 0, with a trained integrator, integrates once and merges.
     epochs: int = 6
     # Observations in a step.
     batch_size: int = 512
@@ -105,8 +107,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges; whether a device is present is known at run time only."""
-        _at_least(self, 1, "epochs", "batch_size", "merge_steps", "checkpoint_every")
-        _at_least(self, 0, "seed")
+        _at_least(self, 1, "batch_size", "merge_steps", "checkpoint_every")
+        _at_least(self, 0, "seed", "epochs")
         kind, _, index = self.device.partition(":")
         if kind not in {"auto", "cpu", "cuda"} or (index and not index.isdigit()):
             raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {self.device!r}")
@@ -149,6 +151,9 @@ class RunConfig:
     # Structure (PDB, mmCIF) or merged amplitudes (MTZ) that the data resemble: its |F_calc| is
     # the prior as far as the data say that it fits.
     prior_model: Path | None = None
+    # Directory of a finished run on a crystal of the same kind of experiment, whose trained
+    # integrator this run starts from; may then have 0 epochs.
+    trained_integrator: Path | None = None
     # Run directory; made by the run.
     out: Path | None = None
     dials: DialsConfig = field(default_factory=DialsConfig)
@@ -156,6 +161,14 @@ class RunConfig:
     integrator: IntegratorConfig = field(default_factory=IntegratorConfig)
     merge: RunMergeConfig = field(default_factory=RunMergeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        """Check that something trains the integrator."""
+        if self.training.epochs < 1 and self.trained_integrator is None:
+            raise ValueError(
+                "training: `epochs` must be at least 1 without a trained integrator "
+                f"(--integrator RUN_DIR), got {self.training.epochs}"
+            )
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -184,6 +197,8 @@ class RunConfig:
         """Files that the run reads, by what they are, those given only."""
         named = {k: getattr(self, k) for k in INPUTS} | {"free_r": self.merge.free_r}
         images = {f"image {i + 1}": path for i, path in enumerate(self.dials.images)}
+        if self.trained_integrator is not None:
+            images["integrator"] = self.trained_integrator / INTEGRATOR_FILE
         more = {f"more_data {i + 1}": path for i, path in enumerate(self.more_data)}
         return {k: v for k, v in (named | images | more).items() if v is not None}
 
@@ -220,6 +235,11 @@ class RunConfig:
                     f"{name} is not given; put it on the command line or as `{name}:` in --config"
                 )
         for what, path in self.input_files().items():
+            if what == "integrator" and not path.is_file():
+                raise UserError(
+                    f"--integrator: {path.parent} holds no {path.name}; give the directory of a "
+                    "finished run of `braggflux run` or `process`"
+                )
             if not path.is_file():
                 problem = "is a folder, not a file" if path.is_dir() else "does not exist"
                 raise UserError(f"{what}: {path} {problem}")

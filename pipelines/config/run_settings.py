@@ -25,8 +25,18 @@ def _is_coupled(c: RunConfig) -> bool:
 _MERGE_RULES: tuple[Rule, ...] = (
     (
         ("extraction.n_sigma",),
-        lambda c: c.extraction.box is not None,
+        lambda c: c.extraction.box is not None or c.trained_integrator is not None,
         "the size of the boxes is given",
+    ),
+    (
+        ("integrator.profile_em_rounds",),
+        lambda c: c.trained_integrator is not None,
+        "the profile is that of the trained integrator",
+    ),
+    (
+        ("integrator.learning_rate", "integrator.profile_learning_rate"),
+        lambda c: c.training.epochs == 0,
+        "nothing is trained in 0 epochs",
     ),
     (
         tuple(

@@ -22,13 +22,14 @@ from braggflux.integrator.io.file_kinds import (
     file_kind,
 )
 from braggflux.integrator.io.images import open_frames
+from braggflux.integrator.model.saved_integrator import SavedIntegrator
 from braggflux.integrator.prediction.predict import require_recorded
 from braggflux.integrator.shoebox.extraction import MIN_ROWS
 from braggflux.merge.io.dataset_split import wavelength_groups
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.merge.rows import check_parents, parse_parents
-from braggflux.pipelines.config.run import DialsConfig, RunConfig
+from braggflux.pipelines.config.run import INTEGRATOR_FILE, DialsConfig, RunConfig
 from braggflux.pipelines.integration.data_sets import read_sweeps
 from braggflux.pipelines.maps.atomic_model import check_same_crystal, read_model
 from braggflux.pipelines.maps.reference_amplitudes import check_reference
@@ -61,6 +62,7 @@ def check_input(config: RunConfig) -> None:
         read_merged_mtz(config.reference)
     experiments = sweeps_of(read_sweeps(config))
     check_frames(experiments, config.extraction.d_min)
+    check_integrator(config, experiments)
     crystals = [e.crystal for e in experiments]
     for files in config.data_sets:
         own = [e for e in experiments if e.dataset == files.name]
@@ -76,6 +78,23 @@ def check_input(config: RunConfig) -> None:
     if config.prior_model is not None:
         check_reference(config.prior_model, cell, space_group)
     FreeFlags.of(config.merge).check(cell, space_group)
+
+
+def check_integrator(config: RunConfig, experiments: Sequence[Experiment]) -> None:
+    """Check that a trained integrator, if one is given, fits the detector and the settings.
+
+    Raises
+    ------
+    UserError
+    """
+    if config.trained_integrator is None:
+        return
+    path = config.trained_integrator / INTEGRATOR_FILE
+    saved = SavedIntegrator.read(path)
+    saved.require_settings(config.integrator, config.extraction.box, path)
+    for experiment in experiments:
+        for panel in experiment.panels:
+            saved.require_pixels(panel.pixel_size, path)
 
 
 def check_parents_of_run(config: RunConfig) -> None:

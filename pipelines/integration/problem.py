@@ -16,6 +16,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.model.build import build_integrator, start_from_strong_spots
 from braggflux.integrator.model.integrator import Integrator
+from braggflux.integrator.model.saved_integrator import SavedIntegrator
 from braggflux.integrator.types import IntensityTable, ReflectionMetadata
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.formats.photon_table import (
@@ -69,8 +70,10 @@ class Problem:
         return self.store.flags
 
 
-def build(store: ShoeboxStore, config: RunConfig) -> Problem:
+def build(store: ShoeboxStore, config: RunConfig, saved: SavedIntegrator | None = None) -> Problem:
     """Build the model of a store, with the integrator started from the strong spots.
+
+    An integrator that was ``saved`` by another run gives networks and profile.
 
     Raises
     ------
@@ -78,8 +81,9 @@ def build(store: ShoeboxStore, config: RunConfig) -> Problem:
         The sweeps have different crystal forms, or no observation can be merged.
     """
     torch.manual_seed(config.training.seed)
-    integrator = build_integrator(store, config.integrator)
-    start_from_strong_spots(integrator, store, config.training.seed)
+    integrator = build_integrator(store, config.integrator, saved)
+    seed = config.training.seed
+    start_from_strong_spots(integrator, store, seed, has_profile=saved is not None)
     settings = merge_settings(config, float(store.metadata().d.min()))
     parents = parse_parents(config.parents)
     merging, model = join(integrator, store, settings, parents, config.prior_model)

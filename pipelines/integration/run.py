@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +14,11 @@ from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.model.saved_integrator import SavedIntegrator
 from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.integrator.types import IntensityTable
 from braggflux.merge.model.finite import require_finite
-from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.config.run import INTEGRATOR_FILE, RunConfig
 from braggflux.pipelines.integration.checks import check_input, why_no_peaks
 from braggflux.pipelines.integration.epoch_outputs import EpochWriter
 from braggflux.pipelines.integration.extraction import extract
@@ -75,8 +77,14 @@ def _prepare(
     directory: RunDirectory, config: RunConfig, device: torch.device
 ) -> tuple[Trainer, EpochWriter]:
     """Cut the boxes, build the model, score the reference."""
-    store = _shoeboxes(directory, config)
-    problem = build(store, config)
+    saved = None
+    if config.trained_integrator is not None:
+        saved = SavedIntegrator.read(config.trained_integrator / INTEGRATOR_FILE)
+        text = f"starts from that of {config.trained_integrator}, {saved.epochs} epochs"
+        directory.note("integrator", text)
+        logger.info("the integrator %s", text)
+    store = _shoeboxes(directory, config, saved)
+    problem = build(store, config, saved)
     anomalous: list[AnomalousModel] = []
     if reason := why_no_peaks(config):
         directory.note("peaks", reason)
@@ -94,10 +102,14 @@ def _prepare(
     return trainer, EpochWriter(directory, trainer, anomalous)
 
 
-def _shoeboxes(directory: RunDirectory, config: RunConfig) -> ShoeboxStore:
+def _shoeboxes(
+    directory: RunDirectory, config: RunConfig, saved: SavedIntegrator | None
+) -> ShoeboxStore:
     """Cut the boxes, or open those that an interrupted run has cut."""
     if directory.shoeboxes.is_file():
         return ShoeboxStore.open(directory.shoeboxes)
+    if saved is not None:
+        config = replace(config, extraction=replace(config.extraction, box=saved.box))
     return extract(config, directory.shoeboxes)
 
 
@@ -167,7 +179,9 @@ def _train(
 def _finish(
     trainer: Trainer, writer: EpochWriter, directory: RunDirectory, config: RunConfig
 ) -> None:
-    write_intensities(directory.intensities, trainer.table, trainer.problem.store.experiments)
+    store, integrator = trainer.problem.store, trainer.model.integrator
+    write_intensities(directory.intensities, trainer.table, store.experiments)
+    SavedIntegrator.of(integrator, store, trainer.epoch).write(directory.integrator)
     reflections = integrated_reflections(trainer)
     for number, (own, files) in enumerate(
         zip(directory.data_sets(), config.data_sets, strict=True)

@@ -43,6 +43,8 @@ GRADIENT_CLIP = 10.0
 FIRST_STEPS = 20
 #: Boxes that a CPU works on at once: their arrays stay in its cache, which is twice as fast.
 CPU_ROWS = 512
+#: Fits of the merge, each of an epoch's steps, where the integrator is not trained.
+MERGES_ALONE = 3
 Progress = Callable[[int, int], None]
 
 
@@ -117,6 +119,9 @@ class Trainer:
         self._update_prior(table)
         # mates start alike
         self._fit_amplitudes(table)
+        if not self.config.training.epochs:
+            for k in range(MERGES_ALONE):
+                self._merge_steps(table, k, MERGES_ALONE)
         return self._result(0, began, self._full_batch_terms(table), None)
 
     def _fit_amplitudes(self, table: ObservationTable) -> None:
@@ -143,7 +148,7 @@ class Trainer:
         gradient_norm = self._integrator_pass(progress)
         self.table = self._exchanged(self.integrate_all())
         table = self.merge_table()
-        self._merge_steps(table)
+        self._merge_steps(table, self.epoch - 1, self.config.training.epochs)
         terms = self._full_batch_terms(table)
         return self._result(self.epoch, began, terms, gradient_norm)
 
@@ -171,12 +176,12 @@ class Trainer:
         self._integration = totals
         return sum(norms) / max(len(norms), 1)
 
-    def _merge_steps(self, table: ObservationTable) -> None:
-        training, merger = self.config.training, self.model.merger
+    def _merge_steps(self, table: ObservationTable, number: int, n_fits: int) -> None:
+        """Take the steps of one of the ``n_fits`` fits of the merge."""
+        merger, n = self.model.merger, self.config.training.merge_steps
         merger.count(table)
         restart_doubted(merger, table)
-        n = training.merge_steps
-        self.merge_fit.steps(table, n, lambda k: (self.epoch - 1 + k / n) / training.epochs)
+        self.merge_fit.steps(table, n, lambda k: (number + k / n) / n_fits)
         self._update_prior(table)
 
     def _update_prior(self, table: ObservationTable) -> None:

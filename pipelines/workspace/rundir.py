@@ -10,7 +10,7 @@
     statistics.csv  compare.csv
     checkpoints/epoch_0007.pt  latest  mtz/epoch_0007.mtz
     merged.mtz  half_sets.mtz  unmerged.mtz  integrated.refl  integrated.expt
-    intensities.h5  shoeboxes.h5  shoebox_examples.npz  report.html
+    intensities.h5  shoeboxes.h5  shoebox_examples.npz  integrator.pt  report.html
     dials/            files and logs of DIALS (`braggflux process`)
 
 Of several data sets each has its own peaks, statistics, merged, half sets, unmerged and integrated
@@ -35,7 +35,7 @@ import yaml
 from braggflux.integrator.atomic import remove_leftovers, replacing
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config import schema
-from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.config.run import INTEGRATOR_FILE, RunConfig
 from braggflux.pipelines.workspace import log, provenance
 from braggflux.pipelines.workspace.lock import LOCK
 from braggflux.pipelines.workspace.outputs import holds_merge
@@ -115,6 +115,7 @@ class RunDirectory:
         self.integrated_refl = self.path / f"{stem}integrated.refl"
         self.integrated_expt = self.path / f"{stem}integrated.expt"
         self.intensities = self.path / "intensities.h5"
+        self.integrator = self.path / INTEGRATOR_FILE
         self.shoeboxes = self.path / "shoeboxes.h5"
         self.shoebox_examples = self.path / "shoebox_examples.npz"
         self.report = self.path / "report.html"
