@@ -43,6 +43,7 @@ COMMANDS = (
     "compare",
     "report",
     "simulate",
+    "config",
 )
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"braggflux {package_version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"braggflux.pipelines.commands.{name}")
         command = commands.add_parser(
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        command.add_argument("--verbose", action="store_true", help="more messages")
+        command.add_argument("-v", "--verbose", action="store_true", help="more messages")
         module.add_arguments(command)
         flags = re.findall(r"--[a-z][a-z-]*", command.format_usage())
         command.set_defaults(run=module.run, flags=flags)
@@ -89,6 +90,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
+        if args.command is None:
+            raise UserError(f"unrecognized arguments: {' '.join(unknown)}; see `braggflux --help`")
         raise UserError(
             f"unrecognized arguments: {' '.join(unknown)}; see `braggflux {args.command} --help`"
             f"{schema.did_you_mean(word, args.flags) if word.startswith('--') else ''}"
@@ -106,7 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         tune_process()
-        args = _parse(build_parser(), argv)
+        parser = build_parser()
+        args = _parse(parser, argv)
+        if args.command is None:
+            parser.print_help()
+            return 0
         log.configure(verbose=args.verbose)
         args.run(args)
     except UserError as error:

@@ -116,7 +116,7 @@ def show(rows: Iterable[Row]) -> None:
             for b in bins
         ]
         reasons = list(dict.fromkeys(r["reason"] for r in entries if r["reason"]))
-        write_table(title, header, body, notes=reasons)
+        write_table(title, header, body, notes=reasons, n_fixed=2)
 
 
 def _compare_observations(

@@ -7,9 +7,10 @@ Precedence: defaults, then ``--config FILE``, then flags.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config import schema
@@ -52,6 +53,20 @@ MERGE_FLAGS = {
     "--seed": "seed",
 }
 
+#: Heading in the help under which a flag stands; what none of these names is one of the model.
+GROUPS = {
+    "files": ("--model", "--out", "--reference", "--prior-model", "--reference-intensities"),
+    "crystal and data": (
+        *("--d-min", "--space-group", "--unit-cell", "--anomalous", "--stills", "--laue"),
+        *("--parents", "--resolve-ambiguity"),
+    ),
+    "computing": ("--epochs", "--batch-size", "--device", "--seed", "--nproc"),
+}
+OF_DIALS = "more parameters for steps of DIALS"
+OTHERS = "model"
+#: Placeholder in the help for a value of this type.
+METAVARS = {"a path": "FILE", "a whole number": "N", "a number": "X", "text": "TEXT"}
+
 
 def add_config_arguments(
     parser: argparse.ArgumentParser,
@@ -61,34 +76,63 @@ def add_config_arguments(
 ) -> None:
     """Add ``flags`` (name -> dotted key of ``cls``), ``--config``, ``--set`` and nothing else."""
     defaults = schema.flatten(schema.to_mapping(cls()))
+    groups = {
+        title: parser.add_argument_group(title)
+        for title in (*GROUPS, OTHERS, OF_DIALS)
+        if any(_group(flag) == title for flag in flags)
+    }
     for flag, key in flags.items():
         hint, text = schema.find_option(cls, key)
+        group = groups[_group(flag)]
         if hint is bool:
-            parser.add_argument(
+            # a flag only ever switches on
+            text = re.sub(r"; false .*", "", text).removesuffix(".")
+            group.add_argument(
                 flag, dest=_destination(key), action="store_const", const="true", help=text
             )
             continue
-        default = "" if defaults[key] is None else f"; default {defaults[key]}"
-        parser.add_argument(
+        group.add_argument(
             flag,
             dest=_destination(key),
             # parts of a command line add up
             action="append" if schema.CommandLine in get_args(hint) else "store",
-            metavar=flag.lstrip("-").replace("-", "_").upper(),
-            help=f"{text} [{schema.type_name(hint)}{default}]".replace("%", "%%"),
+            metavar=_metavar(flag, hint),
+            help=_help_text(text, defaults[key]).replace("%", "%%"),
         )
-    parser.add_argument(
+    rest = parser.add_argument_group("all other options")
+    rest.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML or JSON file of options; flags win"
     )
-    parser.add_argument(
+    rest.add_argument(
         "--set",
         dest="assignments",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"any option by its key in the file, e.g. {example}; repeatable; the config.yaml "
-        "that is written explains all",
+        help=f"any option by its key in the file, e.g. {example}; repeatable; "
+        "`braggflux config COMMAND` lists all with their meaning",
     )
+
+
+def _group(flag: str) -> str:
+    """Heading under which ``flag`` stands in the help."""
+    if flag.endswith("-args"):
+        return OF_DIALS
+    return next((title for title, flags in GROUPS.items() if flag in flags), OTHERS)
+
+
+def _metavar(flag: str, hint: Any) -> str:
+    """Name what stands for the value of ``flag`` in the help: its choices, or its kind."""
+    kind = schema.type_name(hint).removesuffix(", or null")
+    if kind.startswith("one of "):
+        return "{" + kind.removeprefix("one of ").replace(", ", ",") + "}"
+    return "DIR" if flag == "--out" else METAVARS.get(kind, "VALUES")
+
+
+def _help_text(text: str, default: object) -> str:
+    """Help of an option for people who give flags: null is the word of a file."""
+    text = re.sub(r"\bwhen null\b", "unless given", text.removesuffix("."))
+    return text if default in (None, ()) else f"{text} [{default}]"
 
 
 def config_from_args(

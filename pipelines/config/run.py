@@ -38,7 +38,7 @@ class DialsConfig:
     space_group: str | None = None
     # a, b, c [A], alpha, beta, gamma [deg]; found by indexing when null.
     unit_cell: tuple[float, float, float, float, float, float] | None = None
-    # Processes; null takes every core.
+    # Processes; every core when null.
     nproc: int | None = None
     # Integrate, scale and merge with DIALS too, to set its results beside ours.
     has_reference: bool = True

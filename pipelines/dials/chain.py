@@ -22,6 +22,7 @@ from typing import Any
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.run import DialsConfig
+from braggflux.pipelines.workspace import log
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,13 @@ INSTALL_HINT = (
     "`mamba install -c conda-forge dials`, or run DIALS elsewhere and give its refined.expt and "
     "refined.refl to `braggflux run`"
 )
+
+
+#: Why a step may take minutes, by its name.
+HINTS = {
+    "index": "still searching; a space group or cell that the crystal does not have is the usual "
+    "reason, and Ctrl-C ends it",
+}
 
 
 class StepError(UserError):
@@ -185,7 +193,8 @@ class DialsChain:
         logger.info("%s ...", command[0])
         began = time.monotonic()
         log_file = self.folder / f"log.{name}"
-        status = self._execute(command, log_file)
+        with log.running(command[0], log_file, HINTS.get(name, "")):
+            status = self._execute(command, log_file)
         seconds = time.monotonic() - began
         missing = [output for output in outputs if not (self.folder / output).is_file()]
         if status != 0 or missing:

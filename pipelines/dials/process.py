@@ -98,4 +98,5 @@ def finish(
     logger.info("report: %s", report)
     for own in directory.data_sets():
         logger.info("merged: %s", own.merged)
+    logger.info("next: open the report in a browser, then refine against the merged file")
     return directory

@@ -17,14 +17,9 @@ logger = logging.getLogger(__name__)
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the files and their relations."""
-    add = parser.add_argument
-    add(
-        "inputs",
-        nargs="+",
-        type=Path,
-        metavar="INPUT",
-        help=".mtz .refl+.expt .HKL .sca .cif .stream .h5",
-    )
+    text = ".mtz .refl+.expt .HKL .sca .cif .stream .h5"
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help=text)
+    add = parser.add_argument_group("inputs, and how they belong together").add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     text = (
         "dataset that each dataset resembles, by its number from 0, or none; sets the "

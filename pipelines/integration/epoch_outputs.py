@@ -70,7 +70,9 @@ class EpochWriter:
             if peaks:
                 own.write_peaks(result.epoch, peaks)
             _add_of_data_set(metrics, own, rows, peaks)
-            logger.info(summary_line(result, rows[-1], peaks, name))
+            n_epochs = self.trainer.config.training.epochs
+            logger.info(summary_line(result, rows[-1], peaks, n_epochs, name))
+        logger.debug(_objective(result))
         self.directory.append_metrics(metrics)
         return datasets
 
@@ -128,22 +130,50 @@ def _add_of_data_set(
         del metrics["reasons"]
 
 
-def summary_line(result: EpochResult, overall: dict, peaks: list[SitePeak], name: str = "") -> str:
-    """One line for the log: objective, half-set correlation and the highest peaks."""
-    m = result.metrics
-    parts = [
-        f"epoch {result.epoch:3d}",
-        *([name] if name else []),
-        f"merge elbo {m['merge_elbo']:.4f}/obs",
-    ]
-    if m.get("pixel_nll") is not None:
-        parts.append(f"pixel nll {m['pixel_nll']:.4f}/obs")
-    if overall.get("cc_half") is not None:
-        parts.append(f"CC1/2 {overall['cc_half']:.4f}")
+def summary_line(
+    result: EpochResult, overall: dict[str, Any], peaks: list[SitePeak], n_epochs: int, name: str
+) -> str:
+    """One line for the log: quality of the data, the highest peaks, and the time left.
+
+    Parameters
+    ----------
+    result : EpochResult
+    overall : dict
+        Statistics of all shells together.
+    peaks : list of SitePeak
+    n_epochs : int
+        Number of the last epoch.
+    name : str
+        Of the data set, where there are several.
+    """
+    parts = [f"epoch {result.epoch}/{n_epochs}", *([name] if name else [])]
+    for key, label in (("r_pim", "R_pim"), ("cc_half", "CC1/2"), ("cc_anom", "CCanom")):
+        if overall.get(key) is not None:
+            parts.append(f"{label} {overall[key]:.{4 if key == 'cc_half' else 3}f}")
     known = sorted((p for p in peaks if p.peak_sigma is not None), key=lambda p: -p.peak_sigma)
     if known:
         parts.append(
             "peaks " + " ".join(f"{p.residue}{p.seqid} {p.peak_sigma:.2f}" for p in known[:3])
         )
-    parts.append(f"{m['wall_s']:.1f} s")
+    seconds = result.metrics["wall_s"]
+    parts.append(f"{seconds:.1f} s")
+    # epoch 0 has no training step, so that its time says nothing of the others'
+    if 0 < result.epoch < n_epochs:
+        parts.append(f"about {_duration(seconds * (n_epochs - result.epoch))} left")
     return "  ".join(parts)
+
+
+def _objective(result: EpochResult) -> str:
+    """Terms of the ELBO, for those who follow the optimisation."""
+    m = result.metrics
+    text = f"epoch {result.epoch}: merge elbo {m['merge_elbo']:.4f} nats/observation"
+    if m.get("pixel_nll") is not None:
+        text += f", pixel nll {m['pixel_nll']:.4f} nats/observation"
+    return text
+
+
+def _duration(seconds: float) -> str:
+    """Time in the unit that people would say it in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ Cells = Sequence[Sequence[str]]
 
 #: More sites of one kind than this are shown as their mean.
 MAX_SINGLE_SITES = 5
+#: Columns of characters that a table may take: a terminal's least usual width.
+MAX_WIDTH = 80
+#: Between two columns, framed or plain.
+_GAP = 2
 
 
 def write_table(
@@ -22,8 +27,9 @@ def write_table(
     *,
     notes: Sequence[str] = (),
     emphasis: Sequence[str] = (),
+    n_fixed: int = 1,
 ) -> None:
-    """Print a table.
+    """Print a table; one that is wider than :data:`MAX_WIDTH` goes on below, part by part.
 
     Parameters
     ----------
@@ -35,14 +41,47 @@ def write_table(
         Lines under the table, e.g. why something is missing.
     emphasis : sequence of str
         First cells of rows that a terminal shows in bold.
+    n_fixed : int
+        Columns from the left that every part of a wide table repeats.
     """
-    if sys.stdout.isatty():
-        _write_framed(title, header, rows, emphasis)
-    else:
-        sys.stdout.write("\n".join(plain_table(title, header, rows)) + "\n")
+    for k, columns in enumerate(fitting_columns(header, rows, n_fixed)):
+        part = [[row[i] for i in columns] for row in (header, *rows)]
+        heading = title if k == 0 else f"{title}, continued"
+        if sys.stdout.isatty():
+            _write_framed(heading, part[0], part[1:], emphasis)
+        else:
+            sys.stdout.write("\n".join(plain_table(heading, part[0], part[1:])) + "\n\n")
     for note in notes:
-        sys.stdout.write(f"  - {note}\n")
-    sys.stdout.write("\n")
+        sys.stdout.write(_wrapped(note))
+    if notes:
+        sys.stdout.write("\n")
+
+
+def fitting_columns(header: Sequence[str], rows: Cells, n_fixed: int) -> list[list[int]]:
+    """Split a table's columns into parts that fit :data:`MAX_WIDTH`, each with the first ones.
+
+    Returns
+    -------
+    list of list of int
+        Numbers of the columns of each part; a column wider than all room has a part alone.
+    """
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+    fixed = list(range(min(n_fixed, len(header))))
+    room = MAX_WIDTH - sum(widths[i] + _GAP for i in fixed)
+    parts, used = [list(fixed)], 0
+    for i in range(len(fixed), len(header)):
+        if used and used + widths[i] + _GAP > room:
+            parts.append(list(fixed))
+            used = 0
+        parts[-1].append(i)
+        used += widths[i] + _GAP
+    return parts
+
+
+def _wrapped(note: str) -> str:
+    """Set a note as an item of a list."""
+    lines = textwrap.wrap(note, MAX_WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    return "\n".join(lines) + "\n"
 
 
 def write_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGE = "braggflux"
 #: Name of the handlers that :func:`configure` sets.
@@ -19,6 +25,8 @@ _FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 _PLAIN_FORMAT = "%(asctime)s %(message)s"
 #: A queue's log gets a progress line at most this often, and at most every tenth of the way.
 PLAIN_INTERVAL_S = 30.0
+#: Another program that takes longer than this may have a reason that the user can mend.
+HINT_AFTER_S = 60.0
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +85,67 @@ def progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
+def running(description: str, where: Path, hint: str = "") -> Iterator[None]:
+    """Show that another program is at work: its time on a terminal, now and then a line elsewhere.
+
+    Parameters
+    ----------
+    description : str
+        Name of the program.
+    where : Path
+        Its log.
+    hint : str
+        Said once, when it has taken longer than :data:`HINT_AFTER_S`.
+    """
+    began, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        wait = PLAIN_INTERVAL_S
+        has_hinted = not hint
+        while not ended.wait(wait):
+            seconds = time.monotonic() - began
+            if not sys.stderr.isatty():
+                logger.info("%s: running for %.0f s, log %s", description, seconds, where)
+            if seconds >= HINT_AFTER_S and not has_hinted:
+                logger.warning("%s: %s; its log: %s", description, hint, where)
+                has_hinted = True
+            wait = max(PLAIN_INTERVAL_S, seconds)  # twice as long every time
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        with _rich_clock(description, where) if sys.stderr.isatty() else nullcontext():
+            yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
 def _rich_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=_console(), transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _rich_clock(description: str, where: Path) -> Iterator[None]:
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=_console(), transient=True) as bar:
+        bar.add_task(f"{description} (log: {where})", total=None)
+        yield
+
+
+@cache
+def _console() -> Console:
+    """One for messages and bars: a bar moves down for the message of another of its console."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 class _Early(logging.Handler):
@@ -114,11 +176,10 @@ class _PlainProgress:
 
 def _terminal_handler() -> logging.Handler:
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.logging import RichHandler
 
         return RichHandler(
-            console=Console(stderr=True),
+            console=_console(),
             show_path=False,
             markup=False,
             highlighter=None,

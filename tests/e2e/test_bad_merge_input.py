@@ -214,6 +214,7 @@ def test_the_installed_command(asu, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_partials_are_summed(asu, tmp_path):
     """Cut reflections give what the whole ones give."""
     folder = Folder(tmp_path, asu)

@@ -19,7 +19,7 @@ from braggflux.pipelines import cli
 from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
-pytestmark = pytest.mark.dials
+pytestmark = [pytest.mark.dials, pytest.mark.slow]
 
 
 def dials_program(name: str, *arguments: object, folder: Path) -> str:

@@ -25,6 +25,8 @@ from braggflux.pipelines.dials.process import finish
 from braggflux.pipelines.integration.data_sets import read_tables
 from braggflux.pipelines.integration.run import run
 
+pytestmark = pytest.mark.slow
+
 #: A hundredth of the photons of the preset.
 WEAK = {"intensity.photons_per_f2": 1e-5}
 SHORT = {"training.epochs": 1, "training.device": "cpu"}

@@ -128,6 +128,7 @@ def lists_of(tiny, folder) -> dict[str, object]:
     return {name: folder / f"{name}.expt" for name in made}
 
 
+@pytest.mark.slow
 def test_boxes_are_those_of_the_sweep_alone(tiny, tmp_path, caplog):
     lists = lists_of(tiny, tmp_path)
     table = read_reflections(tiny.refl)

@@ -81,6 +81,7 @@ def test_a_bright_blob_costs_itself(tiny, control, tmp_path, caplog, size, count
     np.testing.assert_allclose(images[0][near], images[1][near], atol=0.1, rtol=0.3)
 
 
+@pytest.mark.slow
 def test_spots_smaller_than_a_pixel_keep_their_peaks(tmp_path, caplog):
     """0.13 pixels and 0.01 degrees, as of a microfocus beam on a Pilatus."""
     sharp = {

@@ -606,6 +606,7 @@ def test_a_file_for_each_image_is_refused(base, tmp_path):
 # plugins of HDF5
 
 
+@pytest.mark.slow
 def test_plugins_that_hdf5_finds_by_itself(base, control, tmp_path):
     """As with Debian's DIALS: the store is written, and reads back equal."""
     out = tmp_path / "out.h5"

@@ -120,6 +120,7 @@ def test_partiality_is_what_the_scan_recorded(beside_truth):
     assert np.median(ratio[strong & cut_off]) == pytest.approx(1.0, abs=0.03)
 
 
+@pytest.mark.slow
 def test_correlation_is_that_of_the_counts(beside_truth):
     table, _ = beside_truth
     strength = table["intensity.prf.value"] / np.sqrt(table["intensity.prf.variance"])

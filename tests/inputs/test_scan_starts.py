@@ -228,6 +228,7 @@ def full_table(table: ReflectionTable) -> ReflectionTable:
     return ReflectionTable(columns, table.identifiers, "predicted.refl")
 
 
+@pytest.mark.slow
 def test_boxes_of_a_wedge_lie_on_its_frames(tiny, tmp_path):
     """Predicted, refined and the frames themselves agree; the extent is that of the whole."""
     table = read_reflections(tiny.refl)

@@ -69,6 +69,7 @@ def scan_of(shape: str, folder) -> Scan:
     return Scan(*stores, dict(np.load(files.truth)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["fringes", *SLOW])
 def test_no_spot_is_a_defect_and_photons_are_as_true_as_without(shape, tmp_path):
     """As good as round spots: those have z of 0.95, and below 300 photons a bias of 1 photon."""

@@ -181,6 +181,7 @@ def test_the_wavelength_goes_through_a_store(tmp_path):
     assert gemmi.read_mtz_file(str(path)).datasets[0].dataset_name == "PEAK"
 
 
+@pytest.mark.slow
 @pytest.mark.dials
 @pytest.mark.realdata
 def test_two_wavelengths_that_dials_exports(shared, dials, tmp_path):

@@ -47,6 +47,7 @@ def test_to_asu_equals_gemmi_one_by_one_in_every_setting():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pandas about the versions of its helpers
 def test_symmetry_flags_equal_reciprocalspaceship():
     utils = pytest.importorskip("reciprocalspaceship.utils")

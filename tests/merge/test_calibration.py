@@ -77,6 +77,7 @@ def damage_left(fitted, intensity) -> float:
     return -2 * np.polyfit(fitted.experiment.asu.d[strong] ** -2.0, log_ratio, 1)[0]
 
 
+@pytest.mark.slow
 def test_posterior_is_of_the_mean_dose_and_output_of_the_crystal_before_damage(fitted):
     """B of the scale is zero on average: half of the damage is left in the amplitudes."""
     assert damage_left(fitted, fitted.posterior[0] ** 2) == pytest.approx(DAMAGE / 2, abs=0.5)

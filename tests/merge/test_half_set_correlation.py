@@ -128,6 +128,7 @@ def test_too_few_pairs_leave_r_as_it_is(caplog):
     assert "fewer than" in caplog.text
 
 
+@pytest.mark.slow
 def test_pairs_that_noise_hides_do_not_hide_the_others():
     """Every second difference has fifty times the variance in noise: as if it were not there."""
     merger, _ = mates(0.004, 20.0)

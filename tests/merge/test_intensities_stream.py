@@ -149,6 +149,7 @@ def test_sums_are_those_of_the_observations_in_memory(stream):
     torch.testing.assert_close(again.by_half, sums.by_half)
 
 
+@pytest.mark.slow
 def test_one_look_gives_the_amplitudes_of_the_full_elbo(stream):
     table = whole_table(stream)
     merger = started(stream, table)

@@ -82,6 +82,7 @@ def f_in_file_units(merger, problem):
     return f, merger.n_obs.numpy() > 3
 
 
+@pytest.mark.slow
 def test_light_comes_out_on_the_scale_of_dark(dark, amplitude):
     folder, merger, problem = dark
     light = observed(1.25 * amplitude, 2)

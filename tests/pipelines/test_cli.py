@@ -73,7 +73,7 @@ def test_help_needs_nothing_heavy():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: COMMAND"),
+        (["--nonsense"], "unrecognized arguments: --nonsense; see `braggflux --help`"),
         (["integrate"], "invalid choice: 'integrate'"),
         (["run", "--nonsense"], "unrecognized arguments: --nonsense; see `braggflux run --help`"),
         (["run"], "expt is not given"),

@@ -117,6 +117,7 @@ def test_new_images_with_scales_of_others(merged, data, tmp_path):
 STREAMED = ("--set", "stream_above=0", "--set", "stream_training=200000")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_flipped", [False, True])
 def test_a_store_read_batch_by_batch(is_flipped, data, tmp_path, monkeypatch):
     """A third of the images agree; the others are compared with them."""

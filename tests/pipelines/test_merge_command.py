@@ -203,6 +203,7 @@ def test_friedel_halves_of_stills(tmp_path, truth):
     assert np.isfinite(table.f_minus).sum() > 100
 
 
+@pytest.mark.slow
 def test_datasets_of_one_name_do_not_overwrite_each_other(tmp_path, truth):
     paths = []
     for seed, folder in enumerate(("dark", "light")):
@@ -276,6 +277,7 @@ def test_wrong_input_is_one_line(kind, said, tmp_path, truth, good, capsys):
     assert not list(tmp_path.glob("out/*.mtz"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [UserError("no room"), KeyboardInterrupt()])
 def test_a_merge_that_stops_leaves_no_result_and_can_be_repeated(
     tmp_path, truth, monkeypatch, failure

@@ -119,6 +119,7 @@ def expt_file(path, space_group=SPACE_GROUP):
     return path
 
 
+@pytest.mark.slow
 def test_an_expt_beside_a_table_without_cell(experiment, table, tmp_path):
     bare = tmp_path / "intensities.h5"
     write_intensities(bare, experiment.table)

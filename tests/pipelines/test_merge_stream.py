@@ -74,6 +74,7 @@ def test_files_are_those_of_a_merge_in_memory(files, merged):
     assert int(overall["n_obs"]) == int(np.nansum(first.n_plus) + np.nansum(first.n_minus))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [True, False])
 def test_new_images_with_the_scales_of_others(files, merged, streamed):
     out = files / f"frozen_{streamed}"
@@ -88,6 +89,7 @@ def test_new_images_with_the_scales_of_others(files, merged, streamed):
     assert np.nanmedian(ratio) == pytest.approx(1.0, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_model_as_prior(files, merged):
     """The amplitudes that the simulation was made from fit, and the data say so."""
     out, truth = files / "with_model", gemmi.read_mtz_file(str(files / "first" / "truth.mtz"))

@@ -55,6 +55,7 @@ def programs(frames, tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_extract_with_a_given_box(frames, tmp_path):
     out = tmp_path / "boxes.h5"
     argv = ["extract", str(frames.expt), str(frames.refl), "--out", str(out), "--box", "5,11,13"]
