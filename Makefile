@@ -4,6 +4,7 @@
 #   make demo    simulate frames, process them beside DIALS, end with the peak table
 #   make test    all tests; make test-fast leaves out the slow ones
 #   make bench   cost of the extraction beside that of decompression
+#   make docs    the documents as a site, in build/docs
 #   make lint    ruff and mypy (.ci/run calls it, then the tests)
 #
 # A smaller torch for a machine without a GPU:
@@ -28,7 +29,7 @@ DEMO_NAME := hewl-iodide
 # The edges of the simulated detector; beyond, only its corners record anything.
 DEMO_D_MIN := 2.5
 
-.PHONY: env dials demo test test-fast bench lint reference-config
+.PHONY: env dials demo test test-fast bench lint docs reference-config
 
 env: $(STAMP)
 
@@ -50,7 +51,7 @@ $(STAMP): pyproject.toml
 	    || { rm -rf "$(VENV)"; echo "make env: $$python cannot make environments; install python3-venv" >&2; exit 1; }; \
 	fi
 	"$(BIN)/python" -m pip install --quiet $(TORCH)
-	"$(BIN)/python" -m pip install --quiet --editable ".[dev]"
+	"$(BIN)/python" -m pip install --quiet --editable ".[dev,docs]"
 	@"$(BIN)/braggflux" --version
 	@touch "$@"
 
@@ -103,6 +104,9 @@ lint: $(STAMP)
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	"$(BIN)/mypy"
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --quiet --strict
 
 # After an option has been added or changed.
 reference-config: $(STAMP)

@@ -96,7 +96,9 @@ TOP_LEVEL = {
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "LICENSE",
+    "CITATION.cff",
     "Makefile",
+    "mkdocs.yml",
     "docs",
     "benchmarks",
 }

@@ -1,0 +1,66 @@
+"""Examples of README and of the pages run as they stand: blocks below the line `<!-- run -->`.
+
+Pages share a folder, in this order, as a reader would go through them; a command that stands on
+several pages is run once. Commands run in this process, which saves importing torch for each.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from braggflux.pipelines import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "docs/tutorial.md", "docs/howto/stills.md")
+BLOCK = re.compile(r"^<!-- run -->\n```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the examples of a page that are to be run."""
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(text: str) -> list[str]:
+    """Lines of a block, continued ones joined, without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
+
+
+def test_the_pages_with_examples_are_those_that_run():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    marked = {str(p.relative_to(ROOT)) for p in pages if "<!-- run -->" in p.read_text("utf-8")}
+    assert marked == set(PAGES)
+    for page in marked:
+        assert len(blocks(ROOT / page)) == (ROOT / page).read_text("utf-8").count("<!-- run -->")
+
+
+def test_lines_are_joined_and_comments_left_out():
+    assert commands("# what\na \\\n    --b c\n\nd\n") == ["a --b c", "d"]
+
+
+@pytest.mark.slow
+def test_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    done: set[str] = set()
+    for page in PAGES:
+        for language, text in blocks(ROOT / page):
+            if language == "python":
+                exec(compile(text, page, "exec", dont_inherit=True), {"__name__": "example"})
+                continue
+            for command in commands(text):
+                program, *arguments = shlex.split(command)
+                assert program == "braggflux", f"{page}: only this program is run: {command}"
+                if command not in done:
+                    assert cli.main(arguments) == 0, (
+                        f"{page}: {command}\n{capsys.readouterr().err}"
+                    )
+                done.add(command)
+    for made in ("run/report.html", "run/anomalous.ccp4", "again/merged.mtz", "merged/merged.mtz"):
+        assert (tmp_path / made).stat().st_size > 10_000, made
+    heights = capsys.readouterr().out  # of the run, then of the stills
+    assert heights.count("chain,seqid,residue,atom,peak_sigma") == 2
+    assert len(re.findall(r"^A,204,IOD,I,\d", heights, re.MULTILINE)) == 2
