@@ -42,6 +42,7 @@ COMMANDS = (
     "peaks",
     "compare",
     "report",
+    "view",
     "simulate",
     "config",
 )

@@ -80,6 +80,12 @@ MAY_IMPORT = {
     "pipelines.merging": (*BASICS, "pipelines.maps", "pipelines.inputs"),
     "pipelines.report": (*BASICS, "pipelines.maps"),
     "pipelines.compare": (*BASICS, "pipelines.report"),
+    "pipelines.view": (
+        *BASICS,
+        "pipelines.maps",
+        "pipelines.report",
+        "pipelines.integration",
+    ),
     "pipelines.dials": (*BASICS, "pipelines.report", "pipelines.compare", "pipelines.integration"),
     "pipelines.commands": (*BELOW, "pipelines"),
     # `braggflux simulate` is the one door to the simulator.
@@ -223,7 +229,9 @@ def test_what_is_imported_is_declared_and_the_other_way_round(sources):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     imported = {name.split(".")[0] for source in sources for name in source.imports}
     imported -= {*sys.stdlib_module_names, "braggflux", *OPTIONAL}
-    assert imported == names_of(project["dependencies"]) - PINNED
+    extras = project["optional-dependencies"]
+    extra = {n for name in extras if name != "dev" for n in names_of(extras[name])}
+    assert imported == names_of(project["dependencies"]) - PINNED | extra
     of_tests = {
         name.split(".")[0]
         for path in (ROOT / "tests").rglob("*.py")

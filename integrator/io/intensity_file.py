@@ -96,19 +96,7 @@ def read_intensities(path: str | Path) -> IntensityTable:
     import h5py
 
     with refusing_damage(path, REMEDY), h5py.File(path) as handle:
-        attributes = read_attributes(handle)
-        version = attributes.get("version")
-        records = _experiments(handle)
-        starts = {record.get("image_range", (1,))[0] for record in records}
-        known = {VERSION, WITHOUT_CHECKSUMS, WITHOUT_ZETA}
-        known |= {RIGHT_FROM_IMAGE_1} if starts <= {1} else set()
-        if attributes.get("format") != FORMAT or version not in known:
-            raise UserError(
-                f"{path} is no intensity file of version {WITHOUT_ZETA} to {VERSION}, or "
-                f"{RIGHT_FROM_IMAGE_1} of scans from image 1 (found "
-                f"{(attributes.get('format'), version)}, scans from {sorted(starts)}); make "
-                "it again with `braggflux run`"
-            )
+        version, records = require_readable(handle, path)
         columns = {
             name: torch.as_tensor(handle[name][()]) for name in handle if name != EXPERIMENTS
         }
@@ -122,6 +110,30 @@ def read_intensities(path: str | Path) -> IntensityTable:
             columns["background"],
             columns["flags"],
         )
+
+
+def require_readable(handle: h5py.File, path: str | Path) -> tuple[int, list[dict[str, Any]]]:
+    """Return the version and the sweeps of an open intensity file.
+
+    Raises
+    ------
+    UserError
+        Not such a file, or another version.
+    """
+    attributes = read_attributes(handle)
+    version = attributes.get("version")
+    records = _experiments(handle)
+    starts = {record.get("image_range", (1,))[0] for record in records}
+    known = {VERSION, WITHOUT_CHECKSUMS, WITHOUT_ZETA}
+    known |= {RIGHT_FROM_IMAGE_1} if starts <= {1} else set()
+    if attributes.get("format") != FORMAT or version not in known:
+        raise UserError(
+            f"{path} is no intensity file of version {WITHOUT_ZETA} to {VERSION}, or "
+            f"{RIGHT_FROM_IMAGE_1} of scans from image 1 (found "
+            f"{(attributes.get('format'), version)}, scans from {sorted(starts)}); make "
+            "it again with `braggflux run`"
+        )
+    return int(version), records
 
 
 def _record(kind: type[Record], columns: Mapping[str, Tensor]) -> Record:

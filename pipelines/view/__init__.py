@@ -1,0 +1,1 @@
+"""Pages on a finished run for a browser on the same machine: frames, reflections, maps."""
