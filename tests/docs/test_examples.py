@@ -6,8 +6,10 @@ several pages is run once. Commands run in this process, which saves importing t
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,23 @@ def commands(text: str) -> list[str]:
     return [" ".join(line.split()) for line in lines if line and not line.startswith("#")]
 
 
+def undocumented(columns: Iterable[str]) -> set[str]:
+    """Columns that the pages on files do not name."""
+    pages = [ROOT / "docs" / name for name in ("tables.md", "files.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    return {name for name in columns if not re.search(rf"[`|,] ?{re.escape(name)}[`, ]", text)}
+
+
 def test_the_pages_with_examples_are_those_that_run():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     marked = {str(p.relative_to(ROOT)) for p in pages if "<!-- run -->" in p.read_text("utf-8")}
     assert marked == set(PAGES)
     for page in marked:
         assert len(blocks(ROOT / page)) == (ROOT / page).read_text("utf-8").count("<!-- run -->")
+
+
+def test_a_column_without_a_word_is_found():
+    assert undocumented(["z_spread", "wall_s", "z_sprad"]) == {"z_sprad"}
 
 
 def test_lines_are_joined_and_comments_left_out():
@@ -61,6 +74,14 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
                 done.add(command)
     for made in ("run/report.html", "run/anomalous.ccp4", "again/merged.mtz", "merged/merged.mtz"):
         assert (tmp_path / made).stat().st_size > 10_000, made
+    for name in ("run/statistics.csv", "run/peaks.csv", "merged/correlation.csv"):
+        header = (tmp_path / name).read_text(encoding="utf-8").splitlines()[0]
+        assert not undocumented(header.split(",")), name
+    last = json.loads(
+        (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    )
+    assert not undocumented(key for key in last if not key.startswith("peak_sigma"))
+    assert not undocumented(json.loads((tmp_path / "merged/metrics.json").read_text("utf-8")))
     heights = capsys.readouterr().out  # of the run, then of the stills
     assert heights.count("chain,seqid,residue,atom,peak_sigma") == 2
     assert len(re.findall(r"^A,204,IOD,I,\d", heights, re.MULTILINE)) == 2

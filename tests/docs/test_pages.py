@@ -13,6 +13,7 @@ import yaml
 
 from braggflux.pipelines.config import schema
 from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.report.verdict import LEVELS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -121,6 +122,18 @@ def test_quoted_messages_are_those_of_the_program(page):
 def test_a_message_that_nobody_says_is_found():
     assert is_said("no image file ...; copy it there or correct the path")
     assert not is_said("no image file ...; buy a new one")
+
+
+def test_levels_are_those_of_the_verdict():
+    """Of docs/good_run.md, those that the verdict has in its table."""
+    text = (ROOT / "docs" / "good_run.md").read_text(encoding="utf-8")
+    for level in LEVELS:
+        row = re.search(
+            rf"^\| {level.subject} \| .* \| at (least|most) (.*) \| (.*) \|$", text, re.M
+        )
+        assert row, level.subject
+        assert (row[1] == "least") == (level.good > level.fair)
+        assert (float(row[2]), float(row[3])) == (level.good, level.fair), level.subject
 
 
 def test_generated_pages_have_what_the_program_has():
