@@ -36,6 +36,11 @@ def score_moments(residual: Tensor, coordinates: Sequence[Tensor]) -> Tensor:
     return torch.stack([m[:, i, j, k] for i, j, k in EXPONENTS], -1)
 
 
+def independent_normal(mean: Tensor, sd: Tensor) -> Independent[Normal]:
+    """Return the Normal of independent latents, (B, K) each; no step waits to check values."""
+    return Independent(Normal(mean, sd, validate_args=False), 1, validate_args=False)
+
+
 class PositionFeatures(nn.Module):
     """Where on the detector, in the scan and in reciprocal space, scaled to about [-1, 1]."""
 
@@ -82,7 +87,7 @@ class ProfilePrior(nn.Module):
     def forward(self, features: Tensor) -> Independent[Normal]:
         """p(z | position), (B, K)."""
         mean = self.network(features)
-        return Independent(Normal(mean, self.log_sd.exp().expand_as(mean)), 1)
+        return independent_normal(mean, self.log_sd.exp().expand_as(mean))
 
 
 class ProfileEncoder(nn.Module):
@@ -129,4 +134,4 @@ class ProfileEncoder(nn.Module):
         mean = base.loc + gain * (shift + self.linear(torch.tanh(relative)))
         # data shrink the posterior from the prior's width as 1 / sqrt(1 + info / c)
         sd = base.scale * (1 - gain).sqrt() * torch.exp(gain * log_ratio.clamp(-3.0, 3.0))
-        return Independent(Normal(mean, sd.clamp_min(1e-4)), 1)
+        return independent_normal(mean, sd.clamp_min(1e-4))

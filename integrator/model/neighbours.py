@@ -37,7 +37,7 @@ def neighbour_profiles(
     neighbours = batch.neighbours
     if neighbours is None:
         return None
-    box, place = torch.nonzero(neighbours.is_present, as_tuple=True)
+    box, place = _places(neighbours.is_present)
     own = batch.metadata[box]
     moved = replace(
         own,
@@ -47,7 +47,19 @@ def neighbour_profiles(
     )
     weights = node_weights if len(node_weights) == 1 else node_weights[box]
     voxels = grid.voxel_weights(moved).project(weights).flatten(1)
-    shape = neighbours.is_present.shape
-    profile = voxels.new_zeros(*shape, voxels.shape[1])
-    profile[box, place] = voxels
+    is_present = neighbours.is_present[box, place]
+    profile = voxels.new_zeros(*neighbours.is_present.shape, voxels.shape[1])
+    profile[box, place] = torch.where(is_present[:, None], voxels, 0.0)
     return profile
+
+
+def _places(is_present: Tensor) -> tuple[Tensor, Tensor]:
+    """Box and place of the neighbours, (M,) each; on a GPU of all places, (B K,).
+
+    How many neighbours there are is known on the device alone, and a GPU would be waited for.
+    """
+    if is_present.device.type == "cpu":
+        box, place = torch.nonzero(is_present, as_tuple=True)
+        return box, place
+    number = torch.arange(is_present.numel(), device=is_present.device)
+    return number // is_present.shape[1], number % is_present.shape[1]

@@ -9,6 +9,7 @@ images is a few contiguous pieces and no loop runs over reflections or images.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ class Batch:
 
     ``rows`` are those of the observations in the table. ``terms.observation``, ``image`` and
     ``cluster`` count from 0 within the batch; ``cluster`` and ``observation_of_term`` are None
-    where every observation is alone in its cluster, or has one term.
+    where every observation is alone in its cluster, or has one term. ``share``, (), is that of the
+    used observations of the table.
     """
 
     observations: Observations
@@ -108,7 +110,7 @@ class Batch:
     n_images: int
     cluster: Tensor | None
     observation_of_term: Tensor | None
-    share: float
+    share: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to a device."""
@@ -173,7 +175,12 @@ class ObservationTable:
         """Number of exposure groups."""
         return len(self.first_observation) - 1
 
-    @property
+    @cached_property
+    def n_used(self) -> Tensor:
+        """Number of used observations, (), float64; 1 where there is none."""
+        return self.observations.is_used.sum().double().clamp_min(1)
+
+    @cached_property
     def has_clusters(self) -> bool:
         """Some observations share a cluster."""
         cluster = self.observations.cluster
@@ -200,8 +207,12 @@ class ObservationTable:
         terms = Terms(**values | {"observation": position})
         return self._batch(self.observations[rows], terms, rows)
 
-    def rows(self, index: Tensor, measured: Measurement | None = None) -> Batch:
-        """Batch of any observations, (B,), each once; their ``measured`` may be another one.
+    def rows(
+        self, index: Tensor, measured: Measurement | None = None, is_used: Tensor | None = None
+    ) -> Batch:
+        """Batch of any observations, (B,), each once; ``measured`` and ``is_used`` may be others.
+
+        Its images keep their numbers, and nothing in it waits for the device.
 
         Raises
         ------
@@ -213,8 +224,14 @@ class ObservationTable:
         observations = self.observations[index]
         if measured is not None:
             observations = replace(observations, measured=measured)
-        number = torch.arange(len(index), device=index.device)
-        return self._batch(observations, replace(self.terms[index], observation=number), index)
+        if is_used is not None:
+            observations = replace(observations, is_used=is_used)
+        terms = replace(
+            self.terms[index], observation=torch.arange(len(index), device=index.device)
+        )
+        share = observations.is_used.sum().double() / self.n_used
+        images, n_images = observations.image, sum(self.images_of_dataset)
+        return Batch(observations, terms, index, images, n_images, None, None, share)
 
     def measured_as(self, measured: Measurement, is_used: Tensor) -> ObservationTable:
         """Copy with other measurements, (N,), of which those of ``is_used`` are used."""
@@ -253,7 +270,6 @@ class ObservationTable:
         if self.has_clusters:
             cluster = torch.zeros_like(observations.cluster)
             cluster[1:] = (observations.cluster.diff() != 0).cumsum(0)
-        n_used = int(observations.is_used.sum())
         return Batch(
             observations,
             terms,
@@ -262,7 +278,7 @@ class ObservationTable:
             len(images),
             cluster,
             terms.observation if self.has_harmonics else None,
-            n_used / max(int(self.observations.is_used.sum()), 1),
+            observations.is_used.sum().double() / self.n_used,
         )
 
 

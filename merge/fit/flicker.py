@@ -60,7 +60,7 @@ def choose_flicker(
     ratio = merger.log_ratio.clone()
     scores = [log_likelihoods(merger, table, held_out)]
     if merger.scale.frames is not None:
-        merger.scale.frames.has_flicker.fill_(False)
+        merger.scale.frames.stop_flicker()
     fit(merger, table, config, epochs=epochs)
     scores.append(log_likelihoods(merger, table, held_out))
     on, off = (s[~s.isnan()] for s in scores)

@@ -34,10 +34,15 @@ class CommonError(nn.Module):
         super().__init__()
         self.register_buffer("is_modelled", torch.tensor(is_modelled))
         self.log_common = error_parameter(math.log(0.03), is_modelled)
+        self._is_modelled = is_modelled  # the same on the host: asked for in every step
+        self.register_load_state_dict_post_hook(CommonError._read_flag)
+
+    def _read_flag(self, _keys: object) -> None:
+        self._is_modelled = bool(self.is_modelled)
 
     def forward(self, expected: Tensor, log_relative: Tensor | None) -> Tensor:
         """Error s m, (N,); 0 where none is modelled."""
-        if not self.is_modelled:
+        if not self._is_modelled:
             return torch.zeros_like(expected)
         log_error = self.log_common if log_relative is None else self.log_common + log_relative
         return log_error.clamp_max(1.0).exp() * expected

@@ -199,9 +199,9 @@ class Merger(nn.Module):
         log_density = self.likelihood(batch, e)
         if batch.cluster is not None:  # a cluster is used or held out as a whole
             used = used.new_zeros(len(log_density)).index_put((batch.cluster,), used)
-        rows = batch.terms.row[batch.observations.is_used[batch.terms.observation]]
-        held = torch.bincount(self.group[rows], minlength=self.n_groups)
-        weight = (held.double() / self.n_group.clamp_min(1))[self.group]
+        held = batch.observations.is_used[batch.terms.observation].double()
+        held = held.new_zeros(self.n_groups).index_add_(0, self.group[batch.terms.row], held)
+        weight = (held / self.n_group.clamp_min(1))[self.group]
         if self.is_tied:  # F(-) is not there
             weight = weight * (self.joined == torch.arange(len(weight), device=self.device))
         information = self._information(batch, e)

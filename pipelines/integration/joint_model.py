@@ -11,7 +11,7 @@ terms are those of :class:`braggflux.merge.model.merger.Merger`, weights include
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,9 @@ class ElboTerms:
 
 
 def assemble_elbo(integration: IntegratorLoss | None, merging: MergeTerms | None) -> ElboTerms:
-    """Sum the terms of a batch; either stage may be absent."""
-    zero = torch.zeros((), dtype=torch.float64)
+    """Sum the terms of a batch; one stage may be absent."""
+    device = (merging.log_likelihood if integration is None else integration.log_evidence).device
+    zero = torch.zeros((), dtype=torch.float64, device=device)
     evidence = kl_profile = kl_background = zero
     if integration is not None:
         evidence = integration.log_evidence.double().sum()
@@ -99,12 +100,11 @@ class JointModel(nn.Module):
     def expected(self, rows: Tensor) -> Tensor:
         """Intensity that the merge expects of store rows, (B,) [photons]; NaN where none."""
         own = self.table_row[rows]
-        known = own >= 0
-        expected = torch.full(own.shape, torch.nan, dtype=torch.float64, device=own.device)
         with torch.no_grad():
-            batch = self.observations.rows(own[known])
+            # whatever the first row says stands in for those that the merge does not know
+            batch = self.observations.rows(own.clamp_min(0))
             mean = self.merger.generative(batch, self.merger.inference()).mean
-        return expected.index_put((known,), mean * self.observations.unit_intensity)
+        return torch.where(own >= 0, mean * self.observations.unit_intensity, torch.nan)
 
     def integrate(
         self, batch: ShoeboxBatch, *, sample: bool, use_expected: bool
@@ -124,13 +124,17 @@ class JointModel(nn.Module):
         return self.observations
 
     def merge_batch(self, table: IntensityTable) -> Batch:
-        """Bind the usable rows of an intensity table to what the merge knows of them."""
+        """Bind an intensity table to what the merge knows of its rows; the usable ones are used.
+
+        What an earlier pass rejected may be good now. Rows are not picked out: how many they are
+        is known on the device alone.
+        """
         own = self.table_row[table.metadata.refl_row]
         usable = (own >= 0) & table.is_integrated
-        batch = self.observations.rows(own[usable], self._measured(table.likelihood[usable]))
-        # what an earlier pass rejected may be good now
-        is_used = torch.ones_like(batch.observations.is_used)
-        return replace(batch, observations=replace(batch.observations, is_used=is_used))
+        # one photon stands in for what may have no finite likelihood
+        columns = (torch.where(usable, v, 1.0) for v in table.likelihood.columns().values())
+        measured = self._measured(ShiftedPoisson(*columns))
+        return self.observations.rows(own.clamp_min(0), measured, usable)
 
     def _measured(self, likelihood: ShiftedPoisson) -> Measurement:
         """Photon counts, or numbers with errors where the table was made of these."""

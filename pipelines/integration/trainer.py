@@ -157,24 +157,25 @@ class Trainer:
         self.model.merger.requires_grad_(False)
         batch_size = self.config.training.batch_size
         n_batches = self.dataset.n_batches(batch_size)
-        norms = []
-        totals = dict.fromkeys(("nll", "kl_profile", "kl_background"), 0.0)
+        # fetched once: a number asked for in a step would make the host wait for the device
+        norms: list[Tensor] = []
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals = dict.fromkeys(("nll", "kl_profile", "kl_background"), zero)
         for k, batch in enumerate(self.dataset.batches(batch_size, self.generator)):
             self.model.zero_grad(set_to_none=True)
             # the ELBO is a sum: parts of a batch add up to its gradient
             for part in self._parts(batch):
                 terms, _ = self.model.joint_terms(part, coupled=self.coupled)
                 (-terms.elbo / len(batch)).backward()
-                for name in totals:
-                    totals[name] += float(getattr(terms, name).detach())
+                totals = {k: v + getattr(terms, k).detach() for k, v in totals.items()}
             parameters = [p for g in self.integrator_optimizer.param_groups for p in g["params"]]
-            norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)))
+            norms.append(torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP))
             self.integrator_optimizer.step()
             if progress is not None:
                 progress(k + 1, n_batches)
         self.model.merger.requires_grad_(True)
-        self._integration = totals
-        return sum(norms) / max(len(norms), 1)
+        self._integration = {name: float(value) for name, value in totals.items()}
+        return sum(torch.stack(norms).tolist()) / len(norms) if norms else 0.0
 
     def _merge_steps(self, table: ObservationTable, number: int, n_fits: int) -> None:
         """Take the steps of one of the ``n_fits`` fits of the merge."""
@@ -222,7 +223,7 @@ class Trainer:
                 collect(columns, table)
             if progress is not None:
                 progress(k + 1, n_batches)
-        return self._assemble(columns)
+        return self._assemble({name: values.cpu() for name, values in columns.items()})
 
     def _parts(self, batch: ShoeboxBatch) -> Iterator[ShoeboxBatch]:
         """Parts of a batch that the device works on at once, on the device."""
@@ -231,11 +232,14 @@ class Trainer:
             yield batch[slice(first, first + n)].to(self.device)
 
     def _empty_columns(self) -> dict[str, Tensor]:
+        """Estimates of no row yet, on the device; rows that no batch holds stay rejected."""
         n = len(self.problem.store)
         likelihood = ShiftedPoisson(torch.zeros(n), torch.ones(n), torch.ones(n))
-        # rows that no batch holds stay rejected
-        flags = self.problem.flags.clone()
-        return likelihood.columns() | {"background": torch.zeros(n), "flags": flags}
+        columns = likelihood.columns() | {
+            "background": torch.zeros(n),
+            "flags": self.problem.flags,
+        }
+        return {name: values.to(self.device, copy=True) for name, values in columns.items()}
 
     def _assemble(self, columns: dict[str, Tensor]) -> IntensityTable:
         likelihood = ShiftedPoisson(*(columns[f.name] for f in fields(ShiftedPoisson)))
@@ -309,9 +313,8 @@ def estimates(table: IntensityTable) -> dict[str, Tensor]:
 
 def collect(columns: dict[str, Tensor], part: IntensityTable) -> None:
     """Write the estimates of some rows into the columns of all, in place."""
-    rows = part.metadata.refl_row.cpu()
     for name, values in estimates(part).items():
-        columns[name][rows] = values.detach().cpu().to(columns[name].dtype)
+        columns[name][part.metadata.refl_row] = values.detach().to(columns[name].dtype)
 
 
 def _gpu_memory(device: torch.device) -> float | None:

@@ -260,7 +260,9 @@ def test_only_usable_rows_enter_the_merge():
     batch = type(batch)(counts, is_valid, batch.metadata)
     terms, table = model.joint_terms(batch, sample=False)
     expected = set(range(30)) - {0, 1, 2, 3, 6, 9}
-    assert set(model.store_row[model.merge_batch(table).rows].tolist()) == expected
+    batch = model.merge_batch(table)
+    used = batch.rows[batch.observations.is_used]
+    assert set(model.store_row[used].tolist()) == expected
     observed = model.observe(table)
     assert set(model.store_row[observed.observations.is_used].tolist()) == expected
     assert (table.flags[[6, 9]] & Flag.REJECTED).all()

@@ -29,16 +29,16 @@ class Falloff(ScaleTerm):
         super().__init__()
         self.register_buffer("knots", torch.zeros(n_knots).double())
         self.register_buffer("log_scale", torch.zeros(n_knots).double())
+        self.is_there = False  # on the host: asked for in every step
+        self.register_load_state_dict_post_hook(Falloff._look)
 
     @classmethod
     def of(cls, table: ObservationTable, config: MergeConfig) -> Self:
         """All data may need it."""
         return cls(config.n_wilson_knots)
 
-    @property
-    def is_there(self) -> bool:
-        """Whether the scale keeps a falloff."""
-        return bool(self.knots.any())
+    def _look(self, _keys: object = None) -> None:
+        self.is_there = bool(self.knots.any())
 
     def forward(self, batch: Batch) -> Tensor:
         """Part of log K, (T,), or () where there is none."""
@@ -50,3 +50,4 @@ class Falloff(ScaleTerm):
         """Add a falloff, (n_knots,), at knots [1/A^2] that are always the same."""
         self.knots.copy_(knots)
         self.log_scale += log_scale
+        self._look()

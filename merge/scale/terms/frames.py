@@ -93,6 +93,8 @@ class FrameScale(ScaleTerm):
         # saved with the parameters
         self.register_buffer("is_odd", torch.zeros(sum(self.n_frames), dtype=torch.bool))
         self.register_buffer("has_flicker", torch.tensor(has_flicker))
+        self._flickers = has_flicker  # the same on the host: asked for in every step
+        self.register_load_state_dict_post_hook(FrameScale._read_flicker)
         end = np.cumsum(sweeps.n_frames)
         for name, value in (
             ("z", sweeps.xyz_px[:, 2]),
@@ -129,9 +131,17 @@ class FrameScale(ScaleTerm):
 
     def frame_scales(self) -> Tensor:
         """Log-scale of every frame, (F,): the slow drift alone where frames do not flicker."""
-        if bool(self.has_flicker):
+        if self._flickers:
             return self.log_frame_scale
         return torch.where(self.is_odd, self.log_frame_scale, self.slow_drift())
+
+    def stop_flicker(self) -> None:
+        """Let frames have the slow drift alone."""
+        self.has_flicker.fill_(False)
+        self._flickers = False
+
+    def _read_flicker(self, _keys: object) -> None:
+        self._flickers = bool(self.has_flicker)
 
     def slow_drift(self) -> Tensor:
         """Log-scale of every frame without its flicker, (F,)."""
@@ -244,9 +254,10 @@ class FrameScale(ScaleTerm):
         frames, odds = parts(scales, self.n_frames), parts(self.is_odd, self.n_frames)
         for gamma, drift, odd in zip(frames, drifts, odds, strict=True):
             about = gamma - interpolate(drift, len(gamma))
-            usual = about[~odd]
-            total = total + 0.5 * (usual**2).sum() * torch.exp(-2 * flicker) + len(usual) * flicker
-            total = total + 0.5 * ((about[odd] / ODD_SD) ** 2).sum()
+            usual, others = torch.where(odd, 0.0, about), torch.where(odd, about, 0.0)
+            n_usual = (~odd).sum()
+            total = total + 0.5 * (usual**2).sum() * torch.exp(-2 * flicker) + n_usual * flicker
+            total = total + 0.5 * ((others / ODD_SD) ** 2).sum()
             change = drift.diff()
             total = total + 0.5 * (change**2).sum() * torch.exp(-2 * step) + len(change) * step
             total = total + 0.5 * ((gamma.mean() - scales.mean()) / SWEEP_SD) ** 2
