@@ -14,6 +14,7 @@ non-crystallographic symmetry lie near each other in resolution: for these there
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gemmi
 import numpy as np
@@ -24,7 +25,7 @@ from braggflux.integrator.crystal.symmetry import rotations
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.free_flag_file import GivenFlags, read_free_flags
 
-Indices = NDArray[np.integer]
+Indices = NDArray[Any]
 Numbers = NDArray[np.int64]
 
 N_SETS = 20
@@ -96,8 +97,7 @@ class FreeFlags:
         if self.thin_shells:
             made = _shell_numbers(inv_d2(alike, cell), n_sets, self.seed)
         else:
-            made = _hashed(alike, self.seed) % np.uint64(n_sets)
-        made = made.astype(np.int64)
+            made = (_hashed(alike, self.seed) % np.uint64(n_sets)).astype(np.int64)
         if given is None:
             return made
         # in the work set under any number but 0
@@ -126,7 +126,7 @@ def one_of_those_alike(
     return best
 
 
-def _keys(hkl: NDArray[np.int64]) -> Numbers:
+def _keys(hkl: Indices) -> Numbers:
     """Return a number for each index, (R,); 20 bits for each of h, k, l."""
     shifted = hkl.astype(np.int64) + 2**19
     return (shifted[:, 0] << 40) + (shifted[:, 1] << 20) + shifted[:, 2]
@@ -150,7 +150,7 @@ def _shell_numbers(inv_d2: NDArray[np.float64], n_sets: int, seed: int) -> Numbe
 
 
 def _looked_up(
-    theirs: NDArray[np.integer], number: Numbers, ours: NDArray[np.integer]
+    theirs: Indices, number: Numbers, ours: Indices
 ) -> tuple[Numbers, NDArray[np.bool_]]:
     """Return the number that ``theirs`` gives to each index of ``ours``, and whether it does."""
     keys, first = np.unique(_keys(theirs), return_index=True)
