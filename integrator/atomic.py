@@ -13,7 +13,7 @@ from braggflux.integrator.errors import UserError
 
 #: Names of :func:`replacing` for this program's files; a user's `.notes.markdown` is none.
 _TEMPORARY = re.compile(
-    r"\.(latest|.+\.(pt|mtz|h5|csv|jsonl?|yaml|refl|expt|npz|html))\.[a-z0-9_]{8}(\.npz)?"
+    r"\.(latest|.+\.(pt|mtz|h5|csv|jsonl?|yaml|refl|expt|npz|html|txt|tex|cif))\.[a-z0-9_]{8}(\.npz)?"
 )
 
 

@@ -86,7 +86,11 @@ MAY_IMPORT = {
         "pipelines.report",
         "pipelines.integration",
     ),
-    "pipelines.dials": (*BASICS, "pipelines.report", "pipelines.compare", "pipelines.integration"),
+    "pipelines.deposition": (*BASICS, "pipelines.report"),
+    "pipelines.dials": (
+        *(*BASICS, "pipelines.report", "pipelines.compare", "pipelines.integration"),
+        "pipelines.deposition",
+    ),
     "pipelines.commands": (*BELOW, "pipelines"),
     # `braggflux simulate` is the one door to the simulator.
     "pipelines.commands.simulate": ("pipelines", "fixtures", "integrator.errors"),

@@ -6,8 +6,8 @@ convert`), or the photon counts of a run (RUN/intensities.h5). Every file is a d
 its own; one with several wavelengths (or data sets, of MTZ) is as many, numbered in their order.
 All are merged on one scale. Writes DIR/merged.mtz, for several datasets DIR/<input stem>[_<its
 dataset>]_merged.mtz, with half sets (half_sets.mtz), statistics by resolution shell, the held-out
-predictions (metrics.json), the scale model and, where stills can be indexed in several ways,
-indexing.csv.
+predictions (metrics.json), Table 1 (table1.txt, .csv, .tex), mmCIF (deposition.cif), the scale
+model and, where stills can be indexed in several ways, indexing.csv.
 
 Examples
 --------
@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(MergeConfig, args, MERGE_FLAGS, fixed)
     inputs = inputs_from_args(args)
 
+    from braggflux.pipelines.deposition.files import write_deposition
     from braggflux.pipelines.merging.merge import merge
 
-    for path in merge(inputs, config):
+    merged = merge(inputs, config)
+    for path in [*merged, *write_deposition(inputs.out)]:
         logger.info("wrote %s", path)

@@ -1,4 +1,4 @@
-"""Rebuild report.html of a run or a merge from its files.
+"""Rebuild report.html, Table 1 and mmCIF of a run or a merge from its files.
 
 Needs no frames: everything is drawn from what the directory holds. A merge does not know a model
 or DIALS' result: with --model its maps are drawn, with --reference DIALS stands beside it.
@@ -33,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write report.html."""
+    """Write report.html, table1.* and deposition.cif."""
+    from braggflux.pipelines.deposition.files import write_deposition
     from braggflux.pipelines.report.html import write_report_of
 
     page = write_report_of(args.run_directory, args.model, args.reference)
-    logger.info("wrote %s", page)
+    for path in [page, *write_deposition(args.run_directory, args.reference)]:
+        logger.info("wrote %s", path)

@@ -19,6 +19,7 @@ MERGE_RESULTS = (
     *("config.yaml", "provenance.json", "merged.mtz", "*_merged.mtz"),
     *("half_sets.mtz", "*_half_sets.mtz", "statistics.csv"),
     *("metrics.json", "scale_model.pt", "indexing.csv"),
+    *("table1.*", "*_table1.*", "deposition.cif", "*_deposition.cif"),
 )
 #: What `simulate` writes, whatever the preset.
 SIMULATE_RESULTS = ("*_master.h5", "stills.h5", "truth.*", "truth_images.npz", "model.pdb")

@@ -10,6 +10,7 @@
     statistics.csv  compare.csv
     checkpoints/epoch_0007.pt  latest  mtz/epoch_0007.mtz
     merged.mtz  half_sets.mtz  unmerged.mtz  integrated.refl  integrated.expt
+    table1.txt  table1.csv  table1.tex  deposition.cif
     intensities.h5  shoeboxes.h5  shoebox_examples.npz  integrator.pt  report.html
     dials/            files and logs of DIALS (`braggflux process`)
 

@@ -42,7 +42,8 @@ def test_the_run_directory_is_the_contract(straight):
     names = {
         "config.yaml", "provenance.json", "run.log", "metrics.jsonl", "peaks.csv",
         "statistics.csv", "latest", "merged.mtz", "unmerged.mtz", "integrated.refl",
-        "intensities.h5", "report.html",
+        "intensities.h5", "report.html", "table1.txt", "table1.csv", "table1.tex",
+        "deposition.cif",
     }  # fmt: skip
     names |= {f"checkpoints/epoch_{e:04d}.pt" for e in range(EPOCHS + 1)}
     names |= {f"mtz/epoch_{e:04d}.mtz" for e in range(EPOCHS + 1)}
@@ -51,7 +52,7 @@ def test_the_run_directory_is_the_contract(straight):
     assert straight.latest_file.read_text().strip() == f"epoch_{EPOCHS:04d}.pt"
     leftovers = [p for p in straight.path.rglob(".*") if p.is_file()]
     assert leftovers == [], "no temporary name stays"
-    assert "epoch   3" in straight.log_file.read_text()
+    assert "epoch 3/3" in straight.log_file.read_text()
     record = json.loads((straight.path / "provenance.json").read_text())
     assert {"expt", "refl", "model"} <= set(record["inputs"])
     assert record["sessions"][-1]["ended"]
@@ -204,6 +205,25 @@ def test_unmerged_observations_agree_with_the_merged(straight, rs):
     x = mean.loc[index, "I"].to_numpy()
     y = merged.loc[[tuple(int(v) for v in h) for h in index], "IMEAN"].to_numpy(float)
     assert np.corrcoef(x, y)[0, 1] > 0.99
+
+
+def test_mmcif_has_merged_and_unmerged_reflections(straight):
+    (block,) = gemmi.cif.read(str(straight.path / "deposition.cif"))
+    unmerged = gemmi.read_mtz_file(str(straight.unmerged))
+    unmerged.switch_to_original_hkl()
+    names = ["index_h", "index_k", "index_l", "intensity_net", "pdbx_image_id"]
+    rows = block.find("_diffrn_refln.", names)
+    assert len(rows) == unmerged.nreflections
+    found = np.array([[float(x) for x in row] for row in rows])
+    labels = ("H", "K", "L", "I", "BATCH")
+    written = np.stack([unmerged.column_with_label(x) for x in labels], axis=1)
+    np.testing.assert_allclose(found, written, rtol=1e-5)
+    assert len(block.find("_refln.", ["index_h"])) == len(columns(straight.merged)["H"])
+    names = [gemmi.cif.as_string(x) for x in block.find_values("_software.name")]
+    assert names == ["DIALS", "braggflux", "braggflux"]
+    rows = read_rows(straight.path / "table1.csv")
+    (n_obs,) = [r["braggflux overall"] for r in rows if r["quantity"] == "n_obs"]
+    assert int(n_obs) == unmerged.nreflections
 
 
 def test_peaks_and_metrics_have_a_row_per_epoch(straight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.pipelines import cli
 
+DICTIONARY = Path(__file__).with_name("pdbx_subset.dic")
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
 
@@ -133,3 +135,83 @@ def test_a_test_set_is_carried_and_another_crystals_refused(merged, unmerged, tm
     assert "has the cell 44" in said
     assert "leave --free-r out" in said
     assert not (tmp_path / "none" / "merged.mtz").exists()
+
+
+def table_one(folder) -> dict[str, dict[str, str]]:
+    with (folder / "table1.csv").open(newline="") as file:
+        return {row["quantity"]: row for row in csv.DictReader(file)}
+
+
+def test_table_one_is_the_same_in_three_forms(merged):
+    rows = table_one(merged)
+    with (merged / "statistics.csv").open(newline="") as file:
+        *shells, overall = csv.DictReader(file)
+    for place, row in (("overall", overall), ("inner", shells[0]), ("outer", shells[-1])):
+        for name in ("n_obs", "n_unique", "completeness", "redundancy", "r_pim", "d_min"):
+            found = float(rows[name][f"braggflux {place}"])
+            assert found == pytest.approx(float(row[name]), rel=1e-4), (place, name)
+        assert rows["r_pim"]["definition"]
+    text, tex = ((merged / f"table1.{kind}").read_text() for kind in ("txt", "tex"))
+    assert max(map(len, text.splitlines())) <= 80
+    r_pim = f"{float(rows['r_pim']['braggflux overall']):.3f}"
+    (line,) = [x for x in text.splitlines() if x.startswith("R_pim  ")]
+    assert line.split()[1] == r_pim
+    (line,) = [x for x in tex.splitlines() if x.startswith(r"$R_\mathrm{pim}$")]
+    assert line.split(" & ")[1] == r_pim
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 1
+    body = [x for x in tex.splitlines() if x.endswith(r"\\") and "multicolumn" not in x]
+    assert {x.count(" & ") for x in body} == {3}
+    assert "P 21 21 21" in text
+
+
+def complaints(path) -> list[str]:
+    """What gemmi's validator says of a file, by the PDBx dictionary."""
+    found: list[str] = []
+    validator = gemmi.cif.Ddl(found.append)
+    validator.read_ddl(gemmi.cif.read(str(DICTIONARY)))
+    is_valid = validator.validate_cif(gemmi.cif.read(str(path)))
+    return found if found or is_valid else ["not valid"]
+
+
+def test_mmcif_is_valid_and_read_back(merged, tmp_path):
+    path = merged / "deposition.cif"
+    assert complaints(path) == []
+    text = path.read_text()
+    (tmp_path / "bad.cif").write_text(text.replace("_reflns.number_obs", "_reflns.number_seen"))
+    assert complaints(tmp_path / "bad.cif") == ["[mtz] unknown tag _reflns.number_seen"]
+    (read,) = gemmi.as_refln_blocks(gemmi.cif.read(str(path)))
+    mtz = gemmi.read_mtz_file(str(merged / "merged.mtz"))
+    np.testing.assert_array_equal(read.make_miller_array(), mtz.make_miller_array())
+    items = {"F": "F_meas_au", "SIGF": "F_meas_sigma_au", "IMEAN": "intensity_meas"}
+    items |= {"F(+)": "pdbx_F_plus", "SIGI(-)": "pdbx_I_minus_sigma"}
+    for label, item in items.items():
+        np.testing.assert_allclose(
+            read.make_float_array(item), mtz.column_with_label(label), rtol=1e-5
+        )
+    is_test = np.array(mtz.column_with_label("FreeR_flag")) == 0
+    status = list(read.block.find_values("_refln.status"))
+    assert [s == "f" for s in status] == is_test.tolist()
+    assert read.spacegroup == SPACE_GROUP
+    assert read.wavelength == pytest.approx(1.1)
+
+
+def test_mmcif_has_the_statistics_and_the_method(merged):
+    block, rows = gemmi.cif.read(str(merged / "deposition.cif"))[0], table_one(merged)
+
+    def only(tag):
+        (value,) = block.find_values(tag)
+        return gemmi.cif.as_string(value)
+
+    for tag, name, factor in (
+        ("number_obs", "n_unique", 1), ("pdbx_Rpim_I_all", "r_pim", 1),
+        ("percent_possible_obs", "completeness", 100), ("d_resolution_high", "d_min", 1),
+    ):  # fmt: skip
+        expected = factor * float(rows[name]["braggflux overall"])
+        assert float(only(f"_reflns.{tag}")) == pytest.approx(expected, rel=2e-3), tag
+    assert "ELBO" in only("_reflns.data_reduction_details")
+    assert "FreeR_flag" in only("_reflns.R_free_details")
+    shells = block.find("_reflns_shell.", ["d_res_high", "number_unique_obs"])
+    assert len(shells) == 10
+    assert sum(int(row[1]) for row in shells) == int(rows["n_unique"]["braggflux overall"])
+    names = [gemmi.cif.as_string(x) for x in block.find_values("_software.name")]
+    assert names == ["braggflux"]

@@ -1,0 +1,1 @@
+"""Files for publication and deposition: Table 1 and mmCIF."""
