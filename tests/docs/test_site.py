@@ -1,0 +1,81 @@
+"""The site of the documents: no warning when built, nothing fetched, readable in a browser."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+WIDTHS = (1280, 400)
+PAGES = ("index.html", "theory.html", "results.html", "reference/options.html")
+FETCHED = re.compile(r'<(?:script|link|img|iframe)[^>]*(?:src|href)="(?:https?:)?//[^"]*"')
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = (sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir")
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        [*command, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if program is None:
+        assert not os.environ.get("CI"), f"CI needs one of {', '.join(CHROMIUM)}"
+        pytest.skip(f"none of {', '.join(CHROMIUM)} is installed")
+    from playwright.sync_api import sync_playwright
+
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=options)
+        yield started
+        started.close()
+
+
+def test_pages_fetch_nothing_and_have_their_formulas(site):
+    pages = {str(p.relative_to(site)): p.read_text("utf-8") for p in site.rglob("*.html")}
+    assert len(pages) > 30
+    assert not {name for name, text in pages.items() if FETCHED.search(text)}
+    assert FETCHED.search('<script src="https://a.b/c.js">')
+    theory = pages["theory.html"]
+    assert theory.count("<math") > 100
+    assert r"\(" not in re.sub(r"<annotation.*?</annotation>", "", theory)
+    assert 'href="experiments.html"><code>docs/experiments.md</code>' in pages["results.html"]
+    assert not list(site.rglob("*.py"))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pages_in_a_browser(site, browser, width):
+    """No page is wider than the window, asks the network, or has an error of a script."""
+    page = browser.new_page(viewport={"width": width, "height": 1000})
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on(
+        "request",
+        lambda r: None if r.url.startswith(("file:", "data:", "blob:")) else wrong.append(r.url),
+    )
+    for name in PAGES:
+        page.goto((site / name).as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, name
+    assert not wrong
+    if width == max(WIDTHS):
+        page.fill("input[name=query]", "double-Wilson")
+        page.wait_for_selector(".md-search-result__item")
+    page.close()
