@@ -7,7 +7,8 @@ its own; one with several wavelengths (or data sets, of MTZ) is as many, numbere
 All are merged on one scale. Writes DIR/merged.mtz, for several datasets DIR/<input stem>[_<its
 dataset>]_merged.mtz, with half sets (half_sets.mtz), statistics by resolution shell, the held-out
 predictions (metrics.json), Table 1 (table1.txt, .csv, .tex), mmCIF (deposition.cif), the scale
-model and, where stills can be indexed in several ways, indexing.csv.
+model, scale, B and R of each image (images.csv), a page with figures (report.html) and, where
+stills can be indexed in several ways, indexing.csv.
 
 Examples
 --------
@@ -48,3 +49,7 @@ def run(args: argparse.Namespace) -> None:
     merged = merge(inputs, config)
     for path in [*merged, *write_deposition(inputs.out)]:
         logger.info("wrote %s", path)
+
+    from braggflux.pipelines.report.html import write_merge_report
+
+    logger.info("report: %s", write_merge_report(inputs.out))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import gemmi
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
 
 from braggflux.integrator.crystal.cell import inv_d2
 from braggflux.pipelines.maps.atomic_model import Site
@@ -198,6 +197,8 @@ def _signal_variance(x: Array, variance: Array) -> float:
 
     def excess(signal: float) -> float:
         return float(np.median(x**2 / (signal + variance))) - CHI2_MEDIAN
+
+    from scipy.optimize import brentq  # `merge` without a model does without
 
     if excess(0.0) <= 0.0:
         return 0.0

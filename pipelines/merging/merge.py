@@ -15,6 +15,7 @@ from braggflux.merge.problem import MergeProblem, build_problem
 from braggflux.pipelines.inputs.inputs import MergeInputs
 from braggflux.pipelines.maps.reference_amplitudes import reference_amplitudes
 from braggflux.pipelines.merging.findings import say_images, say_steps
+from braggflux.pipelines.merging.images import write_images
 from braggflux.pipelines.merging.in_memory import FixedInputs, MergeFit, check_coupling
 from braggflux.pipelines.merging.indexing import (
     ambiguous_operators,
@@ -28,7 +29,7 @@ from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settl
 from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
 from braggflux.pipelines.workspace.device import choose_device
 from braggflux.pipelines.workspace.lock import one_writer
-from braggflux.pipelines.workspace.outputs import MERGE_RESULTS, require_free_folder
+from braggflux.pipelines.workspace.outputs import IMAGES, MERGE_RESULTS, require_free_folder
 from braggflux.pipelines.workspace.rundir import write_rows
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ def _merge_in_memory(
     if problem.ambiguity is not None:
         write_choices(problem, number, out / "indexing.csv")
     save_scale(out / FILE_NAME, merger, problem.table, config)
+    write_images(merger, problem.table, number, problem.names, out / IMAGES)
     say_images(merger, problem.table, number, problem.names, config.stills)
     return write_problem(problem, merger, config, out, labels)
 

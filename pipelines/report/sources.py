@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, read_reflections
-from braggflux.integrator.io.intensity_file import read_intensities
-from braggflux.integrator.types import IntensityTable
 from braggflux.merge.io.formats.dials import MIN_PARTIALITY
 from braggflux.merge.io.formats.unmerged_mtz import read_unmerged_mtz
 from braggflux.merge.io.mtz import MergedMtz, read_merged_mtz
 from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, read_rows
+
+if TYPE_CHECKING:
+    from braggflux.integrator.types import IntensityTable
 
 Array = NDArray[np.float64]
 T = TypeVar("T")
@@ -138,9 +139,8 @@ class DataSource:
         mtz = _read(read_unmerged_mtz, path)
         none = np.full(len(mtz.intensity), np.nan)
         columns = mtz.columns
-        scale = columns.get("SCALEUSED", none) / columns.get("LP", 1.0)
         with np.errstate(all="ignore"):
-            log_scale = np.log(scale)
+            log_scale = np.log(columns.get("SCALEUSED", none))
         return Observations(
             mtz.miller_index.astype(np.int64),
             mtz.intensity,
@@ -170,6 +170,8 @@ class DataSource:
             raise NoDataError("a merge has no pixels: see the report of the run that integrated")
         if not self.files.intensities.is_file():
             raise NoDataError("intensities.h5 is not there: it is written at the end of the run")
+        from braggflux.integrator.io.intensity_file import read_intensities  # HDF5
+
         return _read(read_intensities, self.files.intensities)
 
     @cached_property

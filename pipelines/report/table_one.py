@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from braggflux.merge.io.mtz import MergedMtz
 from braggflux.merge.output.half_sets import ScaledReflections
@@ -24,6 +25,8 @@ from braggflux.merge.output.statistics import (
 )
 from braggflux.pipelines.report.sources import OURS, DataSource, NoDataError, Observations
 from braggflux.pipelines.workspace.rundir import REFERENCE
+
+Array = NDArray[np.float64]
 
 N_SHELLS = 10
 
@@ -82,17 +85,52 @@ def score(source: DataSource) -> Scores:
     return Scores(rows, "scaled, unmerged observations; random halves of the observations", reason)
 
 
+def bound(o: Observations, source: DataSource) -> ScaledReflections:
+    """Bind observations to the unique reflections of ours."""
+    asu = source.asu
+    return ScaledReflections.of(asu, asu.refl_id(o.miller_index), o.intensity, o.sigma**2)
+
+
+class Assigned(NamedTuple):
+    """What the mates of each observation say of it, (N,) each; NaN where it has none.
+
+    Parameters
+    ----------
+    mean : (N,)
+        Weighted mean of all observations of its reflection, Bijvoet mates apart.
+    z : (N,)
+        Its difference from that of the others, in units of the error of that difference.
+    """
+
+    mean: Array
+    z: Array
+
+
+def assigned(o: Observations, source: DataSource) -> Assigned:
+    """Compare observations with their symmetry mates."""
+    row = source.asu.refl_id(o.miller_index)
+    mean, z = np.full(len(row), np.nan), np.full(len(row), np.nan)
+    ok = (row >= 0) & np.isfinite(o.intensity) & np.isfinite(o.sigma) & (o.sigma > 0)
+    n, own = len(source.asu), row[ok]
+    weight = o.sigma[ok] ** -2.0
+    total = np.bincount(own, weight, n)
+    sums = np.bincount(own, weight * o.intensity[ok], n)
+    mean[ok] = sums[own] / total[own]
+    others = total[own] - weight
+    has_others = np.bincount(own, minlength=n)[own] > 1
+    with np.errstate(all="ignore"):
+        of_others = (sums[own] - weight * o.intensity[ok]) / others
+        z[ok] = (o.intensity[ok] - of_others) / np.sqrt(1 / weight + 1 / others)
+    z[np.flatnonzero(ok)[~has_others]] = np.nan
+    return Assigned(mean, z)
+
+
 def score_observations(observations: Observations, source: DataSource) -> list[Row]:
     """Statistics of scaled observations by shell, then of all."""
     asu = source.asu
     unique = unique_reflections(asu)
     return shell_statistics(
-        ScaledReflections.of(
-            asu,
-            asu.refl_id(observations.miller_index),
-            observations.intensity,
-            observations.sigma**2,
-        ),
+        bound(observations, source),
         unique,
         resolution_shells(unique.inv_d2, N_SHELLS),
         possible=possible_reflections(asu.cell, asu.space_group, asu.d_min),

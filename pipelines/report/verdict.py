@@ -9,6 +9,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from braggflux.merge.output.statistics import Row
+from braggflux.pipelines.report.figures.images import flagged, image_statistics
+from braggflux.pipelines.report.figures.intensities import (
+    directional_signal,
+    own_l_test,
+    patterson_peak,
+)
 from braggflux.pipelines.report.figures.maps import strongest_sites
 from braggflux.pipelines.report.sources import OURS, DataSource, NoDataError
 from braggflux.pipelines.report.table_one import score
@@ -77,12 +83,14 @@ LEVELS = (
 def verdict(source: DataSource) -> list[Finding]:
     """Judge a data set."""
     findings = [*_of_levels(source)]
-    judges: tuple[Callable[[DataSource], Finding | None], ...] = (_beside_dials, _peaks)
+    judges: tuple[Callable[[DataSource], Finding | None], ...] = (
+        *(_beside_dials, _peaks, _images, _twinning, _pseudo_translation, _anisotropy),
+    )
     for judge in judges:
         try:
             finding = judge(source)
-        except NoDataError as reason:
-            finding = Finding(UNKNOWN, judge.__doc__ or "", str(reason), "", "")
+        except (NoDataError, ValueError, ArithmeticError, LookupError) as reason:
+            finding = Finding(UNKNOWN, (judge.__doc__ or "").rstrip("."), str(reason), "", "")
         if finding is not None:
             findings.append(finding)
     return findings
@@ -163,3 +171,45 @@ def _peaks(source: DataSource) -> Finding | None:
         levels = "third site ≥ 6 σ good, 4.5 fair"
     advice = "" if state == GOOD else "check the model's sites, the wavelength and the resolution"
     return Finding(state, "Anomalous peaks", words, levels, advice)
+
+
+def _images(source: DataSource) -> Finding | None:
+    """Images."""
+    own = source.once(image_statistics)[OURS]
+    odd = flagged(own)
+    share = len(odd) / max(len(own.image), 1)
+    words = f"{len(odd)} of {len(own.image)} stand out in scale or R"
+    if len(odd):
+        named = ", ".join(str(own.image[k]) for k in odd[:8])
+        words += f": {named}{' ...' if len(odd) > 8 else ''}"
+    state = state_of(share, 0.01, 0.05)
+    advice = "" if state == GOOD else "look at these frames; leave them out if they are bad"
+    return Finding(state, "Images", words, "≤ 1 % good, 5 % fair", advice)
+
+
+def _twinning(source: DataSource) -> Finding | None:
+    """Twinning."""
+    mean = source.once(own_l_test).mean
+    state = state_of(mean, 0.47, 0.44)
+    advice = "" if state == GOOD else "twinned? refine with the twin law, or check the symmetry"
+    return Finding(state, "Twinning", f"⟨|L|⟩ {mean:.3f}", "≥ 0.47 good, 0.44 fair", advice)
+
+
+def _pseudo_translation(source: DataSource) -> Finding | None:
+    """Pseudo-translation."""
+    height = source.once(patterson_peak).height
+    state = state_of(height, 0.15, 0.20)
+    advice = "" if state == GOOD else "tell the phasing program of the translation"
+    words = f"highest Patterson peak {100 * height:.0f} % of the origin"
+    return Finding(state, "Pseudo-translation", words, "≤ 15 % good, 20 % fair", advice)
+
+
+def _anisotropy(source: DataSource) -> Finding | None:
+    """Anisotropy."""
+    limits = {axis: limit for axis, (_, _, limit) in source.once(directional_signal).items()}
+    span = max(d for d, _ in limits.values()) - min(d for d, _ in limits.values())
+    words = ", ".join(f"{axis} {d:.2f}{'' if past else '+'}" for axis, (d, past) in limits.items())
+    state = state_of(span, 0.3, 0.6)
+    advice = "" if state == GOOD else "consider an anisotropic cut-off"
+    levels = "limits within 0.3 Å good, 0.6 fair; +: beyond the data"
+    return Finding(state, "Anisotropy", f"I/σ = 2 at {words} Å", levels, advice)

@@ -14,11 +14,13 @@ from typing import Any
 
 from braggflux.integrator.errors import UserError
 
+#: Scale, B, R and I/sigma of each image of a merge in memory.
+IMAGES = "images.csv"
 #: What `merge` writes, whatever the data sets are called.
 MERGE_RESULTS = (
     *("config.yaml", "provenance.json", "merged.mtz", "*_merged.mtz"),
     *("half_sets.mtz", "*_half_sets.mtz", "statistics.csv"),
-    *("metrics.json", "scale_model.pt", "indexing.csv"),
+    *("metrics.json", "scale_model.pt", "indexing.csv", IMAGES, "report.html"),
     *("table1.*", "*_table1.*", "deposition.cif", "*_deposition.cif"),
 )
 #: What `simulate` writes, whatever the preset.

@@ -95,6 +95,7 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
     assert {p.name for p in out.iterdir()} == {
         *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
         *("config.yaml", "provenance.json", "scale_model.pt", "correlation.csv"),
+        *("images.csv", "report.html"),
     }
 
 

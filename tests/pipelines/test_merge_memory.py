@@ -20,9 +20,9 @@ from braggflux.pipelines.simulate.stills_store import write_stills
 ROOT = Path(cli.__file__).resolve().parents[1]
 CELL, SPACE_GROUP = (40, 50, 60, 90, 90, 90), "P 21 21 21"
 FAST = ("--epochs", "2", "--d-min", "4.0", "--set", "network_width=8")
-#: scipy is for the pairs of datasets, h5py for stores, the rest for other commands.
+#: scipy is for the pairs of datasets and maps, h5py for stores, the rest for other commands.
 UNUSED = {
-    *("h5py", "hdf5plugin", "scipy", "matplotlib", "pandas", "reciprocalspaceship", "jinja2"),
+    *("h5py", "hdf5plugin", "scipy", "matplotlib", "pandas", "reciprocalspaceship"),
     *("torch._dynamo", "sympy"),  # torch's compiler, which its optimizers import
 }
 #: A new process, so that no other test has loaded them or used the memory.
