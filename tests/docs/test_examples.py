@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from braggflux.integrator.errors import UserError
 from braggflux.pipelines import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "docs/tutorial.md", "docs/howto/stills.md")
+MARK = re.compile(r"^<!-- run -->$", re.MULTILINE)
 BLOCK = re.compile(r"^<!-- run -->\n```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -41,10 +43,9 @@ def undocumented(columns: Iterable[str]) -> set[str]:
 
 def test_the_pages_with_examples_are_those_that_run():
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
-    marked = {str(p.relative_to(ROOT)) for p in pages if "<!-- run -->" in p.read_text("utf-8")}
-    assert marked == set(PAGES)
-    for page in marked:
-        assert len(blocks(ROOT / page)) == (ROOT / page).read_text("utf-8").count("<!-- run -->")
+    marks = {p: len(MARK.findall(p.read_text(encoding="utf-8"))) for p in pages}
+    assert {str(p.relative_to(ROOT)) for p, n in marks.items() if n} == set(PAGES)
+    assert all(n == len(blocks(p)) for p, n in marks.items())
 
 
 def test_a_column_without_a_word_is_found():
@@ -53,6 +54,33 @@ def test_a_column_without_a_word_is_found():
 
 def test_lines_are_joined_and_comments_left_out():
     assert commands("# what\na \\\n    --b c\n\nd\n") == ["a --b c", "d"]
+
+
+#: History, and pages that the site makes of them.
+LOGS = ("experiments", "log_", "CHANGELOG")
+LINE = re.compile(r"^(?: {4})?(braggflux (?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
+OPEN = ("...", "[", "DIR", "IMAGES", "COMMAND", "$D", "$N")
+
+
+def shown(page: Path) -> list[str]:
+    """Whole commands of the code blocks of a page, those to be filled in left out."""
+    found = (c for text in LINE.findall(page.read_text("utf-8")) for c in commands(text))
+    return [command for command in found if not any(word in command for word in OPEN)]
+
+
+def test_commands_of_the_pages_have_flags_that_there_are():
+    pages = [
+        p for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")] if not p.name.startswith(LOGS)
+    ]
+    parser = cli.build_parser()
+    for page in pages:
+        for command in shown(page):
+            words = shlex.split(command, comments=True)[1:]
+            if words and words != ["--version"]:
+                cli._parse(parser, words)
+    assert sum(len(shown(page)) for page in pages) > 40
+    with pytest.raises(UserError, match="--colour"):
+        cli._parse(parser, ["peaks", "a.mtz", "b.pdb", "--colour", "red"])
 
 
 @pytest.mark.slow

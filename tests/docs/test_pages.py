@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +30,14 @@ MADE = {"commands", "options", "errors", "integrator", "merge", "fixtures"} | {
 def test_readme_is_short():
     """As `wc -w` counts."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= MAX_WORDS
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    assert citation["title"] == project["name"]
 
 
 def slug(title: str) -> str:
