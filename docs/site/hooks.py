@@ -30,6 +30,8 @@ COPIES = {
     "reference/changelog.md": "CHANGELOG.md",
     "reference/contributing.md": "CONTRIBUTING.md",
 }
+#: A function's name with a thin space behind it.
+FUNCTION = r'<mi>\1</mi><mspace width="0.17em"/>'
 PLACE = {source: page for page, source in COPIES.items()} | {"README.md": "index.md"}
 
 
@@ -61,12 +63,33 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def on_page_content(content: str, **_: Any) -> str:
     r"""Turn `\(...\)` and `\[...\]`, as Arithmatex leaves them, into MathML."""
-
-    def formula(match: re.Match[str]) -> str:
-        display = "block" if match["open"] == "[" else "inline"
-        return match["tag"] + convert(html.unescape(match["tex"]), display=display)
-
     pattern = (
         r'(?P<tag><(?:span|div) class="arithmatex">)\\(?P<open>[(\[])(?P<tex>.*?)\\[)\]](?=</)'
     )
-    return re.sub(pattern, formula, content, flags=re.DOTALL)
+    return re.sub(
+        pattern,
+        lambda m: m["tag"] + mathml(html.unescape(m["tex"]), display=m["open"] == "["),
+        content,
+        flags=re.DOTALL,
+    )
+
+
+def mathml(tex: str, *, display: bool = False) -> str:
+    """Convert a formula, mending what the converter leaves to be wished.
+
+    Sized fences become ones that stretch, relations are operators, and names of functions stand
+    apart from their arguments.
+    """
+    tex = re.sub(r"\\[bB]ig+l?(?=[(\[|]|\\langle)", r"\\left", tex) if paired(tex) else tex
+    tex = re.sub(r"\\[bB]ig+r?(?=[)\]|]|\\rangle)", r"\\right", tex) if r"\left" in tex else tex
+    tex = re.sub(r"\\[bB]ig+[lrm]?(?![a-z])", "", tex)
+    text = convert(tex, display="block" if display else "inline")
+    text = text.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")
+    text = text.replace("<mi>:</mi>", "<mo>:</mo>")
+    return re.sub(r"<mi>(log|exp)</mi>(?=<m(?:i|sub|sup|row|over|frac))", FUNCTION, text)
+
+
+def paired(tex: str) -> bool:
+    """Whether a formula has as many opening sized fences as closing ones."""
+    opening = re.findall(r"\\[bB]ig+l?(?:[(\[]|\\langle)", tex)
+    return len(opening) == len(re.findall(r"\\[bB]ig+r?(?:[)\]]|\\rangle)", tex))

@@ -135,7 +135,7 @@ def errors_page() -> str:
             if lines := sorted(set(messages(path))):
                 module = str(path.relative_to(ROOT))
                 summary = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-                first = " ".join(summary.split("\n\n")[0].split())
+                first = re.sub(r":\w+:`", "`", " ".join(summary.split("\n\n")[0].split()))
                 parts += [f"\n## `{module}`\n\n{cell(first)}\n", *(f"- {cell(m)}" for m in lines)]
     return "\n".join(parts) + "\n"
 
