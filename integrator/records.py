@@ -25,9 +25,13 @@ class TensorRecord:
         """Select along the first axis."""
         return self._map(lambda t: t[index])
 
-    def to(self, device: torch.device | str) -> Self:
-        """Copy to a device."""
-        return self._map(lambda t: t.to(device))
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """Copy to a device; ``non_blocking`` from pinned memory while the host goes on."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy to memory that a GPU reads by itself."""
+        return self._map(lambda t: t.pin_memory())
 
     def detach(self) -> Self:
         """Cut the graph."""

@@ -82,6 +82,8 @@ class OnDevice(TorchDispatchMode):
     ----------
     waits : Counter
         By operator and the line of ours that asked for it.
+    uploads : Counter
+        Copies of tensors to the device, the same way.
     n_operators : int
         On tensors of the device.
     """
@@ -89,6 +91,7 @@ class OnDevice(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.uploads: Counter[str] = Counter()
         self.n_operators = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -99,6 +102,9 @@ class OnDevice(TorchDispatchMode):
         self.n_operators += is_tagged
         if is_tagged and _waits(func, args, kwargs, out):
             self.waits[f"{func} {_line_of_ours()}"] += 1
+        elif func is aten._to_copy.default and isinstance(out, Tagged):
+            if not isinstance(args[0], Tagged):
+                self.uploads[f"{func} {_line_of_ours()}"] += 1
         return out
 
 

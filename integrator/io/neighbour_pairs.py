@@ -33,12 +33,24 @@ class NeighbourPairs:
 
     def of(self, rows: Tensor | slice) -> Neighbours | None:
         """Neighbours of some boxes; None where none has any."""
+        most = self.most(rows)
+        return self.first(rows, most) if most else None
+
+    def most(self, rows: Tensor | slice) -> int:
+        """Largest number of neighbours of any of some boxes."""
+        n = self.start[1:][rows] - self.start[:-1][rows]
+        return int(n.max()) if len(n) else 0
+
+    def to(self, device: torch.device) -> NeighbourPairs:
+        """Copy to a device."""
+        pairs = {name: values.to(device) for name, values in self.pairs.items()}
+        return NeighbourPairs(self.start.to(device), pairs)
+
+    def first(self, rows: Tensor | slice, most: int) -> Neighbours:
+        """Neighbours of some boxes, of which none has more than ``most``."""
         first = self.start[:-1][rows]
         n = self.start[1:][rows] - first
-        most = int(n.max()) if len(n) else 0
-        if not most:
-            return None
-        place = torch.arange(most)
+        place = torch.arange(most, device=n.device)
         is_present = place < n[:, None]
         index = torch.where(is_present, first[:, None] + place, 0)
         return Neighbours(is_present, **{k: v[index] for k, v in self.pairs.items()})

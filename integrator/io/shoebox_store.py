@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.boxes_in_memory import BoxesInMemory, shoebox_batch
 from braggflux.integrator.io.hdf5.checked import (
     CHECKSUM,
     read_attributes,
@@ -212,7 +213,8 @@ class ShoeboxStore:
             raise
         _, depth, height, width = self._counts.shape
         self.box: tuple[int, int, int] = (int(depth), int(height), int(width))
-        self._cache: tuple[Tensor, Tensor] | None = None
+        #: All boxes, once :meth:`cache_in_memory` has read them.
+        self.in_memory: BoxesInMemory | None = None
 
     def _read_head(self) -> None:
         self._counts = self._handle["boxes/counts"]
@@ -226,7 +228,7 @@ class ShoeboxStore:
         columns = self._handle["reflections"]
         self._columns = {name: columns[name][()] for name in columns}
         self._metadata = _metadata(self._columns, torch.float32)
-        self._pairs = NeighbourPairs.read(self._handle, len(self._counts))
+        self.pairs = NeighbourPairs.read(self._handle, len(self._counts))
 
     def _check_starts(self) -> None:
         first = max((e.get("image_range", (1,))[0] for e in self.experiments), default=1)
@@ -269,7 +271,7 @@ class ShoeboxStore:
     @property
     def is_cached(self) -> bool:
         """Whether the boxes are held in memory."""
-        return self._cache is not None
+        return self.in_memory is not None
 
     def metadata(self, dtype: torch.dtype = torch.float32) -> ReflectionMetadata:
         """Everything known of the reflections before counting, (N,) rows."""
@@ -294,7 +296,7 @@ class ShoeboxStore:
         bool
             Whether they are held now.
         """
-        if self._cache is not None:
+        if self.is_cached:
             return True
         fits_16 = int(self.attributes["max_count"]) <= np.iinfo(np.uint16).max
         dtype = np.uint16 if fits_16 else np.int32
@@ -308,16 +310,14 @@ class ShoeboxStore:
             counts[part], mask[part] = self._read_rows(part)
         # torch indexes signed integers only, in all versions
         counts = counts.view(np.int16) if fits_16 else counts
-        self._cache = torch.from_numpy(counts), torch.from_numpy(mask)
+        boxes = torch.from_numpy(counts), torch.from_numpy(mask)
+        self.in_memory = BoxesInMemory(*boxes, self._metadata, self.pairs)
         return True
 
     def read_raw(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Read counts (B, D, H, W) int32 and mask bits (B, D, H, W) uint8, rows in any order."""
-        if self._cache is not None:
-            counts = self._cache[0][rows].to(torch.int32)
-            if self._cache[0].dtype == torch.int16:
-                counts = counts & 0xFFFF  # the sign bit of the stored 16 bits is a count
-            return counts, self._cache[1][rows]
+        if self.in_memory is not None:
+            return self.in_memory.read_raw(rows)
         if isinstance(rows, slice):
             photons, bits = self._read_rows(rows)
         else:
@@ -337,9 +337,8 @@ class ShoeboxStore:
             Mask bits that make a recorded voxel invalid; 0 keeps voxels of neighbours.
         """
         counts, mask = self.read_raw(rows)
-        is_valid = (mask & MaskBit.VALID).bool() & (mask & exclude == 0)
-        neighbours = None if self._pairs is None else self._pairs.of(rows)
-        return ShoeboxBatch(counts.float() * is_valid, is_valid, self._metadata[rows], neighbours)
+        neighbours = None if self.pairs is None else self.pairs.of(rows)
+        return shoebox_batch(counts, mask, self._metadata[rows], neighbours, exclude)
 
     def background(self, experiment: int) -> BackgroundField:
         """Background statistic of a sweep."""

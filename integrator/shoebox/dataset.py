@@ -60,9 +60,12 @@ class ShoeboxDataset:
         generator : torch.Generator, optional
             Shuffles; the same state gives the same batches.
         """
-        order = self.rows if generator is None else self._shuffled(generator)
-        for start in range(0, len(order), batch_size):
-            yield self.store.read(order[start : start + batch_size])
+        for rows in self.order(generator).split(batch_size):
+            yield self.store.read(rows)
+
+    def order(self, generator: torch.Generator | None = None) -> Tensor:
+        """Rows of one epoch in the order of :meth:`batches`, (N,)."""
+        return self.rows if generator is None else self._shuffled(generator)
 
     def _shuffled(self, generator: torch.Generator) -> Tensor:
         if self.store.is_cached:

@@ -35,6 +35,7 @@ from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.device import choose_device
 from braggflux.pipelines.workspace.lock import one_writer
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
+from braggflux.pipelines.workspace.stage_times import StageTimes
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +63,23 @@ def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
 def _run(config: RunConfig, device: torch.device, *, resume: bool) -> RunDirectory:
     directory = RunDirectory.create(config, resume=resume)
     log.attach_file(directory.log_file)
+    stages = StageTimes(directory.read_stage_times())
     try:
-        trainer, writer = _prepare(directory, config, device)
+        trainer, writer = _prepare(directory, config, device, stages)
         _train(trainer, writer, directory, config)
     except UserError:
         # a mistake found late must not stand in the way of the corrected command
         directory.abandon()
         raise
-    _finish(trainer, writer, directory, config)
+    with stages("final files"):
+        _finish(trainer, writer, directory, config)
+    directory.write_stage_times(stages.rows)
+    logger.info("CPU time [s]: %s", stages.summary())
     return directory
 
 
 def _prepare(
-    directory: RunDirectory, config: RunConfig, device: torch.device
+    directory: RunDirectory, config: RunConfig, device: torch.device, stages: StageTimes
 ) -> tuple[Trainer, EpochWriter]:
     """Cut the boxes, build the model, score the reference."""
     saved = None
@@ -83,8 +88,10 @@ def _prepare(
         text = f"starts from that of {config.trained_integrator}, {saved.epochs} epochs"
         directory.note("integrator", text)
         logger.info("the integrator %s", text)
-    store = _shoeboxes(directory, config, saved)
-    problem = build(store, config, saved)
+    with stages("extraction"):
+        store = _shoeboxes(directory, config, saved)
+    with stages("start of the models"):
+        problem = build(store, config, saved)
     anomalous: list[AnomalousModel] = []
     if reason := why_no_peaks(config):
         directory.note("peaks", reason)
@@ -97,7 +104,7 @@ def _prepare(
             directory.note("peaks", anomalous[0].why_no_sites)
     _write_reference(directory, config)
     exchange = _exchange(directory, store) if config.training.coupling == "staged" else None
-    trainer = Trainer(problem, config, device, exchange)
+    trainer = Trainer(problem, config, device, exchange, stages)
     _log_problem(problem, device)
     return trainer, EpochWriter(directory, trainer, anomalous)
 
@@ -164,16 +171,19 @@ def _train(
         directory.rewind(-1)
         with log.progress("epoch 0") as advance:
             result = trainer.start(advance)
-        writer.write(result)
-        _save(trainer, directory)
+        with trainer.stages("outputs", 0):
+            writer.write(result)
+            _save(trainer, directory)
     while trainer.epoch < config.training.epochs:
         with log.progress(f"epoch {trainer.epoch + 1}") as advance:
             result = trainer.run_epoch(advance)
         require_finite(trainer.model, result.metrics["merge_elbo"], f"epoch {result.epoch}")
-        writer.write(result)
-        is_last = trainer.epoch == config.training.epochs
-        if is_last or trainer.epoch % config.training.checkpoint_every == 0:
-            _save(trainer, directory)
+        with trainer.stages("outputs", trainer.epoch):
+            writer.write(result)
+            is_last = trainer.epoch == config.training.epochs
+            if is_last or trainer.epoch % config.training.checkpoint_every == 0:
+                _save(trainer, directory)
+        directory.write_stage_times(trainer.stages.rows)
 
 
 def _finish(

@@ -35,8 +35,10 @@ from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.reference import Reference
 from braggflux.merge.scale.terms.frames import MIN_OBSERVATIONS
 from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.integration.device_batches import byte_limit, device_batches
 from braggflux.pipelines.integration.joint_model import ElboTerms, assemble_elbo
 from braggflux.pipelines.integration.problem import Problem
+from braggflux.pipelines.workspace.stage_times import StageTimes
 
 GRADIENT_CLIP = 10.0
 #: Newton steps of the amplitudes at epoch 0, with the scales that they were started from.
@@ -67,6 +69,8 @@ class Trainer:
     device : torch.device
     exchange : callable, optional
         Staged coupling: sends the table from integrator to merge through a file and back.
+    stages : StageTimes, optional
+        Takes the time of the parts of an epoch.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class Trainer:
         config: RunConfig,
         device: torch.device,
         exchange: Callable[[IntensityTable], IntensityTable] | None = None,
+        stages: StageTimes | None = None,
     ) -> None:
+        self.stages = stages or StageTimes()
         self.problem = problem
         self.config = config
         self.device = device
@@ -83,7 +89,8 @@ class Trainer:
         self.model = problem.model.to(device)
         self.model.observations = self.model.observations.to(device)
         self.epoch = 0
-        self.dataset = ShoeboxDataset(problem.store)
+        self.dataset = ShoeboxDataset(problem.store, byte_limit=byte_limit(device))
+        self.batches = device_batches(self.dataset, device)
         self.generator = torch.Generator().manual_seed(config.training.seed)
         self.table: IntensityTable | None = None
         self._integration: dict[str, float] | None = None  # of the latest training pass
@@ -109,7 +116,13 @@ class Trainer:
     def start(self, progress: Progress | None = None) -> EpochResult:
         """Integrate with the starting profile and start the merge: epoch 0."""
         began = time.monotonic()
-        self.table = self._exchanged(self.integrate_all(progress))
+        with self.stages("integration pass", 0):
+            self.table = self._exchanged(self.integrate_all(progress))
+        with self.stages("merge steps", 0):
+            return self._first_merge(began)
+
+    def _first_merge(self, began: float) -> EpochResult:
+        """Start the merge from the first table; fit it where no epochs follow."""
         table = self.merge_table()
         self._start_merger(table)
         if self.model.merger.unique.ties_datasets:
@@ -145,11 +158,14 @@ class Trainer:
         """One epoch of training."""
         began = time.monotonic()
         self.epoch += 1
-        gradient_norm = self._integrator_pass(progress)
-        self.table = self._exchanged(self.integrate_all())
-        table = self.merge_table()
-        self._merge_steps(table, self.epoch - 1, self.config.training.epochs)
-        terms = self._full_batch_terms(table)
+        with self.stages("training pass", self.epoch):
+            gradient_norm = self._integrator_pass(progress)
+        with self.stages("integration pass", self.epoch):
+            self.table = self._exchanged(self.integrate_all())
+        with self.stages("merge steps", self.epoch):
+            table = self.merge_table()
+            self._merge_steps(table, self.epoch - 1, self.config.training.epochs)
+            terms = self._full_batch_terms(table)
         return self._result(self.epoch, began, terms, gradient_norm)
 
     def _integrator_pass(self, progress: Progress | None) -> float:
@@ -161,7 +177,7 @@ class Trainer:
         norms: list[Tensor] = []
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         totals = dict.fromkeys(("nll", "kl_profile", "kl_background"), zero)
-        for k, batch in enumerate(self.dataset.batches(batch_size, self.generator)):
+        for k, batch in enumerate(self.batches(batch_size, self.generator)):
             self.model.zero_grad(set_to_none=True)
             # the ELBO is a sum: parts of a batch add up to its gradient
             for part in self._parts(batch):
@@ -215,7 +231,7 @@ class Trainer:
         columns = self._empty_columns()
         batch_size = self.config.training.batch_size
         n_batches = self.dataset.n_batches(batch_size)
-        for k, batch in enumerate(self.dataset.batches(batch_size)):
+        for k, batch in enumerate(self.batches(batch_size)):
             for part in self._parts(batch):
                 _, table = self.model.integrate(
                     part, sample=False, use_expected=self.coupled and self.epoch > 0
@@ -226,10 +242,12 @@ class Trainer:
         return self._assemble({name: values.cpu() for name, values in columns.items()})
 
     def _parts(self, batch: ShoeboxBatch) -> Iterator[ShoeboxBatch]:
-        """Parts of a batch that the device works on at once, on the device."""
-        n = CPU_ROWS if self.device.type == "cpu" else len(batch)
-        for first in range(0, len(batch), n):
-            yield batch[slice(first, first + n)].to(self.device)
+        """Parts of a batch that the device works on at once."""
+        if self.device.type != "cpu":
+            yield batch
+            return
+        for first in range(0, len(batch), CPU_ROWS):
+            yield batch[slice(first, first + CPU_ROWS)]
 
     def _empty_columns(self) -> dict[str, Tensor]:
         """Estimates of no row yet, on the device; rows that no batch holds stay rejected."""

@@ -4,6 +4,7 @@
 
     config.yaml  config.diff.yaml  provenance.json  run.log
     metrics.jsonl     one row per epoch
+    stage_times.csv   epoch,stage,wall_s,cpu_s of every stage
     peaks.csv         epoch,chain,seqid,residue,atom,peak_sigma,difference,peak_sigma_own (the
                       reference has epoch DIALS)
     peaks_by_epoch.csv   epochs 1, 3, 5, ..., last, DIALS and the gain; sites across
@@ -40,6 +41,7 @@ from braggflux.pipelines.config.run import INTEGRATOR_FILE, RunConfig
 from braggflux.pipelines.workspace import log, provenance
 from braggflux.pipelines.workspace.lock import LOCK
 from braggflux.pipelines.workspace.outputs import holds_merge
+from braggflux.pipelines.workspace.stage_times import COLUMNS as STAGE_COLUMNS
 
 if TYPE_CHECKING:
     from braggflux.pipelines.maps.anomalous_peaks import SitePeak
@@ -109,6 +111,7 @@ class RunDirectory:
         self.compare_file = self.path / "compare.csv"
         self.checkpoints = self.path / "checkpoints"
         self.latest_file = self.path / "latest"
+        self.stage_times = self.path / "stage_times.csv"
         self.mtz_folder = self.path / "mtz"
         self.merged = self.path / f"{stem}merged.mtz"
         self.half_sets = self.path / f"{stem}half_sets.mtz"
@@ -240,6 +243,18 @@ class RunDirectory:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines if line]
 
+    def write_stage_times(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace stage_times.csv."""
+        write_rows(self.stage_times, list(rows), STAGE_COLUMNS)
+
+    def read_stage_times(self) -> list[dict[str, Any]]:
+        """Rows of stage_times.csv; those of an interrupted session stay."""
+        numbers = ("wall_s", "cpu_s")
+        return [
+            row | {name: float(row[name]) for name in numbers}
+            for row in read_rows(self.stage_times)
+        ]
+
     def write_peaks(self, epoch: int | str, peaks: Iterable[SitePeak]) -> None:
         """Set the rows of one epoch (or ``"DIALS"``) in peaks.csv; no height is an empty field."""
         rows = [r for r in self.read_peaks() if r["epoch"] != epoch]
@@ -314,7 +329,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Remove what an earlier configuration has left before its first checkpoint."""
-        records = [self.metrics_file, *self.path.glob("*peaks.csv")]
+        records = [self.metrics_file, self.stage_times, *self.path.glob("*peaks.csv")]
         records += self.path.glob("*statistics.csv")
         for path in (self.shoeboxes, self.intensities, *records):
             path.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from tagged_device import DEVICE, OnDevice, Tagged
 
 from braggflux.merge.fit.full_batch import restart_doubted
 from braggflux.merge.output.datasets import MergedDataset
+from braggflux.pipelines.integration.device_batches import device_batches
 from braggflux.pipelines.integration.epoch_outputs import merge_epoch
 from braggflux.pipelines.integration.extraction import extract
 from braggflux.pipelines.integration.final_outputs import (
@@ -171,6 +172,38 @@ def test_operators_of_a_step(device_run):
     training = device_run.training.n_operators / device_run.n_training_steps
     assert training < MOST_OPERATORS["training"]
     assert device_run.merging.n_operators / MERGE_STEPS < MOST_OPERATORS["merge"]
+
+
+@pytest.mark.parametrize("is_resident", [True, False], ids=["resident", "read ahead"])
+def test_batches_on_the_device_are_those_of_the_cpu(is_resident, make_trainer):
+    """Resident boxes are copied once; read ahead, each batch is."""
+    dataset = make_trainer(torch.device("cpu")).dataset
+    expected = list(dataset.batches(200, torch.Generator().manual_seed(1)))
+    with OnDevice():
+        batches = device_batches(dataset, DEVICE, is_resident=is_resident)
+        with OnDevice() as watch:
+            found = list(batches(200, torch.Generator().manual_seed(1)))
+        assert not watch.waits
+        boxes = [k for k in watch.uploads if "boxes_in_memory" in k or "records" in k]
+        assert bool(boxes) is not is_resident, watch.uploads
+        assert len(found) == len(expected) > 3
+        for ours, theirs in zip(found, expected, strict=True):
+            assert isinstance(ours.counts, Tagged)
+            assert torch.equal(ours.counts.cpu(), theirs.counts)
+            assert torch.equal(ours.is_valid.cpu(), theirs.is_valid)
+            assert torch.equal(ours.metadata.refl_row.cpu(), theirs.metadata.refl_row)
+
+
+def test_stores_too_large_are_read_ahead(make_trainer):
+    dataset = make_trainer(torch.device("cpu")).dataset
+    boxes = dataset.store.in_memory
+    dataset.store.in_memory = None
+    try:
+        with OnDevice():
+            first = next(device_batches(dataset, DEVICE)(50))
+        assert torch.equal(first.counts.inner, boxes.read(dataset.rows[:50], 0).counts)
+    finally:
+        dataset.store.in_memory = boxes
 
 
 def test_the_device_is_of_no_use_outside_its_mode():

@@ -94,6 +94,18 @@ def test_the_table_is_what_the_integrator_left(straight):
         np.testing.assert_array_equal(written, values[used].double())
 
 
+def test_where_the_time_went_is_written_down(straight):
+    rows = read_rows(straight.stage_times)
+    once = {r["stage"] for r in rows if not r["epoch"]}
+    assert once == {"extraction", "start of the models", "final files"}
+    parts = {"integration pass", "merge steps", "outputs"}
+    for epoch in range(EPOCHS + 1):
+        own = [r["stage"] for r in rows if r["epoch"] == str(epoch)]
+        assert sorted(own) == sorted(parts | ({"training pass"} if epoch else set()))
+    assert all(float(r["wall_s"]) > 0 and float(r["cpu_s"]) > 0 for r in rows)
+    assert "CPU time [s]: extraction" in straight.log_file.read_text()
+
+
 def test_merge_writes_the_same_columns(straight, tmp_path):
     argv = ["merge", str(straight.intensities), "--anomalous", "--prior", "double-wilson"]
     argv += ["--correlation", "0.999", "--epochs", "3", "--out", str(tmp_path / "out")]
