@@ -112,3 +112,51 @@ def in_float64(problem: JointProblem) -> JointProblem:
     data = batch.metadata._map(lambda t: t.double() if t.is_floating_point() else t)
     batch = ShoeboxBatch(batch.counts.double(), batch.is_valid, data)
     return JointProblem(problem.model.double(), batch)
+
+
+def ordinary() -> JointProblem:
+    return joint_problem(40)
+
+
+def without_photons() -> JointProblem:
+    problem = joint_problem(40)
+    return with_counts(problem, torch.zeros_like(problem.batch.counts))
+
+
+def a_million_counts() -> JointProblem:
+    return joint_problem(40, photons=1e6)
+
+
+def all_in_one_pixel() -> JointProblem:
+    problem = joint_problem(40)
+    counts = torch.zeros_like(problem.batch.counts)
+    counts[:, 3, 4, 4] = problem.batch.counts.sum((1, 2, 3))
+    return with_counts(problem, counts)
+
+
+def one_valid_frame() -> JointProblem:
+    problem = joint_problem(40)
+    is_valid = torch.zeros_like(problem.batch.is_valid)
+    is_valid[:, 3] = problem.batch.is_valid[:, 3]
+    batch = ShoeboxBatch(problem.batch.counts, is_valid, problem.batch.metadata)
+    return replace(problem, batch=batch)
+
+
+def one_reflection() -> JointProblem:
+    problem = joint_problem(40)
+    return replace(problem, batch=problem.batch[torch.tensor([0])])
+
+
+def with_counts(problem: JointProblem, counts: torch.Tensor) -> JointProblem:
+    batch = ShoeboxBatch(counts, problem.batch.is_valid, problem.batch.metadata)
+    return replace(problem, batch=batch)
+
+
+EXTREMES = (
+    ordinary,
+    without_photons,
+    a_million_counts,
+    all_in_one_pixel,
+    one_valid_frame,
+    one_reflection,
+)
