@@ -92,8 +92,10 @@ MAY_IMPORT = {
         "pipelines.deposition",
     ),
     "pipelines.commands": (*BELOW, "pipelines"),
-    # `braggflux simulate` is the one door to the simulator.
+    "pipelines.api": (*BELOW, "pipelines"),
+    # The doors to the simulator.
     "pipelines.commands.simulate": ("pipelines", "fixtures", "integrator.errors"),
+    "pipelines.api.simulation": ("pipelines", "fixtures", "integrator.errors"),
 }
 TOP_LEVEL = {
     "pyproject.toml",

@@ -16,9 +16,9 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore, write_unmerged_store
+from braggflux.pipelines.api.actions import run
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.inputs.inputs import MergeInputs
-from braggflux.pipelines.integration.run import run
 
 FORM = {"cell": (40, 50, 60, 90, 90, 90), "space_group": "P 21 21 21"}
 

@@ -2,13 +2,18 @@
 
 Examples
 --------
-Amplitudes of a rotation experiment, and of unmerged reflections::
+From the frames of a rotation experiment, or unmerged reflections, to amplitudes, anomalous peaks
+and a figure::
 
-    import braggflux
+    import braggflux as bf
 
-    braggflux.run(braggflux.RunConfig(expt="refined.expt", refl="refined.refl", out="run"))
-    inputs = braggflux.MergeInputs(paths=(Path("unmerged.mtz"),), out=Path("merged"))
-    braggflux.merge(inputs, braggflux.MergeConfig())
+    run = bf.run("refined.expt", "refined.refl", model="model.pdb", out="run", d_min=2.0)
+    run.amplitudes.table()
+    run.amplitudes.peaks("model.pdb")
+    run.amplitudes.plot_map("model.pdb").savefig("map.png")
+
+    merged = bf.merge("unmerged.mtz", "merged", anomalous=True)
+    merged.amplitudes.dataset()
 
 The packages lie in the folders of the same names at the top of the source tree; here they have one
 name in common, so that nothing else of this distribution stands in ``site-packages``.
@@ -25,29 +30,43 @@ if TYPE_CHECKING:
     from braggflux.merge.config import MergeConfig
     from braggflux.merge.io.read import read_table
     from braggflux.merge.io.stores.opening import open_store
+    from braggflux.pipelines.api.actions import merge, process, run
+    from braggflux.pipelines.api.amplitudes import Amplitudes
+    from braggflux.pipelines.api.results import Merge, Run
+    from braggflux.pipelines.api.simulation import simulate, simulate_stills
     from braggflux.pipelines.config.run import RunConfig
     from braggflux.pipelines.inputs.inputs import MergeInputs
-    from braggflux.pipelines.integration.run import run
-    from braggflux.pipelines.merging.merge import merge
 
 __all__ = [
+    "Amplitudes",
+    "Merge",
     "MergeConfig",
     "MergeInputs",
+    "Run",
     "RunConfig",
     "merge",
     "open_store",
+    "process",
     "read_table",
     "run",
+    "simulate",
+    "simulate_stills",
 ]
 #: Public name -> module and name there; imported at the first use, for torch takes seconds.
 _WHERE = {
+    "Amplitudes": ("pipelines.api.amplitudes", "Amplitudes"),
+    "Merge": ("pipelines.api.results", "Merge"),
+    "Run": ("pipelines.api.results", "Run"),
+    "process": ("pipelines.api.actions", "process"),
+    "simulate": ("pipelines.api.simulation", "simulate"),
+    "simulate_stills": ("pipelines.api.simulation", "simulate_stills"),
     "MergeConfig": ("merge.config", "MergeConfig"),
     "MergeInputs": ("pipelines.inputs.inputs", "MergeInputs"),
     "RunConfig": ("pipelines.config.run", "RunConfig"),
-    "merge": ("pipelines.merging.merge", "merge"),
+    "merge": ("pipelines.api.actions", "merge"),
     "open_store": ("merge.io.stores.opening", "open_store"),
     "read_table": ("merge.io.read", "read_table"),
-    "run": ("pipelines.integration.run", "run"),
+    "run": ("pipelines.api.actions", "run"),
 }
 
 
@@ -77,7 +96,7 @@ class _MergePackage(ModuleType):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Merge as :func:`braggflux.pipelines.merging.merge.merge`."""
+        """Merge as :func:`braggflux.pipelines.api.actions.merge`."""
         return _public("merge")(*args, **kwargs)
 
 

@@ -42,7 +42,8 @@ REPORT_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:; worker-src blob:; base-uri 'none'; "
     "frame-ancestors 'none'; "
-    "sandbox allow-scripts allow-downloads allow-popups allow-top-navigation-by-user-activation"
+    "sandbox allow-scripts allow-downloads allow-popups allow-popups-to-escape-sandbox "
+    "allow-top-navigation-by-user-activation"
 )
 HEADERS = {
     "x-content-type-options": "nosniff",

@@ -16,6 +16,7 @@ from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel, amplitudes
 from braggflux.pipelines.maps.atomic_model import Site, find_sites, read_model
 from braggflux.pipelines.maps.difference_map import DifferenceMap, NoMapError
+from braggflux.pipelines.maps.sections import cube_around
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 Array = NDArray[Any]
@@ -74,7 +75,7 @@ class SiteMaps:
                 found["maps"].append({"name": name, "reason": str(error)})
                 continue
             [peak] = [p for p in model.peaks_in(density) if p.label == site.label]
-            cube = cube_around(density.grid, site.fractional[0])
+            cube = cube_around(density.grid, site.fractional[0], POINTS, STEP)
             found["maps"].append(
                 {
                     "name": name,
@@ -122,17 +123,6 @@ class SiteMaps:
         else:
             density = model.difference_map(table.miller_index, *amplitudes(table), d_min=d_min)
         return density, model
-
-
-def cube_around(grid: gemmi.FloatGrid, fractional: Array) -> Array:
-    """Values [sigma] on a cube along the orthogonal axes x, y, z, (POINTS,) * 3, tricubic."""
-    centre = np.array(grid.unit_cell.orthogonalize(gemmi.Fractional(*fractional)).tolist())
-    transform = gemmi.Transform()
-    transform.mat.fromlist((np.eye(3) * STEP).tolist())
-    transform.vec.fromlist((centre - STEP * (POINTS // 2)).tolist())
-    cube = np.zeros((POINTS,) * 3, np.float32)
-    grid.interpolate_values(cube, transform, order=3)
-    return cube
 
 
 def atoms_around(path: Path, fractional: Array) -> list[dict[str, Any]]:

@@ -1,47 +1,133 @@
-"""Pages on a trained run: numbers against its other files, and in a real browser."""
+"""A trained run, made by a notebook: its pages, by numbers and in a real browser; examples.
+
+All in one file: the run is trained once.
+"""
 
 from __future__ import annotations
 
+import doctest
 import json
-import logging
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
 import pytest
 
-from braggflux.fixtures.simulate import simulate
-from braggflux.pipelines.config.run import RunConfig
-from braggflux.pipelines.config.schema import updated
-from braggflux.pipelines.integration.run import run as train
+from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.intensity_file import read_intensities
+from braggflux.pipelines.api import actions, amplitudes, results, simulation
+from braggflux.pipelines.api.results import Run
 from braggflux.pipelines.maps.anomalous_peaks import peak_heights_from_mtz
-from braggflux.pipelines.report.html import write_report
 from braggflux.pipelines.view.frames import NO_COUNT, OWN
-from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 pytestmark = pytest.mark.slow
 
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "docs" / "notebooks"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 #: Wide and in light, narrow and in the dark.
 VIEWS = ((1280, "light"), (400, "dark"))
 
 
+def executed(name: str, folder: Path) -> list[dict]:
+    """Outputs of a notebook that is run in a folder, by this Python."""
+    kernel = folder / "jupyter" / "kernels" / "python3"
+    kernel.mkdir(parents=True)
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    specification = {"argv": command, "display_name": "Python 3", "language": "python"}
+    (kernel / "kernel.json").write_text(json.dumps(specification))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jupyter's packages about each other
+        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
+        patch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+        import nbclient
+        import nbformat
+
+        notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+        place = {"metadata": {"path": str(folder)}}
+        nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> RunDirectory:
-    """Simulate, train for one epoch; the reference is the run itself."""
+def notebook(tmp_path_factory) -> tuple[Path, list[dict]]:
+    """Folder and outputs of the notebook that simulates and trains for one epoch."""
     folder = tmp_path_factory.mktemp("pages")
-    files = simulate(folder / "frames", preset="tiny", seed=0)
-    config = RunConfig(expt=files.expt, refl=files.refl, model=files.model, out=folder / "run")
-    options = {"training.epochs": 1, "training.batch_size": 512, "training.device": "cpu"}
-    directory = train(updated(config, options))
-    write_report(directory)
-    directory.finish()
-    log.detach_files()
-    logging.captureWarnings(False)
-    return directory
+    return folder, executed("frames_to_map", folder)
+
+
+@pytest.fixture(scope="module")
+def tiny(notebook) -> RunDirectory:
+    """The run of the notebook."""
+    return RunDirectory.open(notebook[0] / "run")
+
+
+def kinds(outputs: list[dict]) -> list[str]:
+    return [kind for output in outputs for kind in output.get("data", {})]
+
+
+def test_frames_to_map(notebook):
+    folder, outputs = notebook
+    assert kinds(outputs).count("image/png") == 2
+    assert kinds(outputs).count("text/html") >= 3
+    shown = "".join(output.get("text", "") for output in outputs)
+    assert "epoch 1" in shown
+    assert "Traceback" not in shown
+    assert (folder / "run" / "report.html").is_file()
+
+
+def test_merging_with_priors(tmp_path, monkeypatch):
+    """Cell by cell in this process: one kernel that imports torch is enough."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((NOTEBOOKS / "merging_with_priors.ipynb").read_text("utf-8"))
+    found: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "notebook", "exec", dont_inherit=True), found)
+    wilson, double = found["scores"].values()
+    # 2026-11-30: .020 and .139, .163 and .311; spread .87
+    assert all(double[kind] > wilson[kind] + 0.05 for kind in wilson)
+    assert 0.7 < found["spread"] < 1.2
+
+
+def test_examples_of_the_docstrings(tiny, monkeypatch):
+    """In the notebook's folder, where run and frames are."""
+    monkeypatch.chdir(tiny.path.parent)
+    shutil.rmtree("merged", ignore_errors=True)
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    n_examples = 0
+    for module in (amplitudes, results, actions, simulation):
+        failed, attempted = doctest.testmod(module, optionflags=options)
+        assert failed == 0, module.__name__
+        assert attempted > 0, module.__name__
+        n_examples += attempted
+    assert n_examples >= 15
+    assert Path("peaks.png").stat().st_size > 1000
+
+
+def test_tables_and_words_of_a_run(tiny):
+    run = Run(str(tiny.path))
+    peaks = peak_heights_from_mtz(tiny.merged, tiny.read_config().model)
+    found = run.amplitudes.peaks(str(tiny.read_config().model))
+    assert found["peak_sigma"].is_monotonic_decreasing
+    assert set(found["peak_sigma"]) == {peak.peak_sigma for peak in peaks}
+    assert len(run.metrics) == 2
+    assert len(run.observations()) == len(read_intensities(tiny.intensities))
+    merged = run.amplitudes
+    assert len(merged) == len(merged.table()) == len(merged.dataset())
+    assert repr(merged).endswith("P 43 21 2, to 2.68 A>")
+    assert "epoch 1, finished" in repr(run)
+    assert f"{found['peak_sigma'][0]:.2f} sigma" in run._repr_html_()
+    with pytest.raises(UserError, match="run of one data set, which has no name; got 'dark'"):
+        Run(tiny.path, "dark")
+    with pytest.raises(UserError, match=r"no site 'A/X' in the model; there are A/CYS6:SG"):
+        merged.plot_map(tiny.read_config().model, "A/X")
 
 
 @pytest.fixture(scope="module")
@@ -181,9 +267,11 @@ def test_pages_in_a_browser(client, reflection, browser, width, scheme):
         page.goto(path)
         page.wait_for_selector("[aria-busy=true]", state="detached")
         assert page.locator(what).count() > 0, path
-        if path != "/report":
-            excess = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-            assert page.evaluate(excess) == 0, path
+        assert not errors, (path, errors)
+        if path == "/report":  # it has tests of its own
+            continue
+        excess = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert page.evaluate(excess) == 0, path
         for canvas in page.locator("canvas").element_handles():
             colours = canvas.evaluate(
                 "c => new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, "
@@ -191,7 +279,6 @@ def test_pages_in_a_browser(client, reflection, browser, width, scheme):
             )
             # a box may have the same count everywhere; a frame and a map may not
             assert colours > (0 if "reflection" in path else 10), path
-        assert not errors, (path, errors)
     context.close()
 
 

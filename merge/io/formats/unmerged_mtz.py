@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def load_mtz(path: str | Path) -> gemmi.Mtz:
     if not Path(path).is_file():
         raise UserError(f"MTZ file {path} does not exist; check the path")
     try:
-        mtz = gemmi.read_mtz_file(str(path))
+        mtz = gemmi.read_mtz_file(os.fspath(path))
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(

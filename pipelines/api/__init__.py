@@ -1,0 +1,1 @@
+"""The program from Python: the commands as functions, their results as objects and tables."""
