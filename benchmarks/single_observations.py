@@ -32,8 +32,8 @@ import torch
 from braggflux.integrator.io.dials import read_reflections
 from braggflux.integrator.io.intensity_file import read_intensities
 from braggflux.integrator.types import Flag, IntensityTable
-from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.compare.rows import MIN_PAIRS
+from braggflux.pipelines.workspace.matching import match_observations
 
 #: Part of the information that a spot with a hole may have kept, in classes.
 KEPT = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0))

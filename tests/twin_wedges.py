@@ -15,7 +15,7 @@ import numpy as np
 from braggflux.integrator.crystal.geometry import Experiment, Scan
 from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, read_experiments
 from braggflux.integrator.prediction.predict import predict_reflections
-from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.workspace.matching import match_observations
 
 BACKGROUND_SD = 6.0
 

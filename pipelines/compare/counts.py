@@ -24,8 +24,8 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, ReflectionTable
 from braggflux.integrator.io.intensity_file import read_intensities
 from braggflux.integrator.types import Flag, IntensityTable
-from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.compare.rows import MIN_PAIRS, OURS, TOO_FEW, Row, make_row, missing_row
+from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 Array = NDArray[np.float64]

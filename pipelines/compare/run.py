@@ -26,7 +26,6 @@ from braggflux.integrator.io.dials import (
 from braggflux.integrator.io.dials.sweeps import sweeps_of
 from braggflux.merge.io.formats.dials import MIN_PARTIALITY
 from braggflux.pipelines.compare.counts import compare_true_counts
-from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.compare.merged import compare_merged
 from braggflux.pipelines.compare.rows import (
     BOTH,
@@ -40,6 +39,7 @@ from braggflux.pipelines.compare.rows import (
     missing_row,
 )
 from braggflux.pipelines.report.terminal import write_table
+from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, write_rows
 
 Array = NDArray[np.float64]

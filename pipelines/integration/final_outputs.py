@@ -1,4 +1,4 @@
-"""Outputs at the end of a run: integrated.refl, unmerged.mtz and shoeboxes for the report."""
+"""Outputs at the end of a run: integrated.refl and unmerged.mtz."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from braggflux.pipelines.config.run import DataSetFiles
 from braggflux.pipelines.integration.data_sets import sweeps_of_set
 from braggflux.pipelines.integration.spot_measures import SpotMeasures, measure_spots
 from braggflux.pipelines.integration.trainer import Trainer
-
-N_EXAMPLES = 12
 
 
 def integrated_reflections(trainer: Trainer) -> ReflectionTable:
@@ -218,30 +216,3 @@ def write_unmerged(trainer: Trainer, path: Path, dataset: int, files: DataSetFil
         space_group=problem.asus[dataset].space_group,
         history=["scaled by braggflux; sigmas of outliers are enlarged"],
     )
-
-
-@torch.no_grad()
-def write_examples(trainer: Trainer, path: Path) -> None:
-    """Write some shoeboxes with their posteriors, from weak to strong, for the report."""
-    table = trainer.table
-    usable = torch.nonzero(table.is_integrated)[:, 0]
-    order = usable[table.intensity[usable].argsort()]
-    n = min(N_EXAMPLES, len(order))
-    rows = order[torch.linspace(0, len(order) - 1, n).long()]
-    batch = trainer.problem.store.read(rows).to(trainer.device)
-    posterior = trainer.model.integrator.inference(batch)
-    rate = trainer.model.integrator.generative(posterior).reshape(batch.counts.shape)
-    q = posterior.q_intensity
-    arrays = {
-        "counts": batch.counts,
-        "rate": rate,
-        "is_valid": batch.is_valid,
-        "miller_index": batch.metadata.miller_index,
-        "resolution": batch.metadata.d,
-        "intensity": posterior.likelihood.mode,
-        "flat_prior_posterior_mean": q.base_dist.mean - posterior.likelihood.effective_background,
-        "flat_prior_posterior_sd": q.base_dist.variance.sqrt(),
-        "expected_by_the_merge": trainer.model.expected(batch.metadata.refl_row),
-        "background": table.background[rows],
-    }
-    np.savez_compressed(path, **{k: v.cpu().numpy() for k, v in arrays.items()})

@@ -21,10 +21,10 @@ from braggflux.merge.model.finite import require_finite
 from braggflux.pipelines.config.run import INTEGRATOR_FILE, RunConfig
 from braggflux.pipelines.integration.checks import check_input, why_no_peaks
 from braggflux.pipelines.integration.epoch_outputs import EpochWriter
+from braggflux.pipelines.integration.examples import write_examples
 from braggflux.pipelines.integration.extraction import extract
 from braggflux.pipelines.integration.final_outputs import (
     integrated_reflections,
-    write_examples,
     write_integrated,
     write_unmerged,
 )
@@ -203,7 +203,7 @@ def _finish(
     with replacing(directory.shoebox_examples) as temporary:
         # numpy appends .npz to a name that lacks it
         named = temporary.with_suffix(".npz")
-        write_examples(trainer, named)
+        write_examples(trainer, named, directory.dials / "integrated.refl")
         os.replace(named, temporary)
 
 

@@ -78,4 +78,10 @@ def images(counts: Any, rate: Any, is_valid: Any) -> dict[str, Any]:
 
 def entry(value: Any) -> str:
     """Write a number or vector with four digits."""
-    return " ".join(f"{x:.4g}" if x.dtype.kind == "f" else str(x) for x in np.atleast_1d(value))
+    return " ".join(_word(x) for x in np.atleast_1d(value))
+
+
+def _word(x: Any) -> str:
+    if x.dtype.kind != "f":
+        return str(x)
+    return f"{x:.4g}" if np.isfinite(x) else "–"

@@ -142,10 +142,10 @@ def score_merged(merged: MergedMtz, source: DataSource) -> list[Row]:
     asu, table = source.asu, merged.table
     unique = unique_reflections(asu)
     shells = resolution_shells(unique.inv_d2, N_SHELLS)
-    possible = possible_reflections(asu.cell, asu.space_group, asu.d_min)
-    seen = np.isfinite(table.i_mean) & (asu.refl_id(table.miller_index) >= 0)
-    inv_d2 = asu.cell.calculate_1_d2_array(table.miller_index)
-    shell, of_possible = shells.assign(inv_d2), shells.assign(possible.inv_d2)
+    at = asu.refl_id(table.miller_index)
+    seen = np.isfinite(table.i_mean) & (at >= 0)
+    inv_d2 = asu.d[at] ** -2.0
+    shell, of_possible = shells.assign(inv_d2), shells.assign(unique.inv_d2)
     n_obs = np.nan_to_num(table.n_plus) + np.nan_to_num(table.n_minus)
     rows = []
     for i in [*range(len(shells)), None]:

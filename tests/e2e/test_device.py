@@ -15,10 +15,10 @@ from braggflux.merge.fit.full_batch import restart_doubted
 from braggflux.merge.output.datasets import MergedDataset
 from braggflux.pipelines.integration.device_batches import device_batches
 from braggflux.pipelines.integration.epoch_outputs import merge_epoch
+from braggflux.pipelines.integration.examples import write_examples
 from braggflux.pipelines.integration.extraction import extract
 from braggflux.pipelines.integration.final_outputs import (
     integrated_reflections,
-    write_examples,
     write_unmerged,
 )
 from braggflux.pipelines.integration.problem import build

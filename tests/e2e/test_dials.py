@@ -16,7 +16,7 @@ from braggflux.integrator.io.dials import DialsFlag, read_reflections
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.types import Flag
 from braggflux.pipelines import cli
-from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 pytestmark = [pytest.mark.dials, pytest.mark.slow]

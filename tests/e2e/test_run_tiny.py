@@ -13,7 +13,7 @@ from braggflux.integrator.io.dials import DialsFlag, read_reflections
 from braggflux.integrator.io.intensity_file import read_experiment_records, read_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.pipelines import cli
-from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import read_rows
 
 EPOCHS = 3

@@ -18,10 +18,10 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, read_reflections
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.types import Flag
-from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.config.schema import updated
 from braggflux.pipelines.integration.run import run
+from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import read_rows
 
 pytestmark = pytest.mark.slow

@@ -29,7 +29,7 @@ from braggflux.merge.io.formats.dials import read_dials
 from braggflux.merge.io.formats.photon_table import read_photon_table
 from braggflux.merge.io.sweep_columns import FRAME
 from braggflux.pipelines import cli
-from braggflux.pipelines.compare.matching import match_observations
+from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 FIRST, LAST = 3, 16

@@ -22,11 +22,11 @@ from braggflux.integrator.types import Flag, IntensityTable
 from braggflux.merge.io.mtz import read_merged_mtz, write_merged_mtz
 from braggflux.merge.output.merged_table import DIFFERENCE
 from braggflux.pipelines.compare.counts import PIXELS_PER_FRAME, neighbour_distance
-from braggflux.pipelines.compare.matching import match_observations
 from braggflux.pipelines.compare.run import BOTH, OURS, compare, show
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.maps.anomalous_peaks import SitePeak
 from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, read_rows
 
 

@@ -96,6 +96,7 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
         *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
         *("config.yaml", "provenance.json", "scale_model.pt", "correlation.csv"),
         *("images.csv", "report.html"),
+        *("table1.txt", "table1.csv", "table1.tex", "deposition.cif"),
     }
 
 

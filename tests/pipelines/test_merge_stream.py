@@ -54,6 +54,7 @@ def test_files_are_those_of_a_merge_in_memory(files, merged):
         *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
         *("config.yaml", "provenance.json", "scale_model.pt", "correlation.csv"),
         "report.html",
+        *("table1.txt", "table1.csv", "table1.tex", "deposition.cif"),
     }
     assert truth_cc(files, merged) > 0.97
     in_memory = files / "in_memory"
