@@ -56,6 +56,7 @@ def test_lines_are_joined_and_comments_left_out():
     assert commands("# what\na \\\n    --b c\n\nd\n") == ["a --b c", "d"]
 
 
+IMAGES = "merged/images.csv"
 #: History, and pages that the site makes of them.
 LOGS = ("experiments", "log_", "CHANGELOG")
 LINE = re.compile(r"^(?: {4})?(braggflux (?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
@@ -100,9 +101,11 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
                         f"{page}: {command}\n{capsys.readouterr().err}"
                     )
                 done.add(command)
-    for made in ("run/report.html", "run/anomalous.ccp4", "again/merged.mtz", "merged/merged.mtz"):
+    for made in ("run/report.html", "anomalous.ccp4", "again/merged.mtz", "merged/merged.mtz"):
         assert (tmp_path / made).stat().st_size > 10_000, made
-    for name in ("run/statistics.csv", "run/peaks.csv", "merged/correlation.csv"):
+    made = [path.name for folder in ("run", "merged") for path in (tmp_path / folder).iterdir()]
+    assert not undocumented(f"{name}/" if "." not in name else name for name in made) - {"latest/"}
+    for name in ("run/statistics.csv", "run/peaks.csv", "merged/correlation.csv", IMAGES):
         header = (tmp_path / name).read_text(encoding="utf-8").splitlines()[0]
         assert not undocumented(header.split(",")), name
     last = json.loads(
