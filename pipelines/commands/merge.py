@@ -43,11 +43,13 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(MergeConfig, args, MERGE_FLAGS, fixed)
     inputs = inputs_from_args(args)
 
-    from braggflux.pipelines.deposition.files import write_deposition
+    from braggflux.pipelines.deposition.files import show_table_one, write_deposition
     from braggflux.pipelines.merging.merge import merge
 
     merged = merge(inputs, config)
-    for path in [*merged, *write_deposition(inputs.out)]:
+    written = write_deposition(inputs.out)
+    show_table_one(written)
+    for path in [*merged, *written]:
         logger.info("wrote %s", path)
 
     from braggflux.pipelines.report.html import write_merge_report

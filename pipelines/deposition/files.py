@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from braggflux.integrator.atomic import replacing
 from braggflux.merge.io.formats.unmerged_mtz import load_mtz
 from braggflux.pipelines.deposition.mmcif import METHOD, METHOD_OF_MERGE, deposition_text
-from braggflux.pipelines.deposition.table_one_files import csv_table, latex_table, text_table
+from braggflux.pipelines.deposition.table_one_files import (
+    HEADING,
+    csv_table,
+    latex_table,
+    text_table,
+)
 from braggflux.pipelines.report import merge_folder
 from braggflux.pipelines.report.sources import OURS, DataSource, NoDataError
 from braggflux.pipelines.report.table_one import score
@@ -43,6 +49,14 @@ def write_deposition(folder: Path, reference: Path | None = None) -> list[Path]:
         except NoDataError as reason:
             logger.warning("no Table 1 and no mmCIF: %s", reason)
     return written
+
+
+def show_table_one(written: Iterable[Path]) -> None:
+    """Print each Table 1 among files that :func:`write_deposition` has written."""
+    for path in written:
+        if path.name.endswith("table1.txt"):
+            table, _, _ = path.read_text(encoding="utf-8").partition(f"\n\n{HEADING}\n")
+            sys.stdout.write(f"{table}\n\n")
 
 
 def _sources(folder: Path, reference: Path | None) -> Iterator[DataSource]:

@@ -30,6 +30,8 @@ DEFINITIONS = {
     "anomalous_redundancy": "observations / unique reflections, mates apart",
     "cc_anom": "correlation of the Bijvoet differences of the same halves, acentrics",
 }
+#: Heading in the text; what stands above it is the table.
+HEADING = "Definitions"
 LIMITS = {"d_max": "Low resolution [A]", "d_min": "High resolution [A]"}
 TEX_NAMES = {
     "Mean I/σ(I)": r"$\langle I/\sigma(I)\rangle$",
@@ -52,7 +54,8 @@ def text_table(source: DataSource, scores: Scores) -> str:
         cells = "".join(f"{v:>{WIDTH}}" for v in values)
         lines.append(f"{_ascii(name):<{NAME_WIDTH}}{_ascii(cells)}")
     notes = [f"From {scores.basis}.", *([f"{scores.reason}."] if scores.reason else [])]
-    notes += ["Inner and outer: first and last of ten shells of equal volume.", ""]
+    notes += ["Inner and outer: first and last of ten shells of equal volume."]
+    notes += ["", HEADING]
     titles = {key: title for key, title, _ in ENTRIES}
     notes += [f"{_ascii(titles[key])}: {text}" for key, text in DEFINITIONS.items()]
     return "\n".join([*lines, "", *map(_folded, notes)]) + "\n"

@@ -11,7 +11,7 @@ from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.pipelines.compare.run import PEAKS, compare, show
 from braggflux.pipelines.config.run import RunConfig
-from braggflux.pipelines.deposition.files import write_deposition
+from braggflux.pipelines.deposition.files import show_table_one, write_deposition
 from braggflux.pipelines.dials.chain import DialsChain, Reference
 from braggflux.pipelines.integration.checks import (
     check_images,
@@ -93,10 +93,11 @@ def finish(
         rows = compare(directory, integrated=integrated, merged=merged, truth=truth)
         show(row for row in rows if row["comparison"] != PEAKS)  # they have their own table
     directory.finish()
-    write_deposition(directory.path)
+    written = write_deposition(directory.path)
     report = write_report(directory)
     for own in directory.data_sets():
         show_peaks(own)
+    show_table_one(written)
     logger.info("report: %s", report)
     for own in directory.data_sets():
         logger.info("merged: %s", own.merged)

@@ -14,6 +14,7 @@ import yaml
 from braggflux.pipelines import cli
 from braggflux.pipelines.config import schema
 from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.deposition.files import show_table_one
 from braggflux.pipelines.integration.epoch_outputs import summary_line
 from braggflux.pipelines.integration.trainer import EpochResult
 from braggflux.pipelines.maps.anomalous_peaks import SitePeak
@@ -75,6 +76,13 @@ def test_the_line_of_an_epoch_is_in_the_words_of_the_field():
     )
     last = summary_line(EpochResult(6, metrics), {}, [], 6, "light")
     assert last == "epoch 6/6  light  30.0 s"
+
+
+def test_table_one_is_shown_without_its_definitions(tmp_path, capsys):
+    path = tmp_path / "light_table1.txt"
+    path.write_text("Table 1.\n\nR_meas  0.035\n\nDefinitions\nR_meas: as in 1997\n")
+    show_table_one([tmp_path / "table1.csv", path])
+    assert capsys.readouterr().out == "Table 1.\n\nR_meas  0.035\n\n"
 
 
 def test_another_program_at_work_is_not_silent(monkeypatch, caplog):
