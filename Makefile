@@ -3,6 +3,7 @@
 #   make env     environment in .venv (and DIALS by apt, where that is allowed)
 #   make demo    simulate frames, process them beside DIALS, end with the peak table
 #   make test    all tests; make test-fast leaves out the slow ones
+#   make fuzz    damaged files to every reader: make fuzz FUZZ_CASES=1000
 #   make bench   cost of the extraction beside that of decompression
 #   make docs    the documents as a site, in build/docs
 #   make lint    ruff and mypy (.ci/run calls it, then the tests)
@@ -19,6 +20,8 @@ TORCH ?= torch==2.13.0
 PYTHON ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_CASES ?= 100000
+FUZZ_ARGS ?=
 # Each worker holds its own torch, a GB at worst; a file's tests share what its fixtures made.
 PYTEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO ?= demo
@@ -29,7 +32,7 @@ DEMO_NAME := hewl-iodide
 # The edges of the simulated detector; beyond, only its corners record anything.
 DEMO_D_MIN := 2.5
 
-.PHONY: env dials demo test test-fast bench lint docs reference-config
+.PHONY: env dials demo test test-fast fuzz bench lint docs reference-config
 
 env: $(STAMP)
 
@@ -96,6 +99,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	"$(BIN)/python" -m pytest $(PYTEST_JOBS) -m "not slow" $(PYTEST_ARGS)
+
+fuzz: $(STAMP)
+	"$(BIN)/python" tests/fuzz/campaign.py --cases $(FUZZ_CASES) $(FUZZ_ARGS)
 
 bench: $(STAMP)
 	"$(BIN)/python" benchmarks/extraction.py $(BENCH_ARGS)

@@ -41,6 +41,8 @@ class IntegratorConfig:
             "background_level_sd",
             "background_slope_sd",
             "encoder_width",
+            "learning_rate",
+            "profile_learning_rate",
         )
         for name in positive:
             if getattr(self, name) <= 0:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+#: Of any number of things; more is a slip or damage.
+MOST = 10**9
+
 
 @dataclass(frozen=True)
 class MergeConfig:
@@ -153,6 +156,8 @@ class MergeConfig:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"`{name}` must be at least {bound}, got {value}")
+            if value is not None and value > MOST:
+                raise ValueError(f"`{name}` must be at most {MOST}, got {value}")
         if self.correlation is not None and not 0.0 < self.correlation < 1.0:
             raise ValueError(f"`correlation` must lie in (0, 1), got {self.correlation}")
         if not 0.0 <= self.ambiguity_tolerance <= 10.0:

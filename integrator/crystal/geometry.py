@@ -242,6 +242,8 @@ class Experiment:
         name = f"experiment {self.identifier or '(unnamed)'}"
         if self.crystal is None:
             raise UserError(f"{name} has no crystal: give an indexed or refined EXPT file")
+        if not self.panels:
+            raise UserError(f"{name} has a detector without panels: give an EXPT file of images")
         if self.goniometer is None or self.scan is None or self.is_still:
             raise UserError(
                 f"{name} is a still: shoeboxes need a rotation scan; merge stills with "

@@ -16,8 +16,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.crystal.geometry import Experiment, Panel
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.crystal.geometry import Experiment, ImageFiles, Panel
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.dials.lookup import LookupMaps, read_lookup
 from braggflux.integrator.io.dxtbx_frames import DxtbxFrames
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
@@ -33,6 +33,7 @@ from braggflux.integrator.io.hdf5.stored import photons_of_stored
 
 log = logging.getLogger(__name__)
 
+REMEDY = "copy the images again"
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 Photons = NDArray[np.signedinteger[Any]]
@@ -107,6 +108,11 @@ def open_frames(experiment: Experiment, *, transient: bool = False) -> Experimen
     images = experiment.images
     if images is None or not images.paths:
         raise UserError("the experiment names no images; give an .expt made by dials.import")
+    with reading(images.paths[0], REMEDY):
+        return _open(experiment, images, transient)
+
+
+def _open(experiment: Experiment, images: ImageFiles, transient: bool) -> ExperimentFrames:
     indices = images.indices or tuple(range(len(images.paths)))
     if experiment.scan is not None and experiment.scan.n_images != len(indices):
         raise UserError(
@@ -188,6 +194,7 @@ class ExperimentFrames:
     ) -> None:
         self._raw, self._numbers, self._panels = raw, numbers, panels
         self._first_image, self._transient = first_image, transient
+        self._name = name
         lookup = lookup or LookupMaps()
         self._external = lookup.mask or [np.array(True)] * len(panels)
         gain: Sequence[PerPixel] = lookup.gain or [panel.gain for panel in panels]
@@ -235,7 +242,8 @@ class ExperimentFrames:
             One per panel; True = usable. Shared: copy before writing.
         """
         if self._mask is None:
-            masks = [mask.copy() for mask in self._raw.pixel_mask()]
+            with reading(self._name, REMEDY):
+                masks = [mask.copy() for mask in self._raw.pixel_mask()]
             for mask, panel in zip(masks, self._panels, strict=True):
                 for fast0, slow0, fast1, slow1 in panel.mask:
                     mask[max(slow0, 0) : max(slow1, 0), max(fast0, 0) : max(fast1, 0)] = False
@@ -265,6 +273,10 @@ class ExperimentFrames:
         """
         if not 0 <= frame < self.n_images:
             raise IndexError(f"frame {frame} of {self.n_images}")
+        with reading(f"image {self._first_image + frame} of {self._name}", REMEDY):
+            return self._photons(frame)
+
+    def _photons(self, frame: int) -> list[Photons]:
         masks = self.static_mask()
         number = self._numbers[frame]
         if all(scale.keeps_counts for scale in self._scales):

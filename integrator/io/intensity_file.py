@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
+from braggflux.integrator.io.dials.sweeps import checked_records
 from braggflux.integrator.io.hdf5.checked import (
     CHECKSUM,
     read_attributes,
     read_text,
-    refusing_damage,
     write_attributes,
     write_text,
     writing_checked,
 )
+from braggflux.integrator.io.hdf5.columns import read_columns
 from braggflux.integrator.records import TensorRecord
 from braggflux.integrator.types import IntensityTable, ReflectionMetadata
 from braggflux.integrator.version import software
@@ -95,10 +96,11 @@ def read_intensities(path: str | Path) -> IntensityTable:
     """
     import h5py
 
-    with refusing_damage(path, REMEDY), h5py.File(path) as handle:
+    with reading(path, REMEDY), h5py.File(path) as handle:
         version, records = require_readable(handle, path)
         columns = {
-            name: torch.as_tensor(handle[name][()]) for name in handle if name != EXPERIMENTS
+            name: torch.as_tensor(values)
+            for name, values in read_columns(handle, without=EXPERIMENTS).items()
         }
         if version >= WITHOUT_CHECKSUMS:
             metadata = _record(ReflectionMetadata, columns)
@@ -160,11 +162,13 @@ def read_experiment_records(path: str | Path) -> list[dict[str, Any]]:
     """Sweeps of an intensity file as :func:`write_intensities` was given them; [] without."""
     import h5py
 
-    with refusing_damage(path, REMEDY), h5py.File(path) as handle:
+    with reading(path, REMEDY), h5py.File(path) as handle:
         return _experiments(handle)
 
 
 def _experiments(handle: h5py.File) -> list[dict[str, Any]]:
     if EXPERIMENTS in handle:
-        return json.loads(read_text(handle[EXPERIMENTS]))
-    return json.loads(handle.attrs.get(EXPERIMENTS, "[]"))
+        text = read_text(handle[EXPERIMENTS])
+    else:
+        text = handle.attrs.get(EXPERIMENTS, "[]")
+    return checked_records(json.loads(text))

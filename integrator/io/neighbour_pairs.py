@@ -8,6 +8,7 @@ import h5py
 import torch
 from torch import Tensor
 
+from braggflux.integrator.io.hdf5.columns import read_columns
 from braggflux.integrator.types import Neighbours
 
 
@@ -27,8 +28,12 @@ class NeighbourPairs:
         if "neighbours" not in handle:
             return None
         group = handle["neighbours"]
-        columns = {name: torch.from_numpy(group[name][()]) for name in group}
+        columns = {k: torch.from_numpy(v) for k, v in read_columns(group).items()}
         row = columns.pop("row")
+        if len(row) and not (0 <= int(row[0]) and int(row[-1]) < n_rows):
+            raise ValueError(f"neighbours are of rows {int(row[0])} to {int(row[-1])} of {n_rows}")
+        if bool((row.diff() < 0).any()):
+            raise ValueError("neighbours are not in the order of their boxes")
         return cls(torch.searchsorted(row, torch.arange(n_rows + 1)), columns)
 
     def of(self, rows: Tensor | slice) -> Neighbours | None:

@@ -32,28 +32,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.boxes_in_memory import BoxesInMemory, shoebox_batch
+from braggflux.integrator.io.dials.sweeps import check_complete, checked_records
 from braggflux.integrator.io.hdf5.checked import (
     CHECKSUM,
     read_attributes,
     read_text,
-    refusing_damage,
     write_attributes,
     write_text,
     writing_checked,
 )
+from braggflux.integrator.io.hdf5.columns import column_of, read_array, read_columns
 from braggflux.integrator.io.hdf5.filters import bitshuffle
 from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
+from braggflux.integrator.io.shoebox_format import (
+    FORMAT,
+    REMEDY,
+    RIGHT_FROM_IMAGE_1,
+    VERSION,
+    check_boxes,
+    open_checked,
+)
 from braggflux.integrator.shoebox.mask import MaskBit
 from braggflux.integrator.types import ReflectionMetadata, ShoeboxBatch
 
-FORMAT = "braggflux-shoeboxes"
-VERSION = 4
-#: Version 3 has no checksums, and no overlapping spots: it masked what neighbours claim.
-WITHOUT_CHECKSUMS = 3
-#: Version 2 placed tables on scans that do not start at image 1 wrongly; the others it has right.
-RIGHT_FROM_IMAGE_1 = 2
 UNITS = {
     "counts": "photons",
     "xyz_px": "pixels, pixels, frames from the start of the scan",
@@ -62,7 +65,6 @@ UNITS = {
     "d": "A",
     "corner": "frame, slow, fast array index",
 }
-REMEDY = "make it again with braggflux extract"
 CHUNK_BYTES = 1 << 19
 INTEGER_COLUMNS = (
     *("refl_row", "miller_index", "experiment", "panel", "corner", "frames_per_layer"),
@@ -203,11 +205,11 @@ class ShoeboxStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._handle = _open_checked(self.path)
+        self._handle = open_checked(self.path)
         try:
-            with refusing_damage(self.path, REMEDY):
+            with reading(self.path, REMEDY):
                 self._read_head()
-            self._check_starts()
+                self._check_starts()
         except UserError:
             self._handle.close()
             raise
@@ -217,16 +219,15 @@ class ShoeboxStore:
         self.in_memory: BoxesInMemory | None = None
 
     def _read_head(self) -> None:
-        self._counts = self._handle["boxes/counts"]
-        self._mask = self._handle["boxes/mask"]
+        self._counts = column_of(self._handle, "boxes/counts")
+        self._mask = column_of(self._handle, "boxes/mask")
         text = read_text(self._handle["experiments"])
-        self.experiments: list[dict[str, Any]] = json.loads(text)
+        self.experiments = checked_records(json.loads(text))
         self.attributes = read_attributes(self._handle)
-        n_rows = self.attributes["n_rows"]
-        if not len(self._counts) == len(self._mask) == n_rows:
-            raise ValueError(f"{n_rows} rows are announced, {len(self._counts)} are there")
-        columns = self._handle["reflections"]
-        self._columns = {name: columns[name][()] for name in columns}
+        check_boxes(self._counts, self._mask, self.attributes["n_rows"])
+        self._columns = read_columns(self._handle["reflections"], len(self._counts))
+        if "flags" not in self._columns:
+            raise ValueError("the column flags is missing")
         self._metadata = _metadata(self._columns, torch.float32)
         self.pairs = NeighbourPairs.read(self._handle, len(self._counts))
 
@@ -237,6 +238,19 @@ class ShoeboxStore:
                 f"{self.path} was cut by an earlier version, which could take wrong frames for a "
                 f"scan that starts at image {first}: make it again with braggflux extract"
             )
+
+    def require_complete(self) -> None:
+        """Make sure that the sweeps of all rows are described, as a run needs it.
+
+        Raises
+        ------
+        UserError
+        """
+        with reading(self.path, REMEDY):
+            check_complete(self.experiments)
+            last = int(self._columns["experiment"].max(initial=0))
+            if last >= len(self.experiments):
+                raise ValueError(f"rows of sweep {last}, {len(self.experiments)} are described")
 
     @classmethod
     def open(cls, path: str | Path) -> ShoeboxStore:
@@ -342,13 +356,15 @@ class ShoeboxStore:
 
     def background(self, experiment: int) -> BackgroundField:
         """Background statistic of a sweep."""
-        with refusing_damage(self.path, REMEDY):
+        with reading(self.path, REMEDY):
             group = self._handle[f"background/{experiment}"]
             panels = [group[f"panel_{p}"] for p in range(len(group) - 1)]
+            if not panels:
+                raise ValueError(f"background of sweep {experiment} has no panel")
             return BackgroundField(
-                [p["sum"][()] for p in panels],
-                [p["count"][()] for p in panels],
-                group["frame_ratio"][()],
+                [read_array(p, "sum", 2) for p in panels],
+                [read_array(p, "count", 2) for p in panels],
+                read_array(group, "frame_ratio", 1),
             )
 
     def _read_sorted(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -364,7 +380,7 @@ class ShoeboxStore:
         return counts, mask
 
     def _read_rows(self, rows: slice) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        with refusing_damage(self.path, REMEDY):
+        with reading(self.path, REMEDY):
             return self._counts[rows], self._mask[rows]
 
 
@@ -374,20 +390,3 @@ def _metadata(columns: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> Reflec
         return torch.from_numpy(columns[name]).to(kind)
 
     return ReflectionMetadata(**{f.name: tensor(f.name) for f in fields(ReflectionMetadata)})
-
-
-def _open_checked(path: Path) -> h5py.File:
-    if not path.is_file():
-        raise UserError(f"no shoebox store {path}: make one with braggflux extract")
-    with refusing_damage(path, REMEDY):
-        handle = h5py.File(path, "r")
-        attributes = read_attributes(handle)
-    found, version = attributes.get("format"), attributes.get("version")
-    if found != FORMAT or version not in (VERSION, WITHOUT_CHECKSUMS, RIGHT_FROM_IMAGE_1):
-        handle.close()
-        what = f"version {version}" if found == FORMAT else f"format {found!r}"
-        raise UserError(
-            f"{path} has {what}, but this program reads {FORMAT} version {VERSION}: make it "
-            "again with braggflux extract"
-        )
-    return handle

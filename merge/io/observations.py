@@ -16,7 +16,7 @@ from braggflux.integrator.crystal.forms import check_one_crystal_form
 from braggflux.integrator.crystal.symmetry import is_centric, to_asu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.dataset_labels import DatasetLabels
-from braggflux.merge.io.missing_values import without_missing
+from braggflux.merge.io.missing_values import PLACES, without_missing
 
 Array = NDArray[np.float64]
 
@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 #: Metadata column of 1 / t: variance that every unit of expected intensity adds. The sigma of such
 #: data is that of the background alone, sqrt(beta / t).
 PHOTON_VARIANCE = "photon_variance"
+#: Intensities and sigmas from here on are no measurement: single precision cannot square them.
+LARGEST = 1e18
+LARGEST_INDEX = 32767
+#: [A]: from electrons of 1 MeV to cold neutrons.
+WAVELENGTHS = (0.01, 200.0)
 #: Columns that intensities without LP correction are unusable without.
 NEEDED_RAW = ("LP", PHOTON_VARIANCE)
 
@@ -122,6 +127,41 @@ class UnmergedData:
         )
 
 
+def check_possible(data: UnmergedData) -> None:
+    """Refuse values that no measurement has; the readers of all formats call it.
+
+    Parameters
+    ----------
+    data : UnmergedData
+
+    Raises
+    ------
+    ValueError
+        Says what, its value and what is allowed.
+    """
+    index = data.miller_index
+    if len(data) and (index.min() < -LARGEST_INDEX or index.max() > LARGEST_INDEX):
+        raise ValueError(
+            f"indices are from {index.min()} to {index.max()}, {LARGEST_INDEX} is the most"
+        )
+    columns = {"intensity": data.intensity, "sigma": data.sigma}
+    columns |= {name: c for name, c in data.metadata.items() if name in (*PLACES, "BATCH")}
+    for name, column in columns.items():
+        if not np.all(np.abs(column) < LARGEST):
+            raise ValueError(f"{name} has values that are not finite or above {LARGEST:g}")
+    if not np.all(data.sigma > 0.0):
+        raise ValueError("sigma must be above 0")
+    # rows without a wavelength of theirs are left out later, with a word
+    wave, (low, high) = data.labels.wavelength, WAVELENGTHS
+    if wave is not None and not low <= wave <= high:
+        raise ValueError(f"the wavelength is {wave:g} A, {low:g} to {high:g} are possible")
+    a, b, c, *angles = data.cell.parameters
+    if not (1.0 <= min(a, b, c) <= max(a, b, c) <= 1e5 and 1.0 <= min(angles)):
+        raise ValueError(f"the cell is {data.cell.parameters}")
+    if not (max(angles) <= 179.0 and data.cell.volume > 1e-3 * a * b * c):
+        raise ValueError(f"the cell {data.cell.parameters} has no volume")
+
+
 def make_unmerged(
     *,
     source: str,
@@ -158,7 +198,8 @@ def make_unmerged(
         No row has a finite intensity and a positive finite sigma.
     """
     intensity, sigma = np.asarray(intensity, float), np.asarray(sigma, float)
-    usable = np.isfinite(intensity) & np.isfinite(sigma) & (sigma > 0.0)
+    with np.errstate(invalid="ignore"):
+        usable = (np.abs(intensity) < LARGEST) & (sigma < LARGEST) & (sigma > 0.0)
     if not usable.any():
         raise UserError(_why_unusable(source, intensity, sigma))
     if not usable.all():

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import gemmi
+import numpy as np
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.file_kinds import PHOTON_COUNTS, REFLECTIONS, file_kind
 from braggflux.merge.io.dataset_split import check_only_one, split_by_wavelength
 from braggflux.merge.io.formats.crystfel_stream import read_stream, stream_chunks
@@ -24,10 +25,11 @@ from braggflux.merge.io.formats.mtz_observations import read_mtz_datasets
 from braggflux.merge.io.formats.scalepack import is_scalepack, read_scalepack
 from braggflux.merge.io.formats.text_files import head_of
 from braggflux.merge.io.formats.xds import INTEGRATE, XDS_ASCII, read_xds
-from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.observations import UnmergedData, check_possible
 from braggflux.merge.io.stores.unmerged_store import UnmergedStore
 
 EXPERIMENTS = ".expt"
+REMEDY = "write it again with the program that made it, or give another"
 
 
 class Given(NamedTuple):
@@ -177,11 +179,14 @@ def read_table(
     given = [Path(path) for path in paths]
     files = [(path, format_of(path)) for path in given if path.suffix != EXPERIMENTS]
     experiments = _pairs(files, [path for path in given if path.suffix == EXPERIMENTS])
-    return [
-        data
-        for path, kind in files
-        for data in kind.read(path, Given(space_group, cell, experiments.get(path)))
-    ]
+    found = []
+    for path, kind in files:
+        with reading(path, REMEDY), np.errstate(all="ignore"):
+            own = kind.read(path, Given(space_group, cell, experiments.get(path)))
+            for data in own:
+                check_possible(data)
+        found += own
+    return found
 
 
 def read_chunks(path: Path, given: Given, folder: Path, n_rows: int) -> Iterator[UnmergedData]:
@@ -203,7 +208,10 @@ def read_chunks(path: Path, given: Given, folder: Path, n_rows: int) -> Iterator
     """
     chunks = format_of(path).chunks
     if chunks is not None:
-        yield from chunks(path, given, folder, n_rows)
+        with reading(path, REMEDY):
+            for data in chunks(path, given, folder, n_rows):
+                check_possible(data)
+                yield data
         return
     data = read_table([path], space_group=given.space_group, cell=given.cell)
     check_only_one([d.name for d in data], path)

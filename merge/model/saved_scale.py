@@ -14,11 +14,12 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from torch import Tensor
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief, reading
 from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.feature_scaling import FeatureScaling
@@ -42,6 +43,10 @@ FREE = {
     *("stream_above", "stream_training", "learning_rate", "network_learning_rate"),
     *("half_set_repeats", "seed", "device", "free_r", "free_r_seed", "free_r_thin_shells"),
 }
+
+
+_Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
+_Spread = Annotated[float, msgspec.Meta(gt=0.0, le=1e30)]
 
 
 @dataclass(frozen=True)
@@ -123,11 +128,10 @@ class SavedScale:
                 if self.settings["stills"]:
                     state = module.state_dict() | state
                 module.load_state_dict(state)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
+        except Exception as error:  # of whatever a stranger's file holds in place of parameters
             raise UserError(
-                f"{self.path} does not fit these data or this version ({reason}); fit the scales "
-                "again, without --freeze-scales"
+                f"{self.path} does not fit these data or this version ({brief(error)}); fit the "
+                "scales again, without --freeze-scales"
             ) from error
         merger.scale.restore()
 
@@ -179,13 +183,34 @@ def load_scale(path: Path) -> SavedScale:
     content = load_torch(file, f"{remedy}, or merge the data of that fit again")
     if (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         raise UserError(f"{file} is not a scale model of version {VERSION}; {remedy}")
-    return SavedScale(
-        file,
-        content["settings"],
-        FeatureScaling.of(content["feature_scaling"]),
-        tuple(content["images_of_dataset"]),
-        content["state"],
-    )
+    with reading(file, f"{remedy}, or merge the data of that fit again"):
+        whole = msgspec.convert(content, _Content)
+        known = {f.name for f in fields(MergeConfig)}
+        settings = {name: value for name, value in whole.settings.items() if name in known}
+        checked = msgspec.convert(settings, MergeConfig)  # types, and ranges by the class itself
+        return SavedScale(
+            file,
+            {"stills": False, "laue": False} | {n: getattr(checked, n) for n in settings},
+            FeatureScaling.of(msgspec.to_builtins(whole.feature_scaling)),
+            tuple(whole.images_of_dataset),
+            whole.state,
+        )
+
+
+class _Scaling(msgspec.Struct):
+    """Schema of :class:`FeatureScaling`."""
+
+    unit_intensity: Annotated[float, msgspec.Meta(gt=0.0, le=1e30)]
+    columns: dict[str, tuple[_Finite, _Spread]]
+
+
+class _Content(msgspec.Struct):
+    """Schema of the file."""
+
+    settings: dict[str, Any]
+    feature_scaling: _Scaling
+    images_of_dataset: list[Annotated[int, msgspec.Meta(ge=0, le=10**9)]]
+    state: dict[str, Any]
 
 
 def _counts(images: tuple[int, ...]) -> str:

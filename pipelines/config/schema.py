@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import math
 import types
 from collections.abc import Iterable
 from dataclasses import Field, fields, is_dataclass
@@ -34,6 +33,8 @@ import yaml
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.renamed import refuse_renamed
 
+#: Of numbers: more is nobody's setting.
+LARGEST = 10**9
 _TRUE, _FALSE, _NONE = {"true", "yes", "on"}, {"false", "no", "off"}, {"none", "null", ""}
 
 
@@ -284,12 +285,14 @@ def _to_bool(value: Any) -> bool:
 def _to_int(value: Any) -> int:
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError
-    return int(value)
+    if abs(number := int(value)) > LARGEST:
+        raise ValueError
+    return number
 
 
 def _to_float(value: Any) -> float:
     # YAML 1.1 reads 1e-3 (no dot) as text, so text that is a number counts as one.
-    if isinstance(value, bool) or not math.isfinite(number := float(value)):
+    if isinstance(value, bool) or not abs(number := float(value)) <= LARGEST:  # NaN neither
         raise ValueError
     return number
 

@@ -80,6 +80,7 @@ def build(store: ShoeboxStore, config: RunConfig, saved: SavedIntegrator | None 
     UserError
         The sweeps have different crystal forms, or no observation can be merged.
     """
+    store.require_complete()
     torch.manual_seed(config.training.seed)
     integrator = build_integrator(store, config.integrator, saved)
     seed = config.training.seed

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from braggflux.integrator.atomic import replacing
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief
 from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.model.saved_integrator import SavedIntegrator
@@ -225,9 +225,8 @@ def restore(trainer: Trainer, checkpoint: Path) -> None:
     state = load_torch(checkpoint, REMEDY)
     try:
         trainer.load_state_dict(state)
-    except (RuntimeError, KeyError) as error:
+    except Exception as error:  # of whatever a stranger's file holds in place of parameters
         raise UserError(
-            f"{checkpoint} does not fit this version or these settings "
-            f"({str(error).splitlines()[-1].strip()}); go on with the version that wrote it, or "
-            "start anew in another --out"
+            f"{checkpoint} does not fit this version or these settings ({brief(error)[-200:]}); "
+            "go on with the version that wrote it, or start anew in another --out"
         ) from error

@@ -41,6 +41,8 @@ from braggflux.pipelines.integration.problem import Problem
 from braggflux.pipelines.workspace.stage_times import StageTimes
 
 GRADIENT_CLIP = 10.0
+#: Of a checkpoint; more is damage.
+MOST_EPOCHS = 10**9
 #: Newton steps of the amplitudes at epoch 0, with the scales that they were started from.
 FIRST_STEPS = 20
 #: Boxes that a CPU works on at once: their arrays stay in its cache, which is twice as fast.
@@ -315,7 +317,10 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Go back to a checkpoint."""
-        self.epoch = state["epoch"]
+        epoch = state["epoch"]
+        if type(epoch) is not int or not 0 <= epoch <= MOST_EPOCHS:
+            raise ValueError(f"epoch is {epoch!r}")
+        self.epoch = epoch
         self.model.load_state_dict(state["model"])
         self.integrator_optimizer.load_state_dict(state["integrator_optimizer"])
         self.merge_fit.load_state_dict(state["merge_fit"])

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.symmetry import AsuMapping, to_asu
-from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.hdf5.checked import refusing_damage
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.intensity_file import (
     REMEDY,
     WITHOUT_CHECKSUMS,
@@ -51,7 +50,7 @@ class IntensityColumns:
         self.path, self._depth = path, depth
         self._lock = threading.RLock()
         self._columns: dict[str, Array] = {}
-        with refusing_damage(path, REMEDY), h5py.File(path) as handle:
+        with reading(path, REMEDY), h5py.File(path) as handle:
             version, self.sweeps = require_readable(handle, path)
             self._n = len(handle["d"])
         if version < WITHOUT_CHECKSUMS or not self.sweeps:
@@ -68,7 +67,7 @@ class IntensityColumns:
         """Return a column, (N, ...), as in the file."""
         with self._lock:
             if name not in self._columns:
-                with refusing_damage(self.path, REMEDY), h5py.File(self.path) as handle:
+                with reading(self.path, REMEDY), h5py.File(self.path) as handle:
                     values = handle[name][()]
                 # half the memory; no index, count or frame is beyond
                 small = name not in {"flags"} and values.dtype == np.int64

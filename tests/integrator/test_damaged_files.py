@@ -30,7 +30,7 @@ BOX = (3, 5, 5)
 
 def write_shoeboxes(path: Path) -> None:
     rng = np.random.default_rng(0)
-    vectors = {"miller_index", "corner", "xyz_px", "xyz_mm", "s1"}
+    vectors = {"miller_index", "corner", "xyz_px", "xyz_mm", "s1", "s0_crystal", "s1_crystal"}
     columns = {
         f.name: rng.integers(0, 9, (N, 3) if f.name in vectors else N)
         for f in fields(ReflectionMetadata)

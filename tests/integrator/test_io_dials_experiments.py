@@ -397,7 +397,7 @@ def test_built_from_dataclasses_alone(dxtbx, tmp_path):
     [
         ([], "not a DIALS experiment list"),
         ({"__id__": "Other"}, "not a DIALS experiment list"),
-        (minimal(experiment=[{"beam": 3, "detector": 0}]), "IndexError"),
+        (minimal(experiment=[{"beam": 3, "detector": 0}]), "beam 3, and there are 1"),
         (minimal(beam=[{"__id__": "polychromatic", "direction": [0, 0, 1]}]), "monochromatic"),
         (minimal(detector=[{"panels": [{"origin": [0, 0, 0]}]}]), "pixel_size"),
         ({"__id__": "ExperimentList"}, "experiment"),

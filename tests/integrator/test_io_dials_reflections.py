@@ -4,7 +4,7 @@ import os
 import warnings
 from pathlib import Path
 
-import msgpack
+import msgspec
 import numpy as np
 import pytest
 
@@ -186,7 +186,9 @@ def test_what_dials_cannot_hold_is_refused(tmp_path, name, column):
 
 
 def packed(data, *, version=1, magic="dials::af::reflection_table", rows=2) -> bytes:
-    return msgpack.packb([magic, version, {"identifiers": {}, "nrows": rows, "data": data}])
+    return msgspec.msgpack.encode(
+        [magic, version, {"identifiers": {}, "nrows": rows, "data": data}]
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,15 @@ from typing import Any
 
 import gemmi
 import numpy as np
+from msgspec import structs
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.crystal.geometry import Experiment, ExternalLookup, ImageFiles, Scan
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.dials import models
+from braggflux.integrator.io.dials.blocks import EntryBlock, ImagesBlock, ListDocument
 from braggflux.integrator.io.file_kinds import EXPERIMENTS, file_kind
+from braggflux.integrator.io.schema import converted
 
 Block = dict[str, Any]
 
@@ -60,14 +63,8 @@ def read_experiments(path: str | Path) -> list[Experiment]:
     UserError
         When the file is missing, is not an experiment list, or holds a model that we cannot use.
     """
-    document = _load(Path(path))
-    try:
-        return _decode(document, Path(path))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(
-            f"cannot use {path}: {type(error).__name__} {error}; "
-            "give an .expt file as written by DIALS"
-        ) from error
+    with reading(path, "give an .expt file as written by DIALS"), np.errstate(all="ignore"):
+        return _decode(_load(Path(path)), Path(path))
 
 
 def write_experiments(
@@ -140,7 +137,7 @@ def _load(path: Path) -> Block:
 
 
 def _blocks(document: Block, path: Path) -> list[Block]:
-    """Blocks of each experiment by list name, with absolute image paths."""
+    """Blocks of each experiment by list name, as they are but with absolute image paths."""
     lists = {name: document.get(name, []) for name in (*_MODELS, *_PASSED_THROUGH)}
     lists["imageset"] = [
         _with_absolute_paths(block, path.parent) for block in document.get("imageset", [])
@@ -152,25 +149,41 @@ def _blocks(document: Block, path: Path) -> list[Block]:
 
 
 def _decode(document: Block, path: Path) -> list[Experiment]:
+    whole = converted(document, ListDocument)
+    decoded: dict[tuple[str, int], Any] = {}  # one object per block, however many share it
+
+    def model(entry: EntryBlock, name: str, decode: Callable[..., Any]) -> Any:
+        """Model of an experiment; None where it has none."""
+        number, blocks = getattr(entry, name), getattr(whole, name)
+        if number is None:
+            return None
+        if number >= len(blocks):
+            raise ValueError(f"an experiment has {name} {number}, and there are {len(blocks)}")
+        if (name, number) not in decoded:
+            block = blocks[number]
+            try:
+                decoded[name, number] = None if block is None else decode(block)
+            except ValueError as error:
+                raise ValueError(f"{name}[{number}]: {error}") from error
+        return decoded[name, number]
+
     experiments = []
-    decoded: dict[int, Any] = {}  # one object per block, however many experiments share it
-    for entry, blocks in zip(document["experiment"], _blocks(document, path), strict=True):
-        values: Block = {"identifier": entry.get("identifier", "")}
+    for entry in whole.experiment:
+        values: Block = {"identifier": entry.identifier}
         for name, (attribute, decode, _) in _MODELS.items():
-            if name in blocks:
-                key = id(blocks[name])
-                if key not in decoded:
-                    decoded[key] = decode(blocks[name])
-                values[attribute] = decoded[key]
-        ranges = blocks.get("scan", {}).get("valid_image_ranges") or {}
-        kept = ranges.get(values["identifier"], ())
-        values["valid_images"] = tuple((int(first), int(last)) for first, last in kept)
-        if "imageset" in blocks:
-            images = _decode_images(blocks["imageset"], values.get("scan"))
+            if (found := model(entry, name, decode)) is not None:
+                values[attribute] = found
+        for name in ("beam", "panels"):
+            if name not in values:
+                raise ValueError(
+                    f"an experiment has no {'detector' if name == 'panels' else name}"
+                )
+        values["valid_images"] = _valid_images(whole, entry, values.get("scan"))
+        if entry.imageset is not None:
+            block = model(entry, "imageset", lambda b: _with_absolute_paths_of(b, path.parent))
+            images = _decode_images(block, values.get("scan"))
             values["images"] = images and replace(
-                images,
-                lookup=_decode_lookup(blocks["imageset"]),
-                params=blocks["imageset"].get("params") or {},
+                images, lookup=_decode_lookup(block), params=block.params or {}
             )
         experiments.append(_checked_scan_points(Experiment(**values)))
     names = Counter(experiment.identifier for experiment in experiments)
@@ -178,6 +191,22 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
         if name and n > 1:
             raise ValueError(f"the identifier {name} stands for {n} experiments")
     return experiments
+
+
+def _valid_images(
+    whole: ListDocument, entry: EntryBlock, scan: Scan | None
+) -> tuple[tuple[int, int], ...]:
+    """Ranges of images that DIALS has left to an experiment, within its scan."""
+    block = None if entry.scan is None else whole.scan[entry.scan]
+    if block is None or scan is None:
+        return ()
+    start, end = scan.image_range
+    kept = []
+    for first, last in (block.valid_image_ranges or {}).get(entry.identifier, ()):
+        if first > last:
+            raise ValueError(f"valid_image_ranges has {first} to {last}, which is no range")
+        kept.append((max(first, start), min(last, end)))
+    return tuple(both for both in kept if both[0] <= both[1])
 
 
 def _checked_scan_points(experiment: Experiment) -> Experiment:
@@ -204,21 +233,21 @@ def _checked_scan_points(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def _decode_images(block: Block, scan: Scan | None) -> ImageFiles | None:
+def _decode_images(block: ImagesBlock, scan: Scan | None) -> ImageFiles | None:
     """Files and frame numbers of an experiment's images.
 
     Of an image sequence in one file, image n is frame n - 1 (counted from 0): dxtbx takes the
     numbers of the scan and does not look at ``single_file_indices``.
     """
-    file_indices = block.get("single_file_indices")
-    if "template" not in block:
-        if "images" not in block:
+    file_indices = block.single_file_indices
+    if block.template is None:
+        if block.images is None:
             return None  # MemImageSet
-        paths = tuple(block["images"])
+        paths = tuple(block.images)
         if file_indices is not None and len(set(paths)) == 1:
             return ImageFiles(paths[:1], tuple(file_indices))
         return ImageFiles(paths, tuple(range(len(paths))))
-    template = block["template"]
+    template = block.template
     if scan is None:
         return ImageFiles((template,), tuple(file_indices or ()))
     numbers = range(scan.image_range[0], scan.image_range[1] + 1)
@@ -239,9 +268,9 @@ def _decode_images(block: Block, scan: Scan | None) -> ImageFiles | None:
     return ImageFiles((template,), tuple(frames))
 
 
-def _decode_lookup(block: Block) -> ExternalLookup:
+def _decode_lookup(block: ImagesBlock) -> ExternalLookup:
     """Files of masks and maps; empty names are none."""
-    return ExternalLookup(**{key: block.get(key) or None for key in _LOOKUP})
+    return ExternalLookup(**{key: getattr(block, key) or None for key in _LOOKUP})
 
 
 def _expand(template: str, number: int) -> str:
@@ -251,20 +280,26 @@ def _expand(template: str, number: int) -> str:
 
 def _with_absolute_paths(block: Block, folder: Path) -> Block:
     """Resolve every path of an image set as dxtbx does."""
-
-    def absolute(path: str | None) -> str | None:
-        if not path or "://" in path:
-            return path
-        expanded = os.path.expanduser(os.path.expandvars(path))
-        return os.path.abspath(os.path.join(folder, expanded))
-
     result = dict(block)
     for key in ("template", *_LOOKUP):
         if key in result:
-            result[key] = absolute(result[key])
+            result[key] = _absolute(result[key], folder)
     if "images" in result:
-        result["images"] = [absolute(path) for path in result["images"]]
+        result["images"] = [_absolute(path, folder) for path in result["images"]]
     return result
+
+
+def _with_absolute_paths_of(block: ImagesBlock, folder: Path) -> ImagesBlock:
+    """Return :func:`_with_absolute_paths` of a block of the schema."""
+    found = structs.asdict(block)
+    return ImagesBlock(**_with_absolute_paths({k: v for k, v in found.items() if v}, folder))
+
+
+def _absolute(path: str | None, folder: Path) -> str | None:
+    if not path or "://" in path:
+        return path
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    return os.path.abspath(os.path.join(folder, expanded))
 
 
 def _find_original(

@@ -1,35 +1,59 @@
 """DIALS .expt blocks (dxtbx models as JSON) to and from the geometry dataclasses.
 
 The frames are the same on both sides (imgCIF laboratory frame, mm, 1/A); angles are degrees in
-the file. ``decode_*`` takes one JSON block, ``encode_*`` makes one that dxtbx reads.
+the file. ``decode_*`` takes one block of the schema and refuses what is no rotation, axis or cell
+(ValueError that names the field); ``encode_*`` makes a JSON block that dxtbx reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.geometry import Beam, Crystal, Goniometer, Panel, Scan
+from braggflux.integrator.io.dials.blocks import (
+    BeamBlock,
+    CrystalBlock,
+    DetectorBlock,
+    FrameBlock,
+    GoniometerBlock,
+    GroupBlock,
+    PanelBlock,
+    ScanBlock,
+)
 
 Block = dict[str, Any]
-Number = TypeVar("Number", int, float)
+#: More would be months of a detector that writes a hundred a second: a damaged number.
+MAX_IMAGES = 10**6
 _IDENTITY = tuple(np.eye(3).ravel())
+#: How far lengths of unit vectors, and cosines of right angles, may be off: digits of text files.
+_LENGTH, _SKEW = 0.02, 0.01
+_CELL_LENGTHS = (1.0, 1e5)
+#: Of a cell over the product of its lengths.
+_FLAT = 1e-3
 
 
-def decode_beam(block: Block) -> Beam:
+def decode_beam(block: BeamBlock) -> Beam:
     """Read a monochromatic beam."""
-    if "wavelength" not in block:
-        raise ValueError(f"beam of type {block.get('__id__')!r}; only monochromatic is supported")
+    if block.wavelength is None:
+        raise ValueError("the beam has no wavelength; only monochromatic ones are supported")
+    points = _at_scan_points(block.s0_at_scan_points, (3,))
+    if points is not None:
+        lengths = np.linalg.norm(points, axis=1) * block.wavelength
+        _require(
+            np.all((lengths > 0.5) & (lengths < 2.0)),
+            f"s0_at_scan_points are {lengths.min():g} to {lengths.max():g} times 1/wavelength",
+        )
     return Beam(
-        direction=np.asarray(block["direction"], dtype=float),
-        wavelength=float(block["wavelength"]),
-        polarization_normal=np.asarray(block.get("polarization_normal", (0, 1, 0)), dtype=float),
-        polarization_fraction=float(block.get("polarization_fraction", 0.999)),
-        s0_at_scan_points=_at_scan_points(block, "s0_at_scan_points", (3,)),
+        direction=_unit(block.direction, "direction"),
+        wavelength=block.wavelength,
+        polarization_normal=_unit(block.polarization_normal, "polarization_normal"),
+        polarization_fraction=block.polarization_fraction,
+        s0_at_scan_points=points,
     )
 
 
@@ -50,63 +74,69 @@ def encode_beam(beam: Beam) -> Block:
     return block
 
 
-def decode_detector(block: Block | list[Block]) -> tuple[Panel, ...]:
+def decode_detector(block: DetectorBlock | list[PanelBlock]) -> tuple[Panel, ...]:
     """Read the panels, each in the laboratory frame.
 
     A panel's own frame is relative to its parent in ``hierarchy``, whose nodes nest.
     """
-    panels = block if isinstance(block, list) else block["panels"]
+    panels = block if isinstance(block, list) else block.panels
     frames = [np.eye(4)] * len(panels)
-    if isinstance(block, dict) and "hierarchy" in block:
-        _collect_frames(block["hierarchy"], np.eye(4), frames)
-    return tuple(_decode_panel(p, f) for p, f in zip(panels, frames, strict=True))
+    if isinstance(block, DetectorBlock) and block.hierarchy is not None:
+        _collect_frames(block.hierarchy, np.eye(4), frames)
+    return tuple(
+        _decode_panel(panel, frame, f"panels[{number}]")
+        for number, (panel, frame) in enumerate(zip(panels, frames, strict=True))
+    )
 
 
 def _collect_frames(
-    node: Block, parent: NDArray[np.float64], frames: list[NDArray[np.float64]]
+    node: GroupBlock, parent: NDArray[np.float64], frames: list[NDArray[np.float64]]
 ) -> None:
     """Write the frame of each panel's parent into ``frames``, walking down the hierarchy."""
-    if "panel" in node:
-        frames[node["panel"]] = parent
+    if node.panel is not None:
+        _require(node.panel < len(frames), f"hierarchy names panel {node.panel} of {len(frames)}")
+        frames[node.panel] = parent
         return
-    frame = parent @ _frame(node)
-    for child in node.get("children", ()):
+    frame = parent @ _frame(node, "hierarchy")
+    for child in node.children:
         _collect_frames(child, frame, frames)
 
 
-def _frame(block: Block) -> NDArray[np.float64]:
+def _frame(block: FrameBlock, name: str) -> NDArray[np.float64]:
     """(4, 4) affine matrix of a panel or group in its parent's frame."""
     frame = np.eye(4)
-    if not {"fast_axis", "slow_axis", "origin"} <= block.keys():
+    if block.fast_axis is None or block.slow_axis is None or block.origin is None:
         return frame
-    fast = np.asarray(block["fast_axis"], dtype=float)
-    slow = np.asarray(block["slow_axis"], dtype=float)
-    frame[:3, 0] = fast / np.linalg.norm(fast)
-    frame[:3, 1] = slow / np.linalg.norm(slow)
-    frame[:3, 2] = np.cross(frame[:3, 0], frame[:3, 1])
-    frame[:3, 3] = block["origin"]
+    fast = _unit(block.fast_axis, f"{name}.fast_axis")
+    slow = _unit(block.slow_axis, f"{name}.slow_axis")
+    _require(
+        abs(fast @ slow) < _SKEW,
+        f"{name}: fast_axis {block.fast_axis} and slow_axis {block.slow_axis} are not orthogonal",
+    )
+    frame[:3, 0], frame[:3, 1], frame[:3, 2] = fast, slow, np.cross(fast, slow)
+    frame[:3, 3] = block.origin
     return frame
 
 
-def _decode_panel(block: Block, parent: NDArray[np.float64]) -> Panel:
-    frame = parent @ _frame(block)
-    strategy = block.get("px_mm_strategy", {}).get("type", "")
+def _decode_panel(block: PanelBlock, parent: NDArray[np.float64], name: str) -> Panel:
+    frame = parent @ _frame(block, name)
+    strategy = block.px_mm_strategy.type
     return Panel(
-        name=block.get("name", ""),
+        name=block.name,
         fast_axis=frame[:3, 0],
         slow_axis=frame[:3, 1],
         origin=frame[:3, 3],
-        pixel_size=_pair(block["pixel_size"], float),
-        image_size=_pair(block["image_size"], int),
-        trusted_range=_pair(block.get("trusted_range", (0.0, 0.0)), float),  # as dxtbx: nothing
-        thickness=float(block.get("thickness", 0.0)),
-        mu=float(block.get("mu", 0.0)),
-        material=block.get("material", ""),
+        pixel_size=block.pixel_size,
+        image_size=block.image_size,
+        trusted_range=block.trusted_range,
+        thickness=block.thickness,
+        mu=block.mu,
+        material=block.material,
         parallax="ParallaxCorrected" in strategy,
-        gain=float(block.get("gain", 1.0)),
-        type=block.get("type", ""),
-        pedestal=float(block.get("pedestal", 0.0)),
-        mask=tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in block.get("mask", ())),
+        gain=block.gain,
+        type=block.type,
+        pedestal=block.pedestal,
+        mask=tuple(block.mask),
         is_distorted=strategy.startswith("Offset"),
     )
 
@@ -141,26 +171,35 @@ def _encode_panel(panel: Panel) -> Block:
     }
 
 
-def decode_goniometer(block: Block) -> Goniometer:
+def decode_goniometer(block: GoniometerBlock) -> Goniometer:
     """Read a single- or multi-axis goniometer.
 
     The axes of the latter are listed from the crystal outwards: those before the scan axis
     give the fixed rotation, those after it the setting rotation.
     """
-    varying = _at_scan_points(block, "setting_rotation_at_scan_points", (3, 3))
-    if {"axes", "angles", "scan_axis"} <= block.keys():
-        axes, angles = np.asarray(block["axes"], dtype=float), block["angles"]
-        scan = int(block["scan_axis"])
+    points = block.setting_rotation_at_scan_points
+    varying = _at_scan_points(points, (3, 3))
+    if varying is not None:
+        _require_rotations(varying, "setting_rotation_at_scan_points")
+    if block.axes is not None and block.angles is not None and block.scan_axis is not None:
+        axes, angles, scan = block.axes, block.angles, block.scan_axis
+        _require(
+            scan < len(axes) == len(angles),
+            f"scan_axis is {scan} of {len(axes)} axes with {len(angles)} angles",
+        )
+        units = np.array([_unit(axis, f"axes[{k}]") for k, axis in enumerate(axes)])
         return Goniometer(
-            rotation_axis=axes[scan],
-            fixed_rotation=_compose(axes[:scan], angles[:scan]),
-            setting_rotation=_compose(axes[scan + 1 :], angles[scan + 1 :]),
+            rotation_axis=units[scan],
+            fixed_rotation=_compose(units[:scan], angles[:scan]),
+            setting_rotation=_compose(units[scan + 1 :], angles[scan + 1 :]),
             setting_rotation_at_scan_points=varying,
         )
+    if block.rotation_axis is None:
+        raise ValueError("neither rotation_axis nor axes, angles and scan_axis are there")
     return Goniometer(
-        rotation_axis=np.asarray(block["rotation_axis"], dtype=float),
-        fixed_rotation=_matrix(block.get("fixed_rotation", _IDENTITY)),
-        setting_rotation=_matrix(block.get("setting_rotation", _IDENTITY)),
+        rotation_axis=_unit(block.rotation_axis, "rotation_axis"),
+        fixed_rotation=_rotation(block.fixed_rotation, "fixed_rotation"),
+        setting_rotation=_rotation(block.setting_rotation, "setting_rotation"),
         setting_rotation_at_scan_points=varying,
     )
 
@@ -171,8 +210,7 @@ def _compose(axes: NDArray[np.float64], angles_deg: Sequence[float]) -> NDArray[
 
     total = np.eye(3)
     for axis, angle in zip(axes, angles_deg, strict=True):
-        vector = np.radians(angle) * axis / np.linalg.norm(axis)
-        total = Rotation.from_rotvec(vector).as_matrix() @ total
+        total = Rotation.from_rotvec(np.radians(angle) * axis).as_matrix() @ total
     return total
 
 
@@ -189,18 +227,26 @@ def encode_goniometer(goniometer: Goniometer) -> Block:
     return block
 
 
-def decode_scan(block: Block) -> Scan:
+def decode_scan(block: ScanBlock) -> Scan:
     """Read a scan, from ``oscillation`` or from the newer ``properties`` (a start per image)."""
-    image_range = _pair(block["image_range"], int)
-    if image_range[1] < image_range[0]:
-        raise ValueError(f"image range {image_range} is empty")
-    properties = block.get("properties", {})
-    if "oscillation" not in properties:
-        return Scan(image_range, _pair(block["oscillation"], float))
-    starts = np.asarray(properties["oscillation"], dtype=float)
-    if "oscillation_width" in properties:
-        width = float(np.ravel(properties["oscillation_width"])[0])
-    else:
+    first, last = image_range = block.image_range
+    _require(first <= last, f"image_range {image_range} is empty")
+    n_images = last - first + 1
+    _require(n_images <= MAX_IMAGES, f"image_range {image_range} is of more than {MAX_IMAGES}")
+    properties = block.properties
+    if properties is None or properties.oscillation is None:
+        if block.oscillation is None:
+            raise ValueError("oscillation is missing")
+        return Scan(image_range, block.oscillation)
+    starts = np.array(properties.oscillation)
+    _require(
+        len(starts) == n_images,
+        f"properties.oscillation has {len(starts)} values for {n_images} images",
+    )
+    width = properties.oscillation_width
+    if isinstance(width, list):
+        width = width[0]
+    elif width is None:
         width = float((starts[-1] - starts[0]) / (len(starts) - 1)) if len(starts) > 1 else 0.0
     if not np.allclose(starts, starts[0] + width * np.arange(len(starts)), atol=1e-3):
         raise ValueError("the scan's images are not of equal width")
@@ -219,13 +265,18 @@ def encode_scan(scan: Scan) -> Block:
     }
 
 
-def decode_crystal(block: Block) -> Crystal:
+def decode_crystal(block: CrystalBlock) -> Crystal:
     """Read a crystal: real-space axes, Hall symbol and, when scan-varying, A per boundary."""
-    axes = np.array([block[f"real_space_{name}"] for name in "abc"], dtype=float)
+    axes = np.array([block.real_space_a, block.real_space_b, block.real_space_c])
+    _require_cell(axes, "real_space_a, b, c")
+    varying = _at_scan_points(block.A_at_scan_points, (3, 3))
+    if varying is not None:
+        for number, inverse in enumerate(np.linalg.inv(varying)):
+            _require_cell(inverse, f"A_at_scan_points[{number}]")
     return Crystal(
         A=np.linalg.inv(axes),
-        space_group=_space_group(block["space_group_hall_symbol"]),
-        A_at_scan_points=_at_scan_points(block, "A_at_scan_points", (3, 3)),
+        space_group=_space_group(block.space_group_hall_symbol),
+        A_at_scan_points=varying,
     )
 
 
@@ -252,16 +303,50 @@ def encode_crystal(crystal: Crystal) -> Block:
     return block
 
 
-def _at_scan_points(block: Block, name: str, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+def _at_scan_points(
+    points: Sequence[Sequence[float]] | None, shape: tuple[int, ...]
+) -> NDArray[np.float64] | None:
     """Values at the frame boundaries, (n_images + 1, ...); None where there are none."""
-    points = block.get(name)
     return np.asarray(points, dtype=float).reshape(-1, *shape) if points else None
 
 
-def _matrix(values: Sequence[float]) -> NDArray[np.float64]:
-    return np.asarray(values, dtype=float).reshape(3, 3)
+def _require(is_so: object, what: str) -> None:
+    if not is_so:
+        raise ValueError(what)
 
 
-def _pair(values: Sequence[float], kind: Callable[[float], Number]) -> tuple[Number, Number]:
-    first, second = values
-    return kind(first), kind(second)
+def _unit(vector: Sequence[float], name: str) -> NDArray[np.float64]:
+    """Give a direction the length 1, as dxtbx does; of one far from it nobody knows what it is."""
+    array = np.asarray(vector, dtype=float)
+    length = np.linalg.norm(array)
+    _require(1e-3 < length < 1e3, f"{name} {vector} has the length {length:g}, 1 is expected")
+    return array / length
+
+
+def _rotation(values: Sequence[float] | None, name: str) -> NDArray[np.float64]:
+    """(3, 3) matrix of nine values, the identity without."""
+    matrix = np.asarray(_IDENTITY if values is None else values, dtype=float).reshape(3, 3)
+    _require_rotations(matrix[None], name)
+    return matrix
+
+
+def _require_rotations(matrices: NDArray[np.float64], name: str) -> None:
+    """Refuse matrices, (N, 3, 3), that are no rotations."""
+    largest = np.abs(matrices).max()
+    is_rotation = largest < 1.0 + _LENGTH
+    if is_rotation:
+        off = np.abs(np.swapaxes(matrices, 1, 2) @ matrices - np.eye(3)).max()
+        is_rotation = bool(off < _SKEW and np.all(np.linalg.det(matrices) > 0.0))
+    _require(is_rotation, f"{name} is no rotation")
+
+
+def _require_cell(axes: NDArray[np.float64], name: str) -> None:
+    """Refuse axes a, b, c, the rows [A], that are no unit cell."""
+    lengths = np.linalg.norm(axes, axis=1)
+    low, high = _CELL_LENGTHS
+    _require(
+        np.all((lengths >= low) & (lengths <= high)),
+        f"{name} have the lengths {lengths.tolist()} A, {low:g} to {high:g} are allowed",
+    )
+    share = abs(np.linalg.det(axes / lengths[:, None]))
+    _require(share > _FLAT, f"{name} lie in one plane")

@@ -11,15 +11,15 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import msgpack
+import msgspec
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.crystal.geometry import Experiment
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.file_kinds import REFLECTIONS, file_kind
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,31 @@ _TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "mat3<double>": ("<f8", (3, 3)),
     "int6": ("<i4", (6,)),
     "cctbx::miller::index<>": ("<i4", (3,)),
+}
+#: Types of the columns that are read here, whatever else a table has.
+_TYPE_OF_COLUMN = {
+    "miller_index": ("cctbx::miller::index<>",),
+    "bbox": ("int6",),
+    **dict.fromkeys(("id", "panel", "flags", "partial_id"), ("int", "std::size_t")),
+    **dict.fromkeys(
+        (
+            *("s1", "xyzcal.px", "xyzcal.mm", "xyzobs.px.value", "xyzobs.px.variance"),
+            *("xyzobs.mm.value", "xyzobs.mm.variance"),
+        ),
+        ("vec3<double>",),
+    ),
+    **dict.fromkeys(
+        (
+            *("d", "lp", "qe", "partiality", "zeta", "inverse_scale_factor"),
+            *("background.mean", "profile.correlation"),
+            *(
+                f"intensity.{k}.{v}"
+                for k in ("sum", "prf", "scale")
+                for v in ("value", "variance")
+            ),
+        ),
+        ("double",),
+    ),
 }
 # columns whose type DIALS insists on, whatever integer type they have here
 _SIZE_T_COLUMNS = frozenset({"flags", "panel", "partial_id"})
@@ -164,21 +189,15 @@ def read_reflections(path: str | Path) -> ReflectionTable:
     UserError
         When the file is missing, truncated or not a reflection table.
     """
-    content = _unpack(Path(path))
-    try:
-        rows = int(content["nrows"])
-        identifiers = {int(k): str(v) for k, v in content.get("identifiers", {}).items()}
+    with reading(path, "write it again with DIALS"):
+        content = _unpack(Path(path))
         columns = {}
-        for name, (kind, packed) in content["data"].items():
+        for name, (kind, packed) in content.data.items():
             if kind in _SKIPPED_TYPES:
                 log.info("%s: column %s (%s) is skipped", path, name, kind)
                 continue
-            columns[name] = _decode_column(name, kind, packed, rows)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is a damaged reflection table ({error}); write it again with DIALS"
-        ) from error
-    return ReflectionTable(columns, identifiers, str(path))
+            columns[name] = _decode_column(name, kind, packed, content.nrows)
+        return ReflectionTable(columns, content.identifiers, str(path))
 
 
 def write_reflections(path: str | Path, table: ReflectionTable) -> None:
@@ -202,7 +221,7 @@ def write_reflections(path: str | Path, table: ReflectionTable) -> None:
     """
     data = {name: _encode_column(name, column) for name, column in table.columns.items()}
     content = {"identifiers": table.identifiers, "nrows": len(table), "data": data}
-    packed = msgpack.packb([_MAGIC, _VERSION, content], use_bin_type=True)
+    packed = msgspec.msgpack.encode([_MAGIC, _VERSION, content])
     with replacing(path) as temporary:
         temporary.write_bytes(packed)
 
@@ -253,7 +272,15 @@ def match_experiments(
     return position_of[which]
 
 
-def _unpack(path: Path) -> dict[str, Any]:
+class _Content(msgspec.Struct):
+    """What a file holds; columns of types that nobody needs stay packed."""
+
+    nrows: Annotated[int, msgspec.Meta(ge=0)]
+    data: dict[str, tuple[str, msgspec.Raw]]
+    identifiers: dict[int, str] = msgspec.field(default_factory=dict)
+
+
+def _unpack(path: Path) -> _Content:
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -264,33 +291,37 @@ def _unpack(path: Path) -> dict[str, Any]:
     if kind not in (None, REFLECTIONS):
         raise UserError(f"{path} is {kind}; {REFLECTIONS} is needed here")
     try:
-        document = msgpack.unpackb(raw, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        magic, version, content = msgspec.msgpack.decode(raw, type=tuple[str, int, msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         started = _MAGIC.encode() in raw[:64]
         what = "is truncated or damaged" if started else "is not a DIALS reflection table"
         raise UserError(
             f"{path} {what}; give a .refl file as written by DIALS 2.0 or later"
         ) from error
-    is_table = isinstance(document, list) and len(document) == 3 and document[0] == _MAGIC
-    if not is_table or not isinstance(document[2], dict):
+    if magic != _MAGIC:
         raise UserError(
             f"{path} is not a DIALS reflection table; give a .refl file as written by DIALS 2.0 "
             "or later"
         )
-    if document[1] != _VERSION:
+    if version != _VERSION:
         raise UserError(
-            f"{path} is a reflection table of version {document[1]}; only version {_VERSION} is "
+            f"{path} is a reflection table of version {version}; only version {_VERSION} is "
             "known: write it with DIALS 3"
         )
-    return document[2]
+    return msgspec.msgpack.decode(content, type=_Content)
 
 
-def _decode_column(name: str, kind: str, packed: Any, rows: int) -> NDArray[Any]:
-    count, content = packed
-    if count != rows:
-        raise ValueError(f"column {name} has {count} rows instead of {rows}")
+def _decode_column(name: str, kind: str, packed: msgspec.Raw, rows: int) -> NDArray[Any]:
     if kind not in _TYPES:
         raise ValueError(f"column {name} has the unknown type {kind!r}")
+    if kind not in (allowed := _TYPE_OF_COLUMN.get(name, (kind,))):
+        raise ValueError(f"column {name} has the type {kind}, it must be {' or '.join(allowed)}")
+    try:
+        count, content = msgspec.msgpack.decode(packed, type=tuple[int, bytes])
+    except msgspec.DecodeError as error:
+        raise ValueError(f"column {name}: {error}") from error
+    if count != rows:
+        raise ValueError(f"column {name} has {count} rows instead of {rows}")
     dtype, shape = _TYPES[kind]
     flat = np.frombuffer(content, dtype=dtype)  # raises when the bytes are not whole items
     return flat.reshape(rows, *shape).copy()

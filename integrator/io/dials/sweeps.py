@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
+import gemmi
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.schema import CellParameters, ImageNumber, Real, Wavelength, converted
 
 SAME_LATTICE = 0.01
 """Two lattices are one where the indices of one are those of the other to within this share.
@@ -142,3 +146,58 @@ def describe_experiment(experiment: Experiment) -> dict[str, object]:
         "pixel_size_mm": [list(panel.pixel_size) for panel in experiment.panels],
         "images": list(images.paths) if images else [],
     }
+
+
+class SweepRecord(Struct):
+    """Schema of :func:`describe_experiment`; files of earlier versions lack some of it."""
+
+    identifier: str = ""
+    dataset: str = ""
+    wavelength: Wavelength | None = None
+    n_images: ImageNumber | None = None
+    image_range: tuple[ImageNumber, ImageNumber] | None = None
+    oscillation_deg: tuple[Real, Real] | None = None
+    unit_cell: CellParameters | None = None
+    space_group: str | None = None
+    panel_shapes: list[tuple[ImageNumber, ImageNumber]] | None = None
+    pixel_size_mm: list[tuple[Real, Real]] | None = None
+    images: list[str] | None = None
+
+
+class CompleteRecord(Struct):
+    """What every file of today has of a sweep."""
+
+    wavelength: Wavelength
+    image_range: tuple[ImageNumber, ImageNumber]
+    oscillation_deg: tuple[Real, Real]
+    unit_cell: CellParameters
+    space_group: str
+    panel_shapes: list[tuple[ImageNumber, ImageNumber]]
+
+
+def check_complete(records: Sequence[dict[str, Any]]) -> None:
+    """Make sure that a run finds what it needs of each sweep.
+
+    Raises
+    ------
+    ValueError
+    """
+    converted(list(records), list[CompleteRecord])
+
+
+def checked_records(found: Any) -> list[dict[str, Any]]:
+    """Return the records of :func:`describe_experiment` of a file, checked.
+
+    Raises
+    ------
+    ValueError
+        One holds what cannot be.
+    """
+    for number, record in enumerate(converted(found, list[SweepRecord])):
+        name = record.space_group
+        if name is not None and gemmi.find_spacegroup_by_name(name) is None:
+            raise ValueError(f"sweep {number} has the unknown space group {name!r}")
+        if record.image_range is not None and record.image_range[0] > record.image_range[1]:
+            raise ValueError(f"sweep {number} has the image range {record.image_range}")
+    records: list[dict[str, Any]] = found
+    return records

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from braggflux.integrator.atomic import replacing
-from braggflux.integrator.errors import UserError
 
 if TYPE_CHECKING:
     import h5py
@@ -70,32 +69,6 @@ def _abandon(handle: h5py.File, path: Path) -> None:
         handle.close()
 
 
-@contextmanager
-def refusing_damage(path: str | Path, remedy: str) -> Iterator[None]:
-    """Turn what HDF5 says of a damaged or incomplete file into an error of one line.
-
-    Parameters
-    ----------
-    path : str or Path
-        Of the file that the block reads.
-    remedy : str
-        How to get a whole one: ``make it again with ...``.
-
-    Raises
-    ------
-    UserError
-    """
-    try:
-        yield
-    except UserError:  # a ValueError too: the block has said what is wrong
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; correct the path") from error
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged or incomplete ({reason}); {remedy}") from error
-
-
 def write_attributes(target: h5py.HLObject, values: Mapping[str, Any]) -> None:
     """Write attributes, text with a fixed length."""
     for name, value in values.items():
@@ -117,5 +90,7 @@ def write_text(group: h5py.Group, name: str, text: str) -> None:
 
 def read_text(dataset: h5py.Dataset) -> str:
     """Read text of :func:`write_text`, or a string of an earlier version's file."""
+    if not hasattr(dataset, "dtype"):
+        raise ValueError(f"{dataset.name} is no text")
     value = dataset[()]
     return bytes(value).decode() if isinstance(value, (bytes, np.ndarray)) else str(value)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.hdf5.chunk_check import require_decodable
 from braggflux.integrator.io.hdf5.files import Hdf5Files, brief, is_class
 from braggflux.integrator.io.hdf5.origins import Origin, frame_origins
 
@@ -124,12 +125,15 @@ class FrameStack:
         if memory is None or memory.shape != dataset.shape[1:] or memory.dtype != dataset.dtype:
             memory = self._memory.frame = np.empty(dataset.shape[1:], dataset.dtype)
         with _readable(dataset, frame):
+            require_decodable(dataset, range(frame, frame + 1))
             dataset.read_direct(memory, np.s_[frame])
         return memory
 
     def _load(self, dataset: h5py.Dataset, start: int, depth: int) -> NDArray[Any]:
         with _readable(dataset, start):
-            return dataset[start : start + depth]
+            end = min(start + depth, len(dataset))
+            require_decodable(dataset, range(start, end))
+            return dataset[start:end]
 
     def _find_frames(self, last: int | None) -> list[Origin]:
         """Trace frames to data sets, in order, as far as frame ``last`` (None: all)."""
@@ -262,8 +266,8 @@ def _readable(dataset: h5py.Dataset, frame: int) -> Iterator[None]:
     """Say which frame it is that cannot be read."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot read frame {frame} of {dataset.file.filename} ({brief(error)}); "
-            "the file is damaged, copy it again"
+            f"frame {frame} of {dataset.file.filename} cannot be decoded ({brief(error)}); copy "
+            "the file again"
         ) from error

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.hdf5.chunk_check import require_decodable
 from braggflux.integrator.io.hdf5.files import is_class
 from braggflux.integrator.io.hdf5.frames import FrameStack
 from braggflux.integrator.io.hdf5.photons import INVALID, Pixels
@@ -141,6 +142,7 @@ class NxmxFrames:
         shape = self._stack.shape
         if not isinstance(mask, h5py.Dataset) or mask.size < 2:
             return np.ones(shape, dtype=bool), None
+        require_decodable(mask)
         if mask.size == np.prod(shape):
             return mask[()].reshape(shape) == 0, None
         if mask.shape[1:] != shape or len(mask) <= max(self._needed):

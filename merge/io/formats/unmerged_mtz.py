@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.crystal.geometry import Crystal, Experiment
 from braggflux.integrator.crystal.symmetry import to_asu
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 
 Array = NDArray[np.float64]
 
@@ -89,10 +89,11 @@ def load_mtz(path: str | Path) -> gemmi.Mtz:
         raise UserError(
             f"{path} is not a complete MTZ file ({reason}); write it again or give another"
         ) from error
-    if mtz.nreflections == 0 or mtz.spacegroup is None:
-        lacks = "reflections" if mtz.nreflections == 0 else "known space group"
-        raise UserError(f"{path} holds no {lacks}; give a file that does")
-    return tidied(mtz)
+    with reading(path, "write it again or give another"):
+        if mtz.nreflections == 0 or mtz.spacegroup is None:
+            lacks = "reflections" if mtz.nreflections == 0 else "known space group"
+            raise UserError(f"{path} holds no {lacks}; give a file that does")
+        return tidied(mtz)
 
 
 def tidied(mtz: gemmi.Mtz) -> gemmi.Mtz:

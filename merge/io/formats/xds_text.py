@@ -77,6 +77,9 @@ class XdsText:
         return values
 
 
+_MOST_COLUMNS = 1000
+
+
 def read_text(path: Path) -> XdsText:
     """Read a file of XDS.
 
@@ -116,6 +119,8 @@ def _items(header: dict[str, str]) -> list[str]:
     """Names of the columns by their numbers, ``!ITEM_IOBS=4``."""
     prefix = "ITEM_"
     found = {int(v): k for k, v in header.items() if k.startswith(prefix) and v.isdigit()}
+    if max(found, default=0) > _MOST_COLUMNS:
+        raise ValueError(f"the header names column {max(found)}; there are a dozen")
     names = [found.get(i + 1, f"column {i + 1}") for i in range(max(found, default=0))]
     return [name.removeprefix(prefix) for name in names]
 

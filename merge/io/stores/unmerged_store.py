@@ -15,17 +15,17 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.hdf5.checked import (
     CHECKSUM,
     read_attributes,
-    refusing_damage,
     write_attributes,
     writing_checked,
 )
+from braggflux.integrator.io.hdf5.columns import column_of
 from braggflux.merge.io.dataset_labels import DatasetLabels, DatasetNames
 from braggflux.merge.io.dataset_split import check_images, check_one_beam
-from braggflux.merge.io.observations import UnmergedData
+from braggflux.merge.io.observations import UnmergedData, check_possible
 from braggflux.merge.io.stores.observation_store import ObservationStore
 
 if TYPE_CHECKING:
@@ -179,25 +179,40 @@ class UnmergedStore(ObservationStore):
         import h5py  # only here: 10 MiB that a merge of other files does without
 
         self.path = Path(path)
-        with refusing_damage(path, REMEDY):
+        with reading(path, REMEDY):
             self._file = h5py.File(self.path, "r")
             attributes = read_attributes(self._file)
-        version = attributes.get("version")
-        if attributes.get("format") != FORMAT or version not in (VERSION, WITHOUT_CHECKSUMS):
-            self._file.close()
-            raise UserError(
-                f"{path} is not a store of unmerged reflections of version {VERSION}; give one "
-                "that was converted from unmerged reflections by this version"
-            )
-        with refusing_damage(path, REMEDY):
+            version = attributes.get("version")
+            if attributes.get("format") != FORMAT or version not in (VERSION, WITHOUT_CHECKSUMS):
+                self._file.close()
+                raise UserError(
+                    f"{path} is not a store of unmerged reflections of version {VERSION}; give "
+                    "one that was converted from unmerged reflections by this version"
+                )
             self.cell = gemmi.UnitCell(*attributes["cell"])
             self.space_group = gemmi.SpaceGroup(attributes["space_group"])
             self.name = str(attributes["name"])
             self.has_lp_applied = bool(attributes["has_lp_applied"])
             self.labels = _labels(attributes)
-            self.image_starts: NDArray[np.int64] = self._file["image_starts"][()]
+            self.image_starts: NDArray[np.int64] = column_of(self._file, "image_starts")[()]
             self.metadata_names = tuple(self._file["metadata"])
             self.has_wavelength = "wavelength" in self._file
+            self._check_columns()
+
+    def _check_columns(self) -> None:
+        """Refuse columns of unequal length, and images that do not divide them."""
+        starts = self.image_starts
+        if starts.ndim != 1 or starts.dtype.kind not in "iu" or not len(starts) or starts[0] != 0:
+            raise ValueError("image_starts does not say where images begin")
+        if np.any(np.diff(starts) < 0):
+            raise ValueError("image_starts falls")
+        names = ["intensity", "sigma", *(["wavelength"] if self.has_wavelength else [])]
+        names += [f"metadata/{name}" for name in self.metadata_names]
+        shapes = {"miller_index": (len(self), 3)} | dict.fromkeys(names, (len(self),))
+        for name, shape in shapes.items():
+            found = column_of(self._file, name).shape
+            if found != shape:
+                raise ValueError(f"column {name} is {found} and not {shape}")
 
     def close(self) -> None:
         """Close the file."""
@@ -214,7 +229,7 @@ class UnmergedStore(ObservationStore):
         def column(name: str) -> NDArray[np.float64]:
             return self.column(name, rows).astype(np.float64)
 
-        return UnmergedData(
+        data = UnmergedData(
             miller_index=self.column("miller_index", rows).astype(np.int32),
             intensity=column("intensity"),
             sigma=column("sigma"),
@@ -227,8 +242,11 @@ class UnmergedStore(ObservationStore):
             has_lp_applied=self.has_lp_applied,
             labels=self.labels,
         )
+        with reading(self.path, REMEDY):
+            check_possible(data)
+        return data
 
     def column(self, name: str, rows: slice) -> NDArray[Any]:
         """Read some rows of a column as they are stored."""
-        with refusing_damage(self.path, REMEDY):
+        with reading(self.path, REMEDY):
             return self._file[name][rows]
