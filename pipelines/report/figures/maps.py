@@ -31,9 +31,12 @@ RINGS = {
     "PHE": ("CG", "CD1", "CE1", "CZ", "CE2", "CD2"),
     "HIS": ("CG", "ND1", "CE1", "NE2", "CD2"),
 }
-#: Points of the map in three dimensions, at most; a step of a level and the highest level [sigma].
-MAX_POINTS, LEVEL, TOP_LEVEL = 60_000, 0.25, 63.75
+#: In three dimensions: cubes around the strongest sites, points along an edge, step [A], and a
+#: level's step [sigma].
+MAX_CUBES, CUBE, CUBE_STEP, LEVEL = 16, 17, 0.4, 0.25
 MAX_ATOMS = 2500
+#: Sites are labelled from this share of the highest peak on.
+LABELLED = 0.4
 
 
 def anomalous_maps(source: DataSource) -> dict[str, DifferenceMap]:
@@ -193,45 +196,56 @@ def _drawn_section(title: str, z: Array, limits: dict[str, Any], atoms: Any) -> 
 
 
 def three_dimensions(source: DataSource) -> dict[str, Any]:
-    """Anomalous maps of the model's surroundings and the model, for a viewer in the page.
+    """Anomalous maps around the sites and the model, for a viewer in the page.
 
     Returns
     -------
     dict
-        ``model`` (PDB text, the backbone alone of a large one), ``sites`` (labels and positions),
-        and the grid: ``size``, ``step`` and ``origin`` [A], ``level`` (sigma of a step) and
-        ``maps`` (one byte a point, base64, x slowest) by program.
+        ``model`` (PDB text, the backbone alone of a large one); ``size``, ``step`` [A] and
+        ``level`` (sigma of a step) of the cubes of map; and for each site ``label`` (empty for the
+        weaker ones), ``at``, ``origin`` [A] and ``maps``: one byte a point, base64, x slowest, by
+        program.
     """
     maps = source.once(anomalous_maps)
     structure = _structure(source)
     structure.remove_hydrogens()
     structure.remove_waters()
-    sites = [site for site, _ in source.once(strongest_sites)[: 2 * MAX_SITES]]
+    found = source.once(strongest_sites)[:MAX_CUBES]
+    top = found[0][1][OURS]
     cell = source.merged.cell
-    centres = [cell.orthogonalize(gemmi.Fractional(*s.fractional[0])).tolist() for s in sites]
-    places = _atoms(source)[0]
-    low, high = places.min(axis=0) - 3.0, places.max(axis=0) + 3.0
-    step = max(0.9, float(np.prod(high - low) / MAX_POINTS) ** (1 / 3))
-    size = np.ceil((high - low) / step).astype(int) + 1
-    transform = gemmi.Transform(gemmi.Mat33((np.eye(3) * step).tolist()), gemmi.Vec3(*low))
-    levels = {}
-    for name, density in maps.items():
-        values = np.zeros(size, dtype=np.float32)
-        density.grid.interpolate_values(values, transform)
-        steps = np.clip(values / LEVEL, 0, TOP_LEVEL / LEVEL).round().astype(np.uint8)
-        levels[name] = base64.b64encode(steps.tobytes()).decode()
+    sites = []
+    for site, height in found:
+        centre = np.array(cell.orthogonalize(gemmi.Fractional(*site.fractional[0])).tolist())
+        origin = centre - CUBE_STEP * (CUBE - 1) / 2
+        sites.append(
+            {
+                "label": _short_name(site) if height[OURS] > LABELLED * top else "",
+                "at": numbers(centre),
+                "origin": numbers(origin),
+                "maps": {name: _cube(density.grid, origin) for name, density in maps.items()},
+            }
+        )
     return {
-        "model": _pdb_text(structure, {s.residue for s in sites}),
-        "sites": [
-            {"label": f"{s.residue} {s.chain}{s.seqid}", "at": numbers(c)}
-            for s, c in zip(sites, centres, strict=True)
-        ],
-        "size": size.tolist(),
-        "step": round(step, 4),
-        "origin": numbers(low),
+        "model": _pdb_text(structure, {site.residue for site, _ in found}),
+        "size": CUBE,
+        "step": CUBE_STEP,
         "level": LEVEL,
-        "maps": levels,
+        "programs": list(maps),
+        "sites": sites,
     }
+
+
+def _short_name(site: Site) -> str:
+    return f"{site.residue} {site.chain}{site.seqid}"
+
+
+def _cube(grid: gemmi.FloatGrid, origin: Array) -> str:
+    """Map in a cube, in steps of :data:`LEVEL` sigma, one byte a point, base64."""
+    step = (np.eye(3) * CUBE_STEP).tolist()
+    values = np.zeros((CUBE, CUBE, CUBE), dtype=np.float32)
+    grid.interpolate_values(values, gemmi.Transform(gemmi.Mat33(step), gemmi.Vec3(*origin)))
+    steps = np.clip(values / LEVEL, 0, 255).round().astype(np.uint8)
+    return base64.b64encode(steps.tobytes()).decode()
 
 
 def _pdb_text(structure: gemmi.Structure, kept: Iterable[str]) -> str:

@@ -102,26 +102,29 @@
     viewer.addModel(scene.model, "pdb");
     viewer.setStyle({}, { cartoon: { color: isDark() ? "#8b98a8" : "#9aa5b1", opacity: 0.8 } });
     viewer.addStyle({ hetflag: true }, { stick: { radius: 0.12 } });
-    scene.sites.forEach(site => {
+    scene.sites.filter(site => site.label).forEach(site => {
       const [x, y, z] = site.at;
-      viewer.addLabel(site.label, { position: { x, y, z }, fontSize: 11, backgroundOpacity: 0.55 });
+      viewer.addLabel(site.label, { position: { x, y, z }, fontSize: 12, fontColor: colour("ink"),
+        showBackground: false, alignment: "bottomLeft" });
     });
-    const volume = name => {
+    const volume = (site, name) => {
       const v = new $3Dmol.VolumeData("", "none");
-      const [nx, ny, nz] = scene.size, s = scene.step, [x, y, z] = scene.origin;
-      v.size = { x: nx, y: ny, z: nz }; v.unit = { x: s, y: s, z: s };
-      v.origin = new $3Dmol.Vector3(x, y, z); v.data = bytes(scene.maps[name]);
+      const n = scene.size, s = scene.step, [x, y, z] = site.origin;
+      v.size = { x: n, y: n, z: n }; v.unit = { x: s, y: s, z: s };
+      v.origin = new $3Dmol.Vector3(x, y, z); v.data = bytes(site.maps[name]);
       return v;
     };
     const chosen = host.querySelector("select"), slider = host.querySelector("input"), shown = host.querySelector("output");
     const show = () => {
       viewer.removeAllShapes();
       shown.textContent = `${slider.value} σ`;
-      viewer.addIsosurface(volume(chosen.value), { isoval: slider.value / scene.level, color: colour(0), wireframe: true, linewidth: 1 });
+      const isoval = slider.value / scene.level;
+      scene.sites.map(site => volume(site, chosen.value)).filter(v => Math.max(...v.data) > isoval).forEach(v =>
+        viewer.addIsosurface(v, { isoval, color: colour(1), opacity: 0.85, smoothness: 1 }));
       viewer.render();
     };
     chosen.onchange = slider.onchange = show;
-    show(); viewer.zoomTo(); viewer.render();
+    viewer.zoomTo({ model: 0 }); viewer.zoom(1.3); show();
     view.dataset.drawn = "true";
   }
   document.querySelectorAll("[data-space]").forEach(host => {
