@@ -68,7 +68,9 @@ def option_tables(parser: argparse.ArgumentParser) -> Iterator[str]:
             and not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
         ]
         if actions:
-            rows = [f"| `{invocation(a)}` | {cell(expanded(a, parser))} |" for a in actions]
+            rows = [
+                f"| `{invocation(a)}`{{ .flag }} | {cell(expanded(a, parser))} |" for a in actions
+            ]
             title = (group.title or "options").replace("positional arguments", "arguments")
             yield "\n".join([f"\n| {title} | |", "|---|---|", *rows]) + "\n"
 

@@ -132,7 +132,7 @@ def _metavar(flag: str, hint: Any) -> str:
 def _help_text(text: str, default: object) -> str:
     """Help of an option for people who give flags: null is the word of a file."""
     text = re.sub(r"\bwhen null\b", "unless given", text.removesuffix("."))
-    return text if default in (None, ()) else f"{text} [{default}]"
+    return text if default in (None, (), []) else f"{text} [{default}]"
 
 
 def config_from_args(
