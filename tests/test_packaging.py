@@ -22,6 +22,8 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 DATA = {
     "braggflux/py.typed",
     "braggflux/pipelines/report/templates/report.html.j2",
+    "braggflux/pipelines/view/static/frames.js",
+    "braggflux/pipelines/view/templates/frames.html.j2",
     "braggflux/pipelines/config/reference_full.yaml",
     "braggflux/fixtures/reference/9b7c.pdb",
 }

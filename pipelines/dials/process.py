@@ -101,5 +101,7 @@ def finish(
     logger.info("report: %s", report)
     for own in directory.data_sets():
         logger.info("merged: %s", own.merged)
-    logger.info("next: open the report in a browser, then refine against the merged file")
+    logger.info(
+        "next: the report; braggflux view %s; refine against the merged file", directory.path
+    )
     return directory

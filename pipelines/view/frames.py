@@ -24,7 +24,7 @@ Array = NDArray[Any]
 
 #: Pixels without a count, in what is sent; counts end one below.
 NO_COUNT = 65535
-#: Bits of the mask that is sent.
+#: Bits of the mask that is sent: used for a spot, left by a spot to its neighbour, not recorded.
 OWN, NEIGHBOUR, LEFT_OUT = 1, 2, 4
 #: Resolutions of rings [A]; those on the panel are drawn.
 RINGS = (20.0, 10.0, 6.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.5, 1.3, 1.1, 1.0, 0.9, 0.8)
@@ -123,12 +123,15 @@ class FrameViews:
             bits.numpy()[np.arange(len(rows)), layer], corner, strict=True
         ):
             top, left = max(slow, 0), max(fast, 0)
-            view = image[top : slow + own.shape[0], left : fast + own.shape[1]]
+            # an end below 0 would count from the other side
+            bottom, right = max(slow + own.shape[0], 0), max(fast + own.shape[1], 0)
+            view = image[top:bottom, left:right]
             own = own[top - slow :, left - fast :][: view.shape[0], : view.shape[1]]
-            is_own = (own & MaskBit.FOREGROUND) > 0
-            view |= OWN * is_own.astype(np.uint8)
-            view |= NEIGHBOUR * ((own & MaskBit.OVERLAPPED) > 0).astype(np.uint8)
-            view |= LEFT_OUT * (is_own & ((own & MaskBit.VALID) == 0)).astype(np.uint8)
+            is_spot = (own & MaskBit.FOREGROUND) > 0
+            is_taken, is_valid = (own & MaskBit.OVERLAPPED) > 0, (own & MaskBit.VALID) > 0
+            view |= OWN * (is_spot & ~is_taken & is_valid).astype(np.uint8)
+            view |= NEIGHBOUR * (is_spot & is_taken).astype(np.uint8)
+            view |= LEFT_OUT * (is_spot & ~is_valid).astype(np.uint8)
         return image
 
     def geometry(self, sweep: int, panel: int) -> dict[str, Any]:

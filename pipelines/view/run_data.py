@@ -16,6 +16,7 @@ from braggflux.pipelines.view.frames import FrameViews, box_shape
 from braggflux.pipelines.view.maps import SiteMaps
 from braggflux.pipelines.view.model import LoadingModel, RunModel
 from braggflux.pipelines.view.query import Search, flag_words
+from braggflux.pipelines.workspace.outputs import holds_merge
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 Array = NDArray[Any]
@@ -43,6 +44,11 @@ class RunData:
     """
 
     def __init__(self, path: Path, dials: Path | None = None) -> None:
+        if holds_merge(path):
+            raise UserError(
+                f"{path} holds a result of merge, which has no frames: its report.html shows it; "
+                "give the folder of a run"
+            )
         self.run = RunDirectory.open(path)
         session = self.run.read_provenance()["sessions"][-1]
         if not self.run.intensities.is_file():

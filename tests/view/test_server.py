@@ -116,6 +116,11 @@ def fails(capsys, *command: object) -> str:
 
 def test_bad_ends(tmp_path, capsys):
     assert "is not a run directory" in fails(capsys, "view", tmp_path)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "config.yaml").write_text("seed: 0\n")
+    (merged / "provenance.json").write_text('{"ended": "2026-11-30T01:00:00"}')
+    assert "holds a result of merge" in fails(capsys, "view", merged)
     run = write_run(tmp_path)
     assert "--port" in fails(capsys, "view", run.path, "--port", "many")
     assert "0 to 65535" in fails(capsys, "view", run.path, "--port", "70000")

@@ -67,8 +67,8 @@ function paint() {
     for (let i = 0; i < pixels.length; i++) {
       const bits = mask.values[i];
       if (bits & 4) pixels[i] = 0xb01f43d8;
-      else if (bits & 2) pixels[i] = 0x80009fe6;
       else if (bits & 1) pixels[i] = 0x60c97317;
+      else if (bits & 2) pixels[i] = 0x80009fe6; // left to a spot that is not integrated
     }
     overlay.getContext("2d").putImageData(image, 0, 0);
   }
