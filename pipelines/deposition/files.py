@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import gemmi
+
 from braggflux.integrator.atomic import replacing
 from braggflux.merge.io.formats.unmerged_mtz import load_mtz
 from braggflux.pipelines.deposition.mmcif import METHOD, METHOD_OF_MERGE, deposition_text
@@ -23,6 +25,9 @@ from braggflux.pipelines.report.table_one import score
 from braggflux.pipelines.workspace.outputs import holds_merge
 from braggflux.pipelines.workspace.provenance import package_version
 from braggflux.pipelines.workspace.rundir import RunDirectory
+
+#: Observations that go into the mmCIF, 60 bytes each.
+MOST_UNMERGED = 2_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +84,7 @@ def _write(source: DataSource) -> list[Path]:
     if files.merged.is_file():
         texts[f"{files.stem}deposition.cif"] = deposition_text(
             load_mtz(files.merged),
-            load_mtz(files.unmerged) if files.unmerged.is_file() else None,
+            _unmerged(files),
             scores.rows[OURS],
             _software(source),
             METHOD_OF_MERGE if source.is_merge else METHOD,
@@ -88,6 +93,21 @@ def _write(source: DataSource) -> list[Path]:
         with replacing(files.path / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return [files.path / name for name in texts]
+
+
+def _unmerged(files: RunDirectory) -> gemmi.Mtz | None:
+    """Scaled observations, unless there are none or too many for a text file."""
+    if not files.unmerged.is_file():
+        return None
+    mtz = load_mtz(files.unmerged)
+    if mtz.nreflections <= MOST_UNMERGED:
+        return mtz
+    logger.info(
+        "deposition.cif holds the merged reflections alone: %d observations are more than %d; "
+        "`gemmi mtz2cif merged.mtz unmerged.mtz sf.cif` writes both",
+        *(mtz.nreflections, MOST_UNMERGED),
+    )
+    return None
 
 
 def _software(source: DataSource) -> Sequence[tuple[str, str | None, str]]:

@@ -27,6 +27,7 @@ from braggflux.pipelines.merging.metrics import write_metrics
 from braggflux.pipelines.merging.outputs import check_free_flags, write_problem
 from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settled
 from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
+from braggflux.pipelines.merging.unmerged_output import ObservedRows
 from braggflux.pipelines.workspace.device import choose_device
 from braggflux.pipelines.workspace.lock import one_writer
 from braggflux.pipelines.workspace.outputs import IMAGES, MERGE_RESULTS, require_free_folder
@@ -93,6 +94,9 @@ def _merge_in_memory(
     number = image_numbers(problem, data)
     labels = [d.labels._replace(wavelength=d.typical_wavelength) for d in data]
     say_what_data_leave_idle(config, problem, data)
+    observed = None
+    if not config.laue and problem.ambiguity is None:
+        observed = ObservedRows.of(data)
     del data  # nearly as large as the table
     check_coupling(problem.unique, config)
     check_free_flags(problem.unique, config)
@@ -114,7 +118,7 @@ def _merge_in_memory(
     save_scale(out / FILE_NAME, merger, problem.table, config)
     write_images(merger, problem.table, number, problem.names, out / IMAGES)
     say_images(merger, problem.table, number, problem.names, config.stills)
-    return write_problem(problem, merger, config, out, labels)
+    return write_problem(problem, merger, config, out, labels, observed)
 
 
 def _log_size(problem: MergeProblem) -> None:

@@ -10,7 +10,7 @@ from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.dataset_labels import DatasetLabels
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.sums import ObservationSums
-from braggflux.merge.output.amplitudes import scaled_observations
+from braggflux.merge.output.amplitudes import fresh_crystal_factor, scaled_observations
 from braggflux.merge.output.datasets import MergedDataset, merged_datasets, streamed_datasets
 from braggflux.merge.output.free_flags import FreeFlags
 from braggflux.merge.output.statistics import write_statistics_csv
@@ -19,7 +19,13 @@ from braggflux.merge.problem import MergeProblem
 from braggflux.merge.rows import UniqueRows
 from braggflux.merge.stream.batches import ObservationStream
 from braggflux.pipelines.merging.findings import model_rows, say_of_dataset
-from braggflux.pipelines.workspace.merged_files import HALF_SETS, write_half_sets, write_merged
+from braggflux.pipelines.merging.unmerged_output import ObservedRows
+from braggflux.pipelines.workspace.merged_files import (
+    HALF_SETS,
+    first_line,
+    write_half_sets,
+    write_merged,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +51,9 @@ def write_problem(
     config: MergeConfig,
     out: Path,
     labels: Sequence[DatasetLabels],
+    observed: ObservedRows | None = None,
 ) -> list[Path]:
-    """Write merged MTZ, half sets and statistics of each dataset; returns the merged MTZs' paths.
+    """Write the files of each dataset; returns the merged MTZs' paths.
 
     Parameters
     ----------
@@ -57,12 +64,21 @@ def write_problem(
     out : Path
     labels : sequence of DatasetLabels
         Of each dataset.
+    observed : ObservedRows, optional
+        For the unmerged file; none of observations that are harmonics or indexed in several ways.
     """
+    scaled = scaled_observations(merger, problem.table)
+    if observed is not None:
+        in_units = scaled.times(fresh_crystal_factor(merger))
+        made_by = first_line("merge")
+        for k, own in enumerate(labels):
+            path = out / f"{_stem(problem.names, k)}unmerged.mtz"
+            observed.write(path, problem, in_units, k, own, made_by)
     datasets = merged_datasets(
         merger,
         problem.table,
         problem.unique,
-        scaled_observations(merger, problem.table),
+        scaled,
         n_splits=config.half_set_repeats,
         seed=config.seed,
         is_marginal=config.sigma != "difference",

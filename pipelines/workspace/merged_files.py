@@ -48,7 +48,7 @@ def write_merged(
         dataset.asu.cell,
         dataset.asu.space_group,
         labels.wavelength or 0.0,
-        history=[_first_line(made_by), *dataset.history, *free.history],
+        history=[first_line(made_by), *dataset.history, *free.history],
         names=labels.names,
         title=labels.title,
         free_flag=free.numbers(
@@ -67,7 +67,7 @@ def write_half_sets(
         dataset.half_sets,
         labels.wavelength or 0.0,
         history=[
-            _first_line(made_by),
+            first_line(made_by),
             "F1 F2: random halves of the observations, scales of all, Wilson's prior alone;",
             "  F3 F4 of the next split",
         ],
@@ -76,6 +76,6 @@ def write_half_sets(
     )
 
 
-def _first_line(made_by: str) -> str:
+def first_line(made_by: str) -> str:
     """Say program, version and day, as MTZ has no other place for a date."""
     return f"braggflux {package_version()}, {date.today():%Y-%m-%d}, {made_by}"

@@ -19,7 +19,8 @@ IMAGES = "images.csv"
 #: What `merge` writes, whatever the data sets are called.
 MERGE_RESULTS = (
     *("config.yaml", "provenance.json", "merged.mtz", "*_merged.mtz"),
-    *("half_sets.mtz", "*_half_sets.mtz", "statistics.csv"),
+    *("half_sets.mtz", "*_half_sets.mtz", "unmerged.mtz", "*_unmerged.mtz"),
+    "statistics.csv",
     *("metrics.json", "scale_model.pt", "indexing.csv", IMAGES, "report.html"),
     *("table1.*", "*_table1.*", "deposition.cif", "*_deposition.cif"),
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import gemmi
 import numpy as np
 import pytest
+import reciprocalspaceship as rs
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.pipelines import cli
@@ -137,6 +138,26 @@ def test_a_test_set_is_carried_and_another_crystals_refused(merged, unmerged, tm
     assert not (tmp_path / "none" / "merged.mtz").exists()
 
 
+def test_unmerged_observations_are_read_back_and_merged_again(merged, unmerged, tmp_path):
+    path = merged / "unmerged.mtz"
+    ours, theirs = (gemmi.read_mtz_file(str(p)) for p in (path, unmerged))
+    assert {b.number for b in ours.batches} == set(range(1, 21))
+    assert ours.batches[0].wavelength == pytest.approx(1.1)
+    assert ours.title == "a test"
+    data = rs.read_mtz(str(path)).reset_index()
+    assert not rs.read_mtz(str(path)).merged
+    found = data[["H", "K", "L", "BATCH"]].to_numpy(dtype=int)
+    given = np.column_stack([theirs.make_miller_array(), theirs.column_with_label("BATCH")])
+    assert {tuple(row) for row in found.tolist()} == {tuple(row) for row in given.tolist()}
+    assert len(found) == 5000
+    assert merge(path, tmp_path / "again") == 0
+    first, second = (
+        gemmi.read_mtz_file(str(out / "merged.mtz")) for out in (merged, tmp_path / "again")
+    )
+    i = [np.array(mtz.column_with_label("IMEAN")) for mtz in (first, second)]
+    assert np.corrcoef(*i)[0, 1] > 0.999
+
+
 def table_one(folder) -> dict[str, dict[str, str]]:
     with (folder / "table1.csv").open(newline="") as file:
         return {row["quantity"]: row for row in csv.DictReader(file)}
@@ -146,6 +167,7 @@ def test_table_one_is_the_same_in_three_forms(merged):
     rows = table_one(merged)
     with (merged / "statistics.csv").open(newline="") as file:
         *shells, overall = csv.DictReader(file)
+    assert "half sets are" not in (merged / "table1.txt").read_text()  # of amplitudes
     for place, row in (("overall", overall), ("inner", shells[0]), ("outer", shells[-1])):
         for name in ("n_obs", "n_unique", "completeness", "redundancy", "r_pim", "d_min"):
             found = float(rows[name][f"braggflux {place}"])

@@ -95,6 +95,7 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
     assert {p.name for p in out.iterdir()} == {
         *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
         *("config.yaml", "provenance.json", "scale_model.pt", "correlation.csv"),
+        *("unmerged.mtz", "deposition.cif", *(f"table1.{kind}" for kind in ("txt", "csv", "tex"))),
         *("images.csv", "report.html"),
         *("table1.txt", "table1.csv", "table1.tex", "deposition.cif"),
     }
@@ -213,7 +214,7 @@ def test_datasets_of_one_name_do_not_overwrite_each_other(tmp_path, truth):
         paths.append(write_mtz(tmp_path / folder / "scaled.mtz", *observed(truth, seed, 8)))
     assert run(*paths, "--out", tmp_path / "out", *FAST) == 0
     written = {p.name for p in (tmp_path / "out").glob("scaled*")}
-    kinds = ("merged.mtz", "half_sets.mtz", "statistics.csv", "deposition.cif")
+    kinds = ("merged.mtz", "unmerged.mtz", "half_sets.mtz", "statistics.csv", "deposition.cif")
     kinds += ("table1.txt", "table1.csv", "table1.tex")
     assert written == {f"scaled_{k}_{kind}" for k in (0, 1) for kind in kinds}
 

@@ -53,7 +53,7 @@ def test_an_earlier_result_stays(tmp_path, monkeypatch, capsys, names, command):
 
 
 def test_other_files_are_no_result(tmp_path):
-    for name in ("unmerged.mtz", "scaled.mtz", "refined.expt", "notes.txt"):
+    for name in ("integrated.mtz", "scaled.mtz", "refined.expt", "notes.txt"):
         (tmp_path / name).write_text("")
     outputs.require_free_folder(tmp_path, outputs.MERGE_RESULTS)
     outputs.require_free_folder(tmp_path / "new", outputs.MERGE_RESULTS)
