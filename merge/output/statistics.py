@@ -40,6 +40,9 @@ MIN_PAIRS = 10
 #: Median of |z| for a standard normal z.
 MEDIAN_ABS_NORMAL = 0.6744897501960817
 
+#: Relative difference within which two 1/d^2 are of one reflection.
+ROUNDING = 1e-9
+
 COLUMNS = (
     "shell",
     "d_max",
@@ -109,9 +112,13 @@ class ResolutionShells:
     def assign(self, inv_d2: Array) -> NDArray[np.int64]:
         """Shell of each reflection, -1 outside."""
         inv_d2 = np.asarray(inv_d2, float)
+        low, high = self.edges[0], self.edges[-1]
+        # 1/d^2 of one reflection differs in the last digits, by the way it was computed
+        inv_d2 = np.where(np.isclose(inv_d2, high, rtol=ROUNDING, atol=0.0), high, inv_d2)
+        inv_d2 = np.where(np.isclose(inv_d2, low, rtol=ROUNDING, atol=0.0), low, inv_d2)
         shell = np.searchsorted(self.edges, inv_d2, side="right") - 1
-        shell[inv_d2 == self.edges[-1]] = len(self) - 1
-        shell[(inv_d2 < self.edges[0]) | (inv_d2 > self.edges[-1])] = -1
+        shell[inv_d2 == high] = len(self) - 1
+        shell[(inv_d2 < low) | (inv_d2 > high)] = -1
         return shell
 
     def d_range(self, shell: int) -> tuple[float, float]:

@@ -53,9 +53,10 @@ def text_table(source: DataSource, scores: Scores) -> str:
     for name, values in (("", list(PLACES) * len(programs)), *_rows(scores)):
         cells = "".join(f"{v:>{WIDTH}}" for v in values)
         lines.append(f"{_ascii(name):<{NAME_WIDTH}}{_ascii(cells)}")
-    notes = [f"From {scores.basis}.", *([f"{scores.reason}."] if scores.reason else [])]
-    notes += ["Inner and outer: first and last of ten shells of equal volume."]
-    notes += ["", HEADING]
+    notes = [f"From {scores.basis}."]
+    if scores.reason:
+        notes.append(f"DIALS: {scores.reason.removeprefix('DIALS ')}.")
+    notes += ["Inner and outer: first and last of ten shells of equal volume.", "", HEADING]
     titles = {key: title for key, title, _ in ENTRIES}
     notes += [f"{_ascii(titles[key])}: {text}" for key, text in DEFINITIONS.items()]
     return "\n".join([*lines, "", *map(_folded, notes)]) + "\n"

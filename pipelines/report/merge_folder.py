@@ -28,7 +28,7 @@ def describe(
             raise UserError(f"{option} {path} does not exist")
     record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    found = sorted(folder.glob("*merged.mtz"))
+    found = sorted({*folder.glob("merged.mtz"), *folder.glob("*_merged.mtz")})
     stems = [path.name.removesuffix("merged.mtz").removesuffix("_") for path in found]
     sources = [
         DataSource(RunDirectory(folder, stem), stem, True, model or _model(record), reference)

@@ -336,3 +336,14 @@ def test_average_over_repeats_changes_what_the_split_changes(simulated):
     for r in repeats:
         r[1]["cc_half"] = None
     assert statistics.average_over_repeats(repeats)[1]["cc_half"] is None
+
+
+def test_rounding_does_not_put_the_outermost_reflections_outside():
+    """1/d^2 is computed in two ways, of the measured and of the possible ones."""
+    inv_d2 = np.linspace(0.01, 0.1110868765808712, 50)
+    shells = statistics.resolution_shells(inv_d2, 5)
+    for hair in (-1e-16, 0.0, 1e-16):
+        shell = shells.assign(inv_d2 * (1 + hair) + 2 * hair)
+        assert (shell[0], shell[-1]) == (0, 4)
+    assert shells.assign(inv_d2 * (1 + 1e-6))[-1] == -1
+    assert shells.assign(inv_d2 * (1 - 1e-6))[0] == -1

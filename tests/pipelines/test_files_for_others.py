@@ -16,6 +16,7 @@ import reciprocalspaceship as rs
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.pipelines import cli
+from braggflux.pipelines.report import merge_folder
 
 DICTIONARY = Path(__file__).with_name("pdbx_subset.dic")
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
@@ -173,6 +174,9 @@ def test_table_one_is_the_same_in_three_forms(merged):
             found = float(rows[name][f"braggflux {place}"])
             assert found == pytest.approx(float(row[name]), rel=1e-4), (place, name)
         assert rows["r_pim"]["definition"]
+    assert float(rows["completeness"]["braggflux outer"]) <= 1.0
+    (source,) = merge_folder.describe(merged, None, None)[1]  # unmerged.mtz is no data set
+    assert source.name == ""
     text, tex = ((merged / f"table1.{kind}").read_text() for kind in ("txt", "tex"))
     assert max(map(len, text.splitlines())) <= 80
     r_pim = f"{float(rows['r_pim']['braggflux overall']):.3f}"
