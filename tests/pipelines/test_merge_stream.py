@@ -53,7 +53,6 @@ def test_files_are_those_of_a_merge_in_memory(files, merged):
     assert {p.name for p in merged.iterdir()} == {
         *("merged.mtz", "half_sets.mtz", "statistics.csv", "metrics.json", "run.log"),
         *("config.yaml", "provenance.json", "scale_model.pt", "correlation.csv"),
-        *("deposition.cif", *(f"table1.{kind}" for kind in ("txt", "csv", "tex"))),
         "report.html",
         *("table1.txt", "table1.csv", "table1.tex", "deposition.cif"),
     }
