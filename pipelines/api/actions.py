@@ -162,6 +162,7 @@ def merge(
         Iterating over it gives the amplitudes of each data set.
     """
     from braggflux.pipelines.merging.merge import merge as merge_pipeline
+    from braggflux.pipelines.report.html import write_merge_report
 
     if isinstance(paths, MergeInputs):
         inputs = paths
@@ -181,7 +182,9 @@ def merge(
         )
         config = _configured(MergeConfig(), "merge", MERGE_FLAGS, {}, settings, options)
     with _told(progress):
-        return Merge.of(merge_pipeline(inputs, config))
+        written = merge_pipeline(inputs, config)
+        write_merge_report(inputs.out)
+    return Merge.of(written)
 
 
 def _configured(

@@ -37,6 +37,10 @@ class NoDataError(Exception):
     """A figure cannot be drawn; the message says why and what would help."""
 
 
+class NotMeantError(NoDataError):
+    """A figure says nothing of such data: it is left out of the page."""
+
+
 @dataclass(frozen=True)
 class Observations:
     """Scaled, unmerged observations of one program, (N,) each.

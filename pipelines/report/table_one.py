@@ -168,7 +168,10 @@ def score_merged(merged: MergedMtz, source: DataSource) -> list[Row]:
 
 def _without_observations(source: DataSource, why: str) -> Scores:
     rows = {OURS: [_numbers(row) for row in source.statistics()]}
-    basis = "statistics.csv; half sets are random halves, as amplitudes under Wilson's prior"
+    basis = "statistics.csv; our half sets are amplitudes under Wilson's prior"
+    if not source.why_no_reference("observations"):
+        rows[REFERENCE] = score_observations(source.reference_observations, source)
+        return Scores(rows, f"{basis}, DIALS' are intensities", "")
     reason = source.why_no_reference("merged")
     if not reason:
         rows[REFERENCE] = score_merged(source.merged_reference, source)

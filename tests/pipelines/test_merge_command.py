@@ -98,6 +98,13 @@ def test_rotation_data_to_merged_files(tmp_path, truth):
         *("unmerged.mtz", "images.csv", "report.html"),
         *("table1.txt", "table1.csv", "table1.tex", "deposition.cif"),
     }
+    with (out / "images.csv").open() as stream:
+        images = list(csv.DictReader(stream))
+    assert len(images) == 20
+    assert np.median([float(row["scale"]) for row in images]) == pytest.approx(1, abs=0.02)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Scale, B, R and I/σ against image" in page
+    assert "maps need the phases of a model; give one" in page
 
 
 def column(mtz, label):

@@ -191,7 +191,9 @@ def _drawn_section(title: str, z: Array, limits: dict[str, Any], atoms: Any) -> 
     marks |= {"hovertemplate": "%{text}<extra></extra>"}
     marks["marker"] = {"color": "rgba(0,0,0,0)", "size": 7, "line": {"color": "@ink", "width": 1}}
     square = {"scaleanchor": "x", "constrain": "domain"}
-    drawing = panel(title, [image, marks], "Å", "Å", y_axis=square, x_axis={"constrain": "domain"})
+    drawing = panel(
+        title, [image, marks], "Å", "Å", y_axis=square, x_axis={"constrain": "domain"}, height=230
+    )
     return drawing | {"pair": True}
 
 

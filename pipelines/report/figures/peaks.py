@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from braggflux.pipelines.report.figures.panels import Panel, level, line, panel
-from braggflux.pipelines.report.sources import DataSource, NoDataError
+from braggflux.pipelines.report.sources import DataSource, NoDataError, NotMeantError
 from braggflux.pipelines.workspace.rundir import REFERENCE
 
 #: Sites drawn as lines; the table has all.
@@ -47,7 +47,7 @@ PARTS = {
 def peak_heights(source: DataSource) -> list[Panel]:
     """Height of the strongest sites per epoch, the reference as a dashed line."""
     if source.is_merge:
-        raise NoDataError("a merge has no epochs to follow; its heights are in the table above")
+        raise NotMeantError("a merge has no epochs to follow")
     peaks = source.files.read_peaks()
     epochs = sorted({p["epoch"] for p in peaks if p["epoch"] != REFERENCE})
     if not epochs:
@@ -82,7 +82,7 @@ def peak_heights(source: DataSource) -> list[Panel]:
 def objective(source: DataSource) -> list[Panel]:
     """Evidence and its parts per epoch, one panel each."""
     if source.is_merge:
-        raise NoDataError("a merge keeps no record per epoch")
+        raise NotMeantError("a merge keeps no record per epoch")
     metrics = source.metrics()
     wanted = [key for key in PARTS if any(_is_number(row.get(key)) for row in metrics)]
     if not wanted:
@@ -99,11 +99,11 @@ def _part(epochs: Sequence[int], metrics: Sequence[Mapping[str, Any]], key: str)
 
 def amplitude_quality(source: DataSource) -> list[Panel]:
     """Statistics of the merged data per epoch."""
+    if source.is_merge:
+        raise NotMeantError("a merge keeps no record per epoch")
     metrics = source.metrics()
     if not metrics:
-        raise NoDataError(
-            "a merge keeps no record per epoch" if source.is_merge else "no epoch yet"
-        )
+        raise NoDataError("no epoch has ended yet")
     of = f"/{source.name}" if source.name else ""
     titles = {"cc_half": "CC1/2", "cc_anom": "CCanom", "r_pim": "R_pim", "z_spread": "spread of z"}
     epochs = [row["epoch"] for row in metrics]

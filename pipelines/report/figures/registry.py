@@ -20,7 +20,7 @@ from braggflux.pipelines.report.figures import (
     shells,
 )
 from braggflux.pipelines.report.figures.panels import Panel
-from braggflux.pipelines.report.sources import DataSource, NoDataError
+from braggflux.pipelines.report.sources import DataSource, NoDataError, NotMeantError
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +199,8 @@ def drawn(source: DataSource) -> list[dict[str, Any]]:
         del entry["draw"]
         try:
             entry["panels"] = figure.draw(source)
+        except NotMeantError:
+            continue
         except NoDataError as reason:
             entry["reason"] = str(reason)
         except (ValueError, ArithmeticError, LookupError) as error:
