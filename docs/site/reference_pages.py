@@ -19,8 +19,8 @@ from braggflux.pipelines.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("pipelines", "integrator", "merge", "fixtures")
-#: Exceptions whose message the user sees as one line.
-ERRORS = {"UserError"}
+#: Root of the exceptions whose message the user sees as one line.
+ERROR = "UserError"
 
 
 def commands_page() -> str:
@@ -132,22 +132,33 @@ def errors_page() -> str:
         "# Every error message\n\nWhat the program refuses, in its own words; `...` stands for "
         "what it fills in. Search the page for a piece of the line that you see. Exit code 2.\n"
     ]
-    for package in PACKAGES:
-        for path in sorted((ROOT / package).rglob("*.py")):
-            if lines := sorted(set(messages(path))):
-                module = str(path.relative_to(ROOT))
-                summary = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-                first = re.sub(r":\w+:`", "`", " ".join(summary.split("\n\n")[0].split()))
-                parts += [f"\n## `{module}`\n\n{cell(first)}\n", *(f"- {cell(m)}" for m in lines)]
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8"))
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+    kinds = {ERROR} | {
+        node.name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(base, ast.Name) and base.id == ERROR for base in node.bases)
+    }
+    for path, tree in trees.items():
+        if lines := sorted(set(messages(tree, kinds))):
+            module = str(path.relative_to(ROOT))
+            summary = ast.get_docstring(tree) or ""
+            first = re.sub(r":\w+:`", "`", " ".join(summary.split("\n\n")[0].split()))
+            parts += [f"\n## `{module}`\n\n{cell(first)}\n", *(f"- {cell(m)}" for m in lines)]
     return "\n".join(parts) + "\n"
 
 
-def messages(path: Path) -> Iterator[str]:
-    """Give the texts of the user errors that a module raises."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def messages(tree: ast.Module, kinds: set[str]) -> Iterator[str]:
+    """Give the texts of the errors of these kinds that a module raises."""
+    for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
             continue
-        if node.func.id in ERRORS and node.args:
+        if node.func.id in kinds and node.args:
             text = " ".join(literal(node.args[0]).split())
             if len(text.replace("...", "").split()) > 3:
                 yield text
