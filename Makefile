@@ -1,6 +1,6 @@
 # braggflux: set-up, demo and tests. Every target first makes what it needs; a second make is quick.
 #
-#   make env     environment in .venv (and DIALS by apt, where that is allowed)
+#   make env     environment in .venv (and DIALS by apt, where that is allowed; make test, chromium too)
 #   make demo    simulate frames, process them beside DIALS, end with the peak table
 #   make test    all tests; make test-fast leaves out the slow ones
 #   make fuzz    damaged files to every reader: make fuzz FUZZ_CASES=1000
@@ -32,7 +32,7 @@ DEMO_NAME := hewl-iodide
 # The edges of the simulated detector; beyond, only its corners record anything.
 DEMO_D_MIN := 2.5
 
-.PHONY: env dials demo test test-fast fuzz bench lint docs reference-config
+.PHONY: env dials browser demo test test-fast fuzz bench lint docs reference-config
 
 env: $(STAMP)
 
@@ -60,21 +60,34 @@ $(STAMP): pyproject.toml
 
 # Optional: everything but `braggflux process`, .cbf frames and the tests against DIALS works without.
 dials:
-	@if command -v dials.import >/dev/null; then exit 0; fi; \
+	@command -v dials.import >/dev/null \
+	|| $(call apt_install,DIALS,dials python3-venv,'braggflux process'$(COMMA) .cbf frames and the DIALS row)
+
+# Optional: the tests of report and viewer skip without one.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+	|| $(call apt_install,chromium,chromium,the tests of report and viewer)
+
+COMMA := ,
+# $(call apt_install,NAME,PACKAGES,WHAT NEEDS IT): install, or say what is missing and go on.
+define apt_install
+{ \
 	if ! command -v apt-get >/dev/null; then \
-	  echo "make env: no DIALS and no apt-get; skipped. For 'braggflux process', .cbf frames and the DIALS row: mamba install -c conda-forge dials"; \
+	  echo "make env: no $(1) and no apt-get; skipped. It is for $(3); see docs/install.md"; \
 	  exit 0; \
 	fi; \
 	if [ "$$(id -u)" = 0 ]; then root=""; \
 	elif sudo -n true 2>/dev/null; then root="sudo -n"; \
 	else \
-	  echo "make env: no DIALS and no right to install it; skipped. For 'braggflux process', .cbf frames and the DIALS row: sudo apt install dials python3-venv"; \
+	  echo "make env: no $(1) and no right to install it; skipped. For $(3): sudo apt install $(2)"; \
 	  exit 0; \
 	fi; \
-	echo "make env: apt-get install dials python3-venv"; \
+	echo "make env: apt-get install $(2)"; \
 	{ $$root apt-get update -qq \
-	  && $$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dials python3-venv; \
-	} >/dev/null || echo "make env: apt-get could not install DIALS; going on without it"
+	  && $$root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); \
+	} >/dev/null || echo "make env: apt-get could not install $(1); going on without it"; \
+	}
+endef
 
 # Resuming makes a second `make demo` go on where the first one stopped, or just show its table.
 demo: $(STAMP) $(DEMO)/frames/model.pdb
@@ -94,10 +107,10 @@ $(DEMO)/frames/model.pdb: | $(STAMP)
 	@rm -f "$(DEMO)"/frames/*_master.h5 "$(DEMO)"/frames/truth.*
 	"$(BIN)/braggflux" simulate --out "$(DEMO)/frames" --preset $(DEMO_NAME)
 
-test: $(STAMP)
+test: $(STAMP) browser
 	"$(BIN)/python" -m pytest $(PYTEST_JOBS) $(PYTEST_ARGS)
 
-test-fast: $(STAMP)
+test-fast: $(STAMP) browser
 	"$(BIN)/python" -m pytest $(PYTEST_JOBS) -m "not slow" $(PYTEST_ARGS)
 
 fuzz: $(STAMP)
