@@ -26,6 +26,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from braggflux.integrator.errors import UserError
+from braggflux.pipelines.report.html import VIEWER
 from braggflux.pipelines.report.terminal import peaks_table
 from braggflux.pipelines.view.query import FLAGS, ORDERS, PAGE, Query, number
 from braggflux.pipelines.view.run_data import RunData
@@ -290,7 +291,8 @@ class Pages:
         path = self.data.run.report
         if not path.is_file():
             raise HTTPException(NOT_FOUND, "the run has no report: make it with braggflux report")
-        text = path.read_text(encoding="utf-8")
+        # its links to reflections name the usual port
+        text = path.read_text(encoding="utf-8").replace(VIEWER, f"{request.base_url}reflection/")
         return HTMLResponse(text, headers={"content-security-policy": REPORT_POLICY})
 
     def model(self, request: Request) -> Response:

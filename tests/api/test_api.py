@@ -94,6 +94,10 @@ def test_what_is_missing_is_named(merged: bf.Merge, tmp_path: Path) -> None:
         bf.merge("unmerged.mtz")
     with pytest.raises(UserError, match="out is not given"):
         bf.run("a.expt", "a.refl")
+    with pytest.raises(UserError, match=r"absent_master\.h5"):
+        bf.process("absent_master.h5", out=str(tmp_path / "run"), space_group="P43212")
+    with pytest.raises(UserError, match="process has no option reference"):
+        bf.process("absent_master.h5", out="run", reference="merged.mtz")
     with pytest.raises(UserError, match="holds no finished result of braggflux merge"):
         bf.Merge(tmp_path)
     with pytest.raises(UserError, match="is not a run directory"):

@@ -299,6 +299,13 @@ def test_a_day_at_the_viewer(client, reflection, browser):
     box = page.locator("#frame").bounding_box()
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_url(f"**/reflection/{row}")
+    # a reflection that the report shows
+    page.goto("/report")
+    link = page.locator(f"a[href^='http://127.0.0.1:{client.port}/reflection/']").first
+    shown = link.get_attribute("href")
+    link.evaluate("a => a.click()")
+    page.wait_for_url(shown)
+    page.wait_for_selector("#table tr.here")
     page.click("nav a:text('Maps')")
     page.wait_for_selector(".sections canvas")
     before = page.locator(".sections canvas").first.evaluate("c => c.toDataURL()")
