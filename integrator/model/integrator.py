@@ -147,6 +147,7 @@ class Integrator(nn.Module):
         expected: Tensor | None = None,
         *,
         sample: bool = False,
+        noise: Tensor | None = None,
     ) -> IntegrationPosterior:
         """Posteriors of a batch.
 
@@ -158,6 +159,8 @@ class Integrator(nn.Module):
             weights of the pixels: the estimate stays free of it in the mean.
         sample : bool
             Draw the profile latents from their posterior (training) or take its mean.
+        noise : Tensor, (B, K), optional
+            Standard normal numbers to draw with; by default new ones.
         """
         weights = self.profile.grid.voxel_weights(batch.metadata)
         features = self.features(batch.metadata)
@@ -171,7 +174,11 @@ class Integrator(nn.Module):
             batch, weights, typical, mean_background, neighbours
         )
         posterior = self.encoder(moments, information, features, prior)
-        latent = posterior.rsample() if sample else posterior.mean
+        latent = posterior.mean
+        if sample and noise is None:
+            latent = posterior.rsample()
+        elif sample:
+            latent = latent + noise * posterior.base_dist.scale
         node_weights = self.profile.node_weights(latent)
         profile = weights.project(node_weights).flatten(1).clamp_min(1e-12)
         fit = self.background.fit(

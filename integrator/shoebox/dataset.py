@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.processes import ALONE, Processes
 from braggflux.integrator.types import Flag, ShoeboxBatch
 
 POOL_CHUNKS = 32
@@ -49,7 +50,10 @@ class ShoeboxDataset:
         return -(-len(self) // batch_size)
 
     def batches(
-        self, batch_size: int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        processes: Processes = ALONE,
     ) -> Iterator[ShoeboxBatch]:
         """One epoch; every row once.
 
@@ -59,13 +63,21 @@ class ShoeboxDataset:
             The last batch may be smaller.
         generator : torch.Generator, optional
             Shuffles; the same state gives the same batches.
+        processes : Processes
+            Each gets its share of every batch; it may be empty.
         """
-        for rows in self.order(generator).split(batch_size):
+        for rows in self.rows_of_batches(batch_size, generator, processes):
             yield self.store.read(rows)
 
-    def order(self, generator: torch.Generator | None = None) -> Tensor:
-        """Rows of one epoch in the order of :meth:`batches`, (N,)."""
-        return self.rows if generator is None else self._shuffled(generator)
+    def rows_of_batches(
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        processes: Processes = ALONE,
+    ) -> list[Tensor]:
+        """Rows of each of :meth:`batches`, of an epoch."""
+        order = self.rows if generator is None else self._shuffled(generator)
+        return [rows[processes.share(len(rows))] for rows in order.split(batch_size)]
 
     def _shuffled(self, generator: torch.Generator) -> Tensor:
         if self.store.is_cached:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braggflux.integrator.processes import ALONE, Processes
 from braggflux.merge.config import MergeConfig
-from braggflux.merge.data.table import ObservationTable
+from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.fit.newton import AmplitudeNewton
 from braggflux.merge.fit.training import make_optimizer, set_rate
 from braggflux.merge.model.merger import Merger
@@ -34,10 +35,12 @@ class FullBatchFit:
     ----------
     merger : Merger
     config : MergeConfig
+    processes : Processes
+        Each computes a part of the observations.
     """
 
-    def __init__(self, merger: Merger, config: MergeConfig) -> None:
-        self.merger = merger
+    def __init__(self, merger: Merger, config: MergeConfig, processes: Processes = ALONE) -> None:
+        self.merger, self.processes = merger, processes
         newton = merger.scale.newton_parameters
         self.optimizer = make_optimizer(merger, config, newton)
 
@@ -51,18 +54,27 @@ class FullBatchFit:
         done : callable
             Share of all steps of the whole fit that are done before step k, for the rates.
         """
-        merger = self.merger
+        merger, together = self.merger, self.processes
         merger.count(table)
-        batch, amplitudes = table.everything(), AmplitudeNewton(merger)
+        batch, amplitudes = self._own(table), AmplitudeNewton(merger)
+        parameters = [p for p in merger.parameters() if p.requires_grad]
         for k in range(n):
             set_rate(self.optimizer, done(k))
             merger.zero_grad(set_to_none=True)
             terms = merger.loss(batch, merger.inference())
             (-elbo(terms)).backward()
+            together.add_up_gradients(parameters, [terms.information, terms.row_weight])
             merger.information = terms.information
-            merger.scale.newton_step(batch, terms.observation_information)
+            merger.scale.newton_step(batch, terms.observation_information, together.add_up)
             amplitudes.move(terms.information, terms.row_weight, DAMPING)
             self.optimizer.step()
+
+    def _own(self, table: ObservationTable) -> Batch:
+        """All observations, or those that this process computes."""
+        if self.processes.is_alone:
+            return table.everything()
+        index = torch.arange(len(table.observations), device=self.merger.device)
+        return table.rows(index[self.processes.share(len(index))])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on beside the merger."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from braggflux.merge.data.table import Batch
 from braggflux.merge.scale.base import Scale
 from braggflux.merge.scale.metadata_network import MetadataNetwork
-from braggflux.merge.scale.term import ScaleTerm
+from braggflux.merge.scale.term import AddUp, ScaleTerm, keep_sums
 from braggflux.merge.scale.terms.b_factor import BFactor
 from braggflux.merge.scale.terms.falloff import Falloff
 from braggflux.merge.scale.terms.frames import FrameScale
@@ -103,10 +103,10 @@ class ScaleModel(nn.Module):
         """Parameters that :meth:`newton_step` can move in place of Adam."""
         return tuple(p for term in self for p in term.newton_parameters)
 
-    def newton_step(self, batch: Batch, information: Tensor) -> None:
+    def newton_step(self, batch: Batch, information: Tensor, add_up: AddUp = keep_sums) -> None:
         """Take the Newton steps of all terms; see :meth:`ScaleTerm.newton_step`."""
         for term in self:
-            term.newton_step(batch, information)
+            term.newton_step(batch, information, add_up)
 
     def fresh_crystal_factor(self, inv_d2: Tensor) -> Tensor:
         """Turn intensities at the mean dose into those at the start of the first scan.

@@ -6,6 +6,7 @@ A new term is a class in a file of ``terms`` and a line in :mod:`braggflux.merge
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
+
+#: Adds up sums over a batch with those of other processes, in place.
+AddUp = Callable[[Sequence[Tensor]], None]
+
+
+def keep_sums(sums: Sequence[Tensor]) -> None:
+    """Leave sums as they are: there is no other process."""
 
 
 class ScaleTerm(nn.Module, ABC):
@@ -82,7 +90,7 @@ class ScaleTerm(nn.Module, ABC):
         """Parameters that :meth:`newton_step` can move in place of Adam."""
         return ()
 
-    def newton_step(self, batch: Batch, information: Tensor) -> None:
+    def newton_step(self, batch: Batch, information: Tensor, add_up: AddUp = keep_sums) -> None:
         """Move the ``newton_parameters`` by their gradients over their information.
 
         Parameters
@@ -92,6 +100,8 @@ class ScaleTerm(nn.Module, ABC):
         information : Tensor, (N,)
             Of each observation on its log K: expected curvature of minus the log-likelihood; 0
             where an observation is not used.
+        add_up : callable
+            Adds up sums over the batch with those of other processes, in place.
         """
 
     def restore(self) -> None:

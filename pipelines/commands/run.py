@@ -62,9 +62,12 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(RunConfig, args, FLAGS, fixed)
     config.require("expt", "refl", "out")
 
+    from braggflux.integrator.processes import Processes
     from braggflux.pipelines.config.run_settings import say_idle_of_run
     from braggflux.pipelines.dials.process import finish
     from braggflux.pipelines.integration.run import run as run_pipeline
 
     say_idle_of_run(config)
-    finish(run_pipeline(config, resume=args.resume))
+    directory = run_pipeline(config, resume=args.resume)
+    if Processes.of_environment().is_first:
+        finish(directory)

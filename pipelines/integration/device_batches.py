@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.io.boxes_in_memory import BoxesInMemory
+from braggflux.integrator.processes import ALONE, Processes
 from braggflux.integrator.shoebox.dataset import ShoeboxDataset
 from braggflux.integrator.types import ShoeboxBatch
 from braggflux.merge.stream.prefetch import read_ahead
@@ -78,13 +79,17 @@ class _Resident:
         self, dataset: ShoeboxDataset, boxes: BoxesInMemory, device: torch.device
     ) -> None:
         self.dataset, self.boxes, self.device = dataset, boxes, device
+        self.pairs = dataset.store.pairs  # on the host
 
     def __call__(
-        self, batch_size: int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        processes: Processes = ALONE,
     ) -> Iterator[ShoeboxBatch]:
-        order, pairs = self.dataset.order(generator), self.dataset.store.pairs
-        there = order.to(self.device)
-        for rows, rows_there in zip(order.split(batch_size), there.split(batch_size), strict=True):
+        here, pairs = self.dataset.rows_of_batches(batch_size, generator, processes), self.pairs
+        there = torch.cat(here).to(self.device).split([len(rows) for rows in here])
+        for rows, rows_there in zip(here, there, strict=True):
             yield self.boxes.read(rows_there, 0 if pairs is None else pairs.most(rows))
 
 
@@ -95,9 +100,12 @@ class _Prefetched:
         self.dataset, self.device = dataset, device
 
     def __call__(
-        self, batch_size: int, generator: torch.Generator | None = None
+        self,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        processes: Processes = ALONE,
     ) -> Iterator[ShoeboxBatch]:
-        keys = self.dataset.order(generator).split(batch_size)
+        keys = self.dataset.rows_of_batches(batch_size, generator, processes)
         for _, batch in read_ahead(self._read, keys):
             yield batch.to(self.device, non_blocking=True)
 

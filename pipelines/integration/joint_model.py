@@ -107,12 +107,17 @@ class JointModel(nn.Module):
         return torch.where(own >= 0, mean * self.observations.unit_intensity, torch.nan)
 
     def integrate(
-        self, batch: ShoeboxBatch, *, sample: bool, use_expected: bool
+        self,
+        batch: ShoeboxBatch,
+        *,
+        sample: bool,
+        use_expected: bool,
+        noise: Tensor | None = None,
     ) -> tuple[IntegratorLoss, IntensityTable]:
         """Integrator's terms and the table it hands on, with its graph."""
         rows = batch.metadata.refl_row
         expected = self.expected(rows) if use_expected else None
-        posterior = self.integrator.inference(batch, expected, sample=sample)
+        posterior = self.integrator.inference(batch, expected, sample=sample, noise=noise)
         table = self.integrator.intensity_table(batch.metadata, posterior, self.flags[rows])
         return self.integrator.loss(batch, posterior), table
 
@@ -143,14 +148,21 @@ class JointModel(nn.Module):
         return kind.of(likelihood, self.observations.unit_intensity)
 
     def joint_terms(
-        self, batch: ShoeboxBatch, *, sample: bool = True, coupled: bool = True
+        self,
+        batch: ShoeboxBatch,
+        *,
+        sample: bool = True,
+        coupled: bool = True,
+        noise: Tensor | None = None,
     ) -> tuple[ElboTerms, IntensityTable]:
         """ELBO of a minibatch of shoeboxes.
 
         With ``coupled`` false (staged) the integrator stands alone: its own evidence, no
-        expectation from the merge.
+        expectation from the merge. ``noise``, (B, K), is what the latents are drawn with.
         """
-        integration, table = self.integrate(batch, sample=sample, use_expected=coupled)
+        integration, table = self.integrate(
+            batch, sample=sample, use_expected=coupled, noise=noise
+        )
         if not coupled:
             return assemble_elbo(integration, None), table
         merging = self.merger.loss(self.merge_batch(table), self.merger.inference())

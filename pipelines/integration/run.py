@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from braggflux.integrator.errors import UserError, brief
 from braggflux.integrator.io.intensity_file import read_intensities, write_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.model.saved_integrator import SavedIntegrator
+from braggflux.integrator.processes import Processes
 from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.integrator.types import IntensityTable
 from braggflux.merge.model.finite import require_finite
@@ -29,7 +31,7 @@ from braggflux.pipelines.integration.final_outputs import (
     write_unmerged,
 )
 from braggflux.pipelines.integration.problem import Problem, build
-from braggflux.pipelines.integration.trainer import Trainer
+from braggflux.pipelines.integration.trainer import EpochResult, Trainer
 from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel, peak_heights_from_mtz
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.device import choose_device
@@ -51,49 +53,73 @@ def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
         ``expt``, ``refl`` and ``out`` are needed; without ``model`` there are no peaks.
     resume : bool
         Go on from the latest checkpoint; the result is that of an uninterrupted run.
+
+    Started by ``torchrun``, the processes share the work; the first one writes.
     """
     config = config.resolved()
-    device = choose_device(config.training.device)
+    processes = Processes.of_environment()
+    device = choose_device(config.training.device, processes)
+    if not processes.is_first:
+        logging.getLogger(log.PACKAGE).setLevel(logging.ERROR)  # the first one says it all
     check_input(config)
     [out] = config.require("out")
-    with one_writer(out):
-        return _run(config, device, resume=resume)
+    with one_writer(out) if processes.is_first else nullcontext(), processes.joined(device):
+        return _run(config, device, processes, resume=resume)
 
 
-def _run(config: RunConfig, device: torch.device, *, resume: bool) -> RunDirectory:
-    directory = RunDirectory.create(config, resume=resume)
-    log.attach_file(directory.log_file)
-    stages = StageTimes(directory.read_stage_times())
+def _run(
+    config: RunConfig, device: torch.device, processes: Processes, *, resume: bool
+) -> RunDirectory:
+    stages = StageTimes()
+    if processes.is_first:
+        directory = RunDirectory.create(config, resume=resume)
+        log.attach_file(directory.log_file)
+        stages = StageTimes(directory.read_stage_times())
+    else:
+        directory = RunDirectory(config.out)
     try:
-        trainer, writer = _prepare(directory, config, device, stages)
+        trainer, writer = _prepare(directory, config, device, stages, processes)
         _train(trainer, writer, directory, config)
     except UserError:
         # a mistake found late must not stand in the way of the corrected command
-        directory.abandon()
+        if processes.is_first:
+            directory.abandon()
         raise
-    with stages("final files"):
-        _finish(trainer, writer, directory, config)
-    directory.write_stage_times(stages.rows)
-    logger.info("CPU time [s]: %s", stages.summary())
+    if processes.is_first:
+        with stages("final files"):
+            _finish(trainer, writer, directory, config)
+        directory.write_stage_times(stages.rows)
+        logger.info("CPU time [s]: %s", stages.summary())
+    processes.wait()
     return directory
 
 
 def _prepare(
-    directory: RunDirectory, config: RunConfig, device: torch.device, stages: StageTimes
+    directory: RunDirectory,
+    config: RunConfig,
+    device: torch.device,
+    stages: StageTimes,
+    processes: Processes,
 ) -> tuple[Trainer, EpochWriter]:
-    """Cut the boxes, build the model, score the reference."""
+    """Cut the boxes, build the model, score the reference; the first process writes."""
     saved = None
     if config.trained_integrator is not None:
         saved = SavedIntegrator.read(config.trained_integrator / INTEGRATOR_FILE)
         text = f"starts from that of {config.trained_integrator}, {saved.epochs} epochs"
-        directory.note("integrator", text)
+        if processes.is_first:
+            directory.note("integrator", text)
         logger.info("the integrator %s", text)
     with stages("extraction"):
-        store = _shoeboxes(directory, config, saved)
+        if processes.is_first:
+            _shoeboxes(directory, config, saved).close()
+        processes.wait()
+        store = ShoeboxStore.open(directory.shoeboxes)
     with stages("start of the models"):
         problem = build(store, config, saved)
     anomalous: list[AnomalousModel] = []
-    if reason := why_no_peaks(config):
+    if not processes.is_first:
+        pass
+    elif reason := why_no_peaks(config):
         directory.note("peaks", reason)
     else:
         anomalous = [
@@ -102,9 +128,11 @@ def _prepare(
         ]
         if anomalous[0].why_no_sites:
             directory.note("peaks", anomalous[0].why_no_sites)
-    _write_reference(directory, config)
-    exchange = _exchange(directory, store) if config.training.coupling == "staged" else None
-    trainer = Trainer(problem, config, device, exchange, stages)
+    if processes.is_first:
+        _write_reference(directory, config)
+    is_staged = config.training.coupling == "staged"
+    exchange = _exchange(directory, store, processes) if is_staged else None
+    trainer = Trainer(problem, config, device, exchange, stages, processes)
     _log_problem(problem, device)
     return trainer, EpochWriter(directory, trainer, anomalous)
 
@@ -136,12 +164,14 @@ def _write_reference(directory: RunDirectory, config: RunConfig) -> None:
 
 
 def _exchange(
-    directory: RunDirectory, store: ShoeboxStore
+    directory: RunDirectory, store: ShoeboxStore, processes: Processes
 ) -> Callable[[IntensityTable], IntensityTable]:
     """Staged coupling: the table goes through a file, as between separate programs."""
 
     def through_file(table: IntensityTable) -> IntensityTable:
-        write_intensities(directory.intensities, table, store.experiments)
+        if processes.is_first:
+            write_intensities(directory.intensities, table, store.experiments)
+        processes.wait()
         return read_intensities(directory.intensities)
 
     return through_file
@@ -162,28 +192,38 @@ def _log_problem(problem: Problem, device: torch.device) -> None:
 def _train(
     trainer: Trainer, writer: EpochWriter, directory: RunDirectory, config: RunConfig
 ) -> None:
+    is_first = trainer.processes.is_first
     checkpoint = directory.latest_checkpoint()
     if checkpoint is not None:
         restore(trainer, checkpoint)
-        directory.rewind(trainer.epoch)
+        if is_first:
+            directory.rewind(trainer.epoch)
         logger.info("going on after epoch %d", trainer.epoch)
     else:
-        directory.rewind(-1)
+        if is_first:
+            directory.rewind(-1)
         with log.progress("epoch 0") as advance:
             result = trainer.start(advance)
-        with trainer.stages("outputs", 0):
-            writer.write(result)
-            _save(trainer, directory)
+        if is_first:
+            _write_epoch(trainer, writer, directory, result)
     while trainer.epoch < config.training.epochs:
         with log.progress(f"epoch {trainer.epoch + 1}") as advance:
             result = trainer.run_epoch(advance)
         require_finite(trainer.model, result.metrics["merge_elbo"], f"epoch {result.epoch}")
-        with trainer.stages("outputs", trainer.epoch):
-            writer.write(result)
-            is_last = trainer.epoch == config.training.epochs
-            if is_last or trainer.epoch % config.training.checkpoint_every == 0:
-                _save(trainer, directory)
-        directory.write_stage_times(trainer.stages.rows)
+        if is_first:
+            _write_epoch(trainer, writer, directory, result)
+
+
+def _write_epoch(
+    trainer: Trainer, writer: EpochWriter, directory: RunDirectory, result: EpochResult
+) -> None:
+    """Write the outputs of an epoch, and its checkpoint where one is due."""
+    training = trainer.config.training
+    with trainer.stages("outputs", result.epoch):
+        writer.write(result)
+        if result.epoch in (0, training.epochs) or not result.epoch % training.checkpoint_every:
+            _save(trainer, directory)
+    directory.write_stage_times(trainer.stages.rows)
 
 
 def _finish(

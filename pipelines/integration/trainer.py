@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
+from braggflux.integrator.processes import ALONE, Processes
 from braggflux.integrator.shoebox.dataset import ShoeboxDataset
 from braggflux.integrator.types import IntensityTable, ShoeboxBatch
 from braggflux.merge.data.table import ObservationTable
@@ -73,6 +74,8 @@ class Trainer:
         Staged coupling: sends the table from integrator to merge through a file and back.
     stages : StageTimes, optional
         Takes the time of the parts of an epoch.
+    processes : Processes
+        Those of the run, joined; each computes its share of every batch.
     """
 
     def __init__(
@@ -82,7 +85,9 @@ class Trainer:
         device: torch.device,
         exchange: Callable[[IntensityTable], IntensityTable] | None = None,
         stages: StageTimes | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.stages = stages or StageTimes()
         self.problem = problem
         self.config = config
@@ -108,7 +113,9 @@ class Trainer:
                 },
             ]
         )
-        self.merge_fit = FullBatchFit(self.model.merger, config.merge)
+        self.merge_fit = FullBatchFit(self.model.merger, config.merge, processes)
+        #: Of each step of the latest training pass, all processes together [nats].
+        self.step_elbos: list[float] = []
 
     @property
     def coupled(self) -> bool:
@@ -137,6 +144,7 @@ class Trainer:
         if not self.config.training.epochs:
             for k in range(MERGES_ALONE):
                 self._merge_steps(table, k, MERGES_ALONE)
+        self.processes.copy_from_first(self.model)
         return self._result(0, began, self._full_batch_terms(table), None)
 
     def _fit_amplitudes(self, table: ObservationTable) -> None:
@@ -160,6 +168,7 @@ class Trainer:
         """One epoch of training."""
         began = time.monotonic()
         self.epoch += 1
+        self.processes.copy_random_state(self.device)
         with self.stages("training pass", self.epoch):
             gradient_norm = self._integrator_pass(progress)
         with self.stages("integration pass", self.epoch):
@@ -167,33 +176,66 @@ class Trainer:
         with self.stages("merge steps", self.epoch):
             table = self.merge_table()
             self._merge_steps(table, self.epoch - 1, self.config.training.epochs)
+            # sums in another order differ by rounding: all go on from the same numbers
+            self.processes.copy_from_first(self.model)
             terms = self._full_batch_terms(table)
         return self._result(self.epoch, began, terms, gradient_norm)
 
     def _integrator_pass(self, progress: Progress | None) -> float:
+        """Train for a pass; returns the mean norm of the gradients."""
         self._set_rates(self.integrator_optimizer)
         self.model.merger.requires_grad_(False)
         batch_size = self.config.training.batch_size
         n_batches = self.dataset.n_batches(batch_size)
+        parameters = [p for g in self.integrator_optimizer.param_groups for p in g["params"]]
         # fetched once: a number asked for in a step would make the host wait for the device
         norms: list[Tensor] = []
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        totals = dict.fromkeys(("nll", "kl_profile", "kl_background"), zero)
-        for k, batch in enumerate(self.batches(batch_size, self.generator)):
+        elbos: list[Tensor] = []
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        batches = self.batches(batch_size, self.generator, self.processes)
+        for k, batch in enumerate(batches):
             self.model.zero_grad(set_to_none=True)
-            # the ELBO is a sum: parts of a batch add up to its gradient
-            for part in self._parts(batch):
-                terms, _ = self.model.joint_terms(part, coupled=self.coupled)
-                (-terms.elbo / len(batch)).backward()
-                totals = {k: v + getattr(terms, k).detach() for k, v in totals.items()}
-            parameters = [p for g in self.integrator_optimizer.param_groups for p in g["params"]]
+            n_rows = min(batch_size, len(self.dataset) - k * batch_size)
+            elbo, sums = self._add_gradients(batch, n_rows)
+            self.processes.add_up_gradients(parameters, [elbo])
+            totals += sums
+            elbos.append(elbo)
             norms.append(torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP))
             self.integrator_optimizer.step()
             if progress is not None:
                 progress(k + 1, n_batches)
         self.model.merger.requires_grad_(True)
-        self._integration = {name: float(value) for name, value in totals.items()}
+        self.processes.add_up([totals])
+        names = ("nll", "kl_profile", "kl_background")
+        self._integration = dict(zip(names, totals.tolist(), strict=True))
+        self.step_elbos = torch.stack(elbos).tolist() if elbos else []
         return sum(torch.stack(norms).tolist()) / len(norms) if norms else 0.0
+
+    def _add_gradients(self, batch: ShoeboxBatch, n_rows: int) -> tuple[Tensor, Tensor]:
+        """Add the gradients of this process' share of a batch of ``n_rows`` boxes.
+
+        Returns
+        -------
+        elbo : Tensor, ()
+        sums : Tensor, (3,)
+            Negative log-likelihood of the pixels, divergences of profile and background.
+        """
+        # all processes draw for the whole batch, so that their number changes nothing
+        shape = n_rows, self.model.integrator.profile.n_latent
+        noise = torch.randn(shape, device=self.device)[self.processes.share(n_rows)]
+        elbo = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        first = 0
+        # the ELBO is a sum: parts of a batch add up to its gradient
+        for part in self._parts(batch):
+            own = noise[first : first + len(part)]
+            first += len(part)
+            terms, _ = self.model.joint_terms(part, coupled=self.coupled, noise=own)
+            (-terms.elbo / n_rows).backward()
+            elbo = elbo + terms.elbo.detach()
+            own_sums = (terms.nll, terms.kl_profile, terms.kl_background)
+            sums = sums + torch.stack([value.detach() for value in own_sums])
+        return elbo, sums
 
     def _merge_steps(self, table: ObservationTable, number: int, n_fits: int) -> None:
         """Take the steps of one of the ``n_fits`` fits of the merge."""
@@ -233,7 +275,7 @@ class Trainer:
         columns = self._empty_columns()
         batch_size = self.config.training.batch_size
         n_batches = self.dataset.n_batches(batch_size)
-        for k, batch in enumerate(self.batches(batch_size)):
+        for k, batch in enumerate(self.batches(batch_size, None, self.processes)):
             for part in self._parts(batch):
                 _, table = self.model.integrate(
                     part, sample=False, use_expected=self.coupled and self.epoch > 0
@@ -241,12 +283,14 @@ class Trainer:
                 collect(columns, table)
             if progress is not None:
                 progress(k + 1, n_batches)
+        rows = self.dataset.rows_of_batches(batch_size, None, self.processes)
+        self.processes.put_together(columns, torch.cat(rows))
         return self._assemble({name: values.cpu() for name, values in columns.items()})
 
     def _parts(self, batch: ShoeboxBatch) -> Iterator[ShoeboxBatch]:
         """Parts of a batch that the device works on at once."""
         if self.device.type != "cpu":
-            yield batch
+            yield from [batch] if len(batch) else []
             return
         for first in range(0, len(batch), CPU_ROWS):
             yield batch[slice(first, first + CPU_ROWS)]

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.scale.term import ScaleTerm, log_ratio, parts, start_unseen_groups
+from braggflux.merge.scale.term import (
+    AddUp,
+    ScaleTerm,
+    keep_sums,
+    log_ratio,
+    parts,
+    start_unseen_groups,
+)
 
 #: Start of the learned standard deviations of flicker and drift, in the log.
 START_SD = 0.03
@@ -275,7 +282,7 @@ class FrameScale(ScaleTerm):
         return (self.log_frame_scale,) if self.log_frame_scale.requires_grad else ()
 
     @torch.no_grad()
-    def newton_step(self, batch: Batch, information: Tensor) -> None:
+    def newton_step(self, batch: Batch, information: Tensor, add_up: AddUp = keep_sums) -> None:
         """Move the frames' scales by their gradients over their information.
 
         That of a frame is ``sum_i w_i p_if``, with the share p of the frame in the scale of the
@@ -291,6 +298,7 @@ class FrameScale(ScaleTerm):
         bound = torch.zeros_like(self.log_frame_scale)
         bound.index_add_(0, frame.flatten(), (information[:, None] * share).flatten())
         bound = bound + batch.share * self._prior_bound()
+        add_up([bound])
         change = self.log_frame_scale.grad / bound
         self.log_frame_scale.sub_(DAMPING * change.clamp(-MAX_STEP, MAX_STEP))
 
