@@ -159,5 +159,9 @@ def test_printed_page_is_light(browser, page_file):
     pdf = page.pdf(format="A4")
     assert pdf.startswith(b"%PDF")
     page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    for place, name in (("body", "backgroundColor"), ("section", "backgroundColor")):
+        shown = page.evaluate(f"getComputedStyle(document.querySelector('{place}')).{name}")
+        assert shown == "rgb(255, 255, 255)"
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert sum(map(int, ink[4:-1].split(","))) < 200
     page.context.close()

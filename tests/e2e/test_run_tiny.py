@@ -272,6 +272,18 @@ def test_statistics_have_shells_and_a_total(straight):
     assert wanted <= set(rows[0])
 
 
+def test_examples_are_rows_of_the_intensities(straight):
+    table = read_intensities(straight.intensities)
+    with np.load(straight.shoebox_examples) as examples:
+        rows, hkl, kind = examples["row"], examples["miller_index"], examples["kind"]
+        np.testing.assert_array_equal(table.metadata.miller_index[rows].numpy(), hkl)
+        np.testing.assert_allclose(table.intensity[rows], examples["intensity"], rtol=0.02, atol=2)
+        z = np.abs(examples["z_to_mates"][kind == "mates"])
+        assert (np.diff(z) <= 0).all(), "the worst comes first"
+        assert z.min() > np.abs(examples["z_to_mates"][kind == "sample"]).mean()
+    assert set(kind) == {"sample", "mates"}, "no DIALS in this run"
+
+
 def test_report_shows_the_peaks(straight):
     page = straight.report.read_text(encoding="utf-8")
     assert "IOD 204" in page

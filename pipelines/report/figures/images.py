@@ -37,7 +37,8 @@ def image_statistics(source: DataSource) -> dict[str, ImageStatistics]:
     if source.is_merge:
         own = read_image_statistics(source.files.path / IMAGES, source.name)
         if own is None:
-            raise NoDataError(f"{IMAGES} is not there: only a merge in memory writes it")
+            of = f" of {source.name}" if source.name else ""
+            raise NoDataError(f"no {IMAGES}{of}: only a merge in memory writes it")
         return {OURS: own}
     found = source.by_program("observations")
     return {name: _of(observations, source) for name, observations in found.items()}
