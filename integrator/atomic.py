@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,34 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def require_room(path: str | Path, n_bytes: float, what: str) -> None:
+    """Refuse to begin with a file that the disk has no room for.
+
+    Parameters
+    ----------
+    path : str or Path
+        The file to write.
+    n_bytes : float
+        That it will need at least.
+    what : str
+        That needs them, for the message.
+
+    Raises
+    ------
+    UserError
+    """
+    folder = Path(path).absolute().parent
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # writing will say what is wrong with the folder
+        return
+    if free < n_bytes:
+        raise UserError(
+            f"{what} need about {n_bytes / 1e9:.3g} GB, {folder} has {free / 1e9:.3g} GB free; "
+            "make room, choose another --out, or a coarser --d-min"
+        )
 
 
 def remove_leftovers(folder: Path) -> None:

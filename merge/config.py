@@ -140,8 +140,8 @@ class MergeConfig:
         positive = ("b_factor_spacing_deg", "drift_spacing_deg")
         for name in ("d_min", "dof", "learning_rate", "network_learning_rate", *positive):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive, got {value}")
+            if value is not None and not 0 < value <= MOST:
+                raise ValueError(f"`{name}` must be positive and at most {MOST}, got {value}")
         least = {"n_correlation_shells": 1, "n_wilson_knots": 2, "n_spectrum_knots": 2}
         least |= {"network_width": 0, "network_depth": 1, "embedding_size": 1, "epochs": 1}
         least |= {

@@ -26,7 +26,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief
+from braggflux.integrator.memory import limit_memory
 from braggflux.pipelines.config import schema
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.provenance import package_version
@@ -47,6 +48,8 @@ COMMANDS = (
     "config",
 )
 EXIT_USER_ERROR = 2
+#: What torch says, whose error is of no kind of its own on the CPU.
+_NO_MEMORY = r"can't allocate memory|out of memory"
 EXIT_INTERRUPTED = 130
 
 logger = logging.getLogger(__name__)
@@ -80,6 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.add_argument("-v", "--verbose", action="store_true", help="more messages")
+        command.add_argument(
+            "--max-memory",
+            type=float,
+            metavar="GB",
+            help="end in one line rather than take more memory [a number; default all there is]",
+        )
         module.add_arguments(command)
         flags = re.findall(r"--[a-z][a-z-]*", command.format_usage())
         command.set_defaults(run=module.run, flags=flags)
@@ -116,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         log.configure(verbose=args.verbose)
+        if args.max_memory is not None:
+            limit_memory(args.max_memory)
         args.run(args)
     except UserError as error:
         return _fail(str(error))
@@ -127,6 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             return _fail(f"{error.strerror or error}; check free space and permissions")
         return _fail(f"{error.filename}: {error.strerror}; check the path, space and permissions")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
+            raise
+        return _fail(
+            f"out of memory ({brief(error)}); end other programs, take a smaller "
+            "--set training.batch_size= (run) or --set stream_above= (merge), or another machine"
+        )
     except KeyboardInterrupt:
         _fail("interrupted; give the same command with --resume to go on (run, process)")
         return EXIT_INTERRUPTED

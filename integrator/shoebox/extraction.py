@@ -19,6 +19,7 @@ from braggflux.integrator.io.dials import DialsFlag, ReflectionTable, place_on_s
 from braggflux.integrator.io.dials.sweeps import images_of, require_distinct, sweeps_of
 from braggflux.integrator.io.images import FrameSource, open_transient_frames
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.memory import available_bytes
 from braggflux.integrator.prediction.predict import (
     Prediction,
     detector_limit,
@@ -149,16 +150,20 @@ def run_extraction(
 
 @contextmanager
 def _in_memory(experiments: Sequence[Experiment]) -> Iterator[None]:
-    """Say what frames need when the memory does not suffice."""
+    """Say what frames need when the memory does not suffice, before if possible."""
+    n = max(sum(p.image_size[0] * p.image_size[1] for p in e.panels) for e in experiments)
+    needed, left = n * BYTES_PER_PIXEL, available_bytes()
+    message = (
+        f"not enough memory: frames of {n / 1e6:.1f} megapixels need about {needed / 1e9:.2g} GB "
+        f"beside half a GB for the program, {left / 1e9:.2g} GB are free; end other programs, "
+        "give more with --max-memory, or take a machine with more"
+    )
+    if needed > left:
+        raise UserError(message)
     try:
         yield
     except MemoryError as error:
-        n = max(sum(p.image_size[0] * p.image_size[1] for p in e.panels) for e in experiments)
-        raise UserError(
-            f"not enough memory: frames of {n / 1e6:.1f} megapixels need about "
-            f"{n * BYTES_PER_PIXEL / 1e9:.2g} GB beside half a GB for the program; end other "
-            "programs, or take a machine with more"
-        ) from error
+        raise UserError(message) from error
 
 
 def is_full_set(table: ReflectionTable) -> bool:

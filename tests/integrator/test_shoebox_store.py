@@ -1,5 +1,6 @@
 """The store: round trip, order, cache, refusal of foreign files; minibatches and the split."""
 
+import shutil
 from dataclasses import fields
 
 import h5py
@@ -184,3 +185,17 @@ def test_an_epoch_has_every_row_once_and_follows_its_seed(written, byte_limit):
         assert not torch.equal(first, epoch(1))
         in_order = torch.cat([b.metadata.refl_row for b in dataset.batches(500)])
         torch.testing.assert_close(in_order, expected)
+
+
+def test_no_store_is_begun_without_room(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
+    shape = (N, *BOX)
+    write(tmp_path / "fits.h5", np.zeros(shape, np.int32), np.ones(shape, np.uint8))
+    message = r"1000000 shoeboxes need about .* GB, .* has 0.01 GB free; make room"
+    with (
+        pytest.raises(UserError, match=message),
+        writing_store(tmp_path / "a.h5", 1_000_000, BOX, np.dtype(np.uint16)),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["fits.h5"]

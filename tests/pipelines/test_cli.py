@@ -120,6 +120,8 @@ def test_a_mistake_has_no_traceback_in_a_new_process(tmp_path):
         (UserError("one\n  two"), 2, "one two"),
         (PermissionError(13, "Permission denied", "/x/y"), 2, "/x/y: Permission denied; check"),
         (OSError(28, "No space left on device"), 2, "No space left on device; check free space"),
+        (MemoryError(), 2, "out of memory (MemoryError); end other programs"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "training.batch_size"),
         (KeyboardInterrupt(), 130, "--resume"),
     ],
 )

@@ -173,6 +173,8 @@ def _decode(document: Block, path: Path) -> list[Experiment]:
         for name, (attribute, decode, _) in _MODELS.items():
             if (found := model(entry, name, decode)) is not None:
                 values[attribute] = found
+        for name in _PASSED_THROUGH:
+            model(entry, name, dict)  # only that it is there
         for name in ("beam", "panels"):
             if name not in values:
                 raise ValueError(
