@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from braggflux.integrator.config import IntegratorConfig
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
+from braggflux.integrator.io.schema import converted
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.model.integrator import Integrator
 from braggflux.integrator.model.profile import ProfileModel
@@ -107,13 +108,12 @@ class SavedIntegrator:
             raise UserError(
                 f"{path} is no integrator of version {VERSION} of its format; {REMEDY}"
             )
-        try:
-            given: dict[str, Any] = {f.name: content[f.name] for f in fields(cls)}
-        except KeyError as error:
-            raise UserError(f"{path} lacks {error}; {REMEDY}") from error
-        for name in ("box", "sigma", "pixel_size_mm"):
-            given[name] = tuple(given[name])
-        return cls(**given)
+        with reading(path, REMEDY):
+            saved = converted({f.name: content[f.name] for f in fields(cls)}, cls)
+            sizes = (*saved.box, *saved.sigma, *saved.pixel_size_mm)
+            if not all(0.0 < size < 1e6 for size in sizes):
+                raise ValueError(f"its box, spot and pixels are {sizes}")
+            return saved
 
     def require_settings(
         self, config: IntegratorConfig, box: tuple[int, int, int] | None, source: Path
@@ -172,7 +172,8 @@ class SavedIntegrator:
         Its features of the detector are scaled as in training; those of the scan by its own.
         """
         scan = integrator.features.centre[2].clone(), integrator.features.half_range[2].clone()
-        missing, unknown = integrator.load_state_dict(self.state, strict=False)
+        with reading("the integrator that was given", REMEDY):
+            missing, unknown = integrator.load_state_dict(self.state, strict=False)
         if unknown or any(name.startswith(_SHARED) for name in missing):
             names = ", ".join(unknown or missing)
             raise UserError(f"the integrator has other parameters ({names}); {REMEDY}")

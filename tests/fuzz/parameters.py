@@ -14,6 +14,9 @@ from edits import Edit, byte_edits, edited_bytes, edited_tree, tree_edits
 from readers import Paths, Reader, n_edits
 
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.model.build import build_integrator
+from braggflux.integrator.model.integrator import Integrator
+from braggflux.integrator.model.saved_integrator import SavedIntegrator, pixel_size
 from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.io.read import read_table
@@ -71,6 +74,35 @@ class Checkpoint(_Torch):
         if not isinstance(self.trainer.epoch, int) or self.trainer.epoch < 0:
             wrong.append(f"epoch {self.trainer.epoch}")
         return wrong
+
+
+class TrainedIntegrator(_Torch):
+    """Integrator of a finished run, given to another."""
+
+    name, seed = "integrator", "integrator.pt"
+
+    @cached_property
+    def store(self) -> ShoeboxStore:
+        """Boxes of the other run."""
+        return ShoeboxStore.open(seeds.folder() / "shoeboxes.h5")
+
+    @cached_property
+    def integrator(self) -> Integrator:
+        """The other run's integrator."""
+        return build_integrator(self.store, RunConfig().integrator)
+
+    @cached_property
+    def path(self) -> Path:
+        path = seeds.folder() / self.seed
+        SavedIntegrator.of(self.integrator, self.store, 1).write(path)
+        return path
+
+    def read(self, paths: Paths) -> list[str]:
+        saved = SavedIntegrator.read(paths[0])
+        saved.require_settings(RunConfig().integrator, None, paths[0])
+        saved.require_pixels(pixel_size(self.store), paths[0])
+        saved.give_to(self.integrator)
+        return possible.finite(self.integrator.state_dict())
 
 
 class ScaleModel(_Torch):

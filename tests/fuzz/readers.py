@@ -386,8 +386,8 @@ class Unmerged(_Hdf5):
 @cache
 def readers() -> tuple[Reader, ...]:
     """All of them."""
-    from parameters import Checkpoint, ScaleModel
+    from parameters import Checkpoint, ScaleModel, TrainedIntegrator
 
     kinds = (ExperimentList, SweepOfList, Table, Mtz, Stream, Xds, Settings, Master, FrameData)
     stores = (Shoeboxes, ShoeboxesOfRun, PhotonCounts, Unmerged)
-    return tuple(kind() for kind in (*kinds, *stores, Checkpoint, ScaleModel))
+    return tuple(kind() for kind in (*kinds, *stores, Checkpoint, ScaleModel, TrainedIntegrator))
