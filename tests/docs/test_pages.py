@@ -12,6 +12,10 @@ import pytest
 import reference_pages  # of docs/site
 import yaml
 
+from braggflux.integrator.io import intensity_file, shoebox_store
+from braggflux.integrator.model import saved_integrator
+from braggflux.merge.io.stores import unmerged_store
+from braggflux.merge.model import saved_scale
 from braggflux.pipelines.config import schema
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.report.verdict import LEVELS
@@ -147,6 +151,14 @@ def test_levels_are_those_of_the_verdict():
         assert row, judged.subject
         assert (level(row[1]), level(row[2])) == (judged.good, judged.fair), judged.subject
         assert ("at least" in row[1]) == (judged.good > judged.fair)
+
+
+def test_versions_of_formats_are_those_that_are_written():
+    page = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    for module in (intensity_file, shoebox_store, unmerged_store, saved_scale, saved_integrator):
+        row = re.search(rf"^\|[^|]*\| `{module.FORMAT}`[^|]*\| (\d+) \|", page, re.MULTILINE)
+        assert row, module.FORMAT
+        assert int(row[1]) == module.VERSION, module.FORMAT
 
 
 def test_generated_pages_have_what_the_program_has():
