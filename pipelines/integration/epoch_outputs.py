@@ -79,19 +79,20 @@ class EpochWriter:
     def _write_files(self, own: RunDirectory, merged: MergedDataset, epoch: int) -> None:
         path = own.epoch_mtz(epoch)
         path.parent.mkdir(exist_ok=True)
-        labels = self._labels(own)
+        labels = labels_of(self.trainer, own.dataset)
         coupling = self.trainer.config.training.coupling
         made_by = f"run, coupling {coupling}, epoch {epoch}"
         write_merged(path, merged, labels, made_by, self.free)
         write_half_sets(own.half_sets, merged, labels, made_by)
 
-    def _labels(self, own: RunDirectory) -> DatasetLabels:
-        expt = self.trainer.config.expt
-        name = own.dataset or ("" if expt is None else expt.stem)
-        names = DatasetNames(dataset=name or DatasetNames().dataset)
-        wavelength = self.trainer.problem.wavelength(own.dataset)
-        title = f"{name}: integrated and merged by braggflux"[:MAX_TITLE]
-        return DatasetLabels(names, title, wavelength)
+
+def labels_of(trainer: Trainer, dataset: str) -> DatasetLabels:
+    """Name, title and wavelength of a data set; its name is that of its EXPT."""
+    expt = trainer.config.expt
+    name = dataset or ("" if expt is None else expt.stem)
+    names = DatasetNames(dataset=name or DatasetNames().dataset)
+    title = f"{name}: integrated and merged by braggflux"[:MAX_TITLE]
+    return DatasetLabels(names, title, trainer.problem.wavelength(dataset))
 
 
 def _of_training(result: EpochResult) -> dict[str, Any]:

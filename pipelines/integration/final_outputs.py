@@ -25,8 +25,10 @@ from braggflux.merge.io.mtz import UnmergedTable, write_unmerged_mtz
 from braggflux.merge.output.amplitudes import fresh_crystal_factor, used_observations
 from braggflux.pipelines.config.run import DataSetFiles
 from braggflux.pipelines.integration.data_sets import sweeps_of_set
+from braggflux.pipelines.integration.epoch_outputs import labels_of
 from braggflux.pipelines.integration.spot_measures import SpotMeasures, measure_spots
 from braggflux.pipelines.integration.trainer import Trainer
+from braggflux.pipelines.workspace.merged_files import first_line
 
 
 def integrated_reflections(trainer: Trainer) -> ReflectionTable:
@@ -214,5 +216,6 @@ def write_unmerged(trainer: Trainer, path: Path, dataset: int, files: DataSetFil
         sweeps_of(read_experiments(files.expt)),
         cell=problem.asus[dataset].cell,
         space_group=problem.asus[dataset].space_group,
-        history=["scaled by braggflux; sigmas of outliers are enlarged"],
+        history=[first_line("run"), "scaled; free of a prior; sigmas of outliers are enlarged"],
+        labels=labels_of(trainer, files.name),
     )

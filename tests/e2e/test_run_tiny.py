@@ -207,6 +207,10 @@ def test_integrated_photons_are_the_true_photons(straight, tiny):
 def test_unmerged_observations_agree_with_the_merged(straight, rs):
     unmerged = rs.read_mtz(str(straight.path / "unmerged.mtz"))
     assert not unmerged.merged
+    ours = [gemmi.read_mtz_file(str(p)) for p in (straight.unmerged, straight.merged)]
+    names = [[(d.dataset_name, d.crystal_name, d.project_name) for d in m.datasets] for m in ours]
+    assert names[0] == names[1] == [("tiny", "crystal", "braggflux")]
+    assert {mtz.title for mtz in ours} == {"tiny: integrated and merged by braggflux"}
     kinds = {label: unmerged.dtypes[label].mtztype for label in ("I", "SIGI", "BATCH")}
     assert kinds == {"I": "J", "SIGI": "Q", "BATCH": "B"}
     asu = unmerged.hkl_to_asu()

@@ -15,6 +15,7 @@ from braggflux.integrator.atomic import replacing
 from braggflux.integrator.crystal.geometry import Crystal, Experiment
 from braggflux.integrator.crystal.symmetry import to_asu
 from braggflux.integrator.errors import UserError, reading
+from braggflux.merge.io.dataset_labels import DatasetLabels, DatasetNames
 
 Array = NDArray[np.float64]
 
@@ -138,6 +139,7 @@ def write_unmerged_mtz(
     cell: gemmi.UnitCell | None = None,
     space_group: gemmi.SpaceGroup | None = None,
     history: Sequence[str] = (),
+    labels: DatasetLabels = DatasetLabels(),  # noqa: B008 - immutable
 ) -> None:
     """Write ``H K L M/ISYM BATCH I SIGI [SCALEUSED] XDET YDET ROT LP`` and one batch per image.
 
@@ -153,6 +155,9 @@ def write_unmerged_mtz(
         Instead of those of the first crystal.
     history : sequence of str
         Lines of at most 80 characters; longer ones are cut.
+    labels : DatasetLabels
+        Title and names; a further wavelength is a further data set, with its number behind the
+        name.
 
     Raises
     ------
@@ -167,7 +172,8 @@ def write_unmerged_mtz(
         )
     crystal = experiments[0].crystal
     mtz = gemmi.Mtz()
-    dataset_of = _add_datasets(mtz, [e.beam.wavelength for e in experiments])
+    mtz.title = labels.title
+    dataset_of = _add_datasets(mtz, [e.beam.wavelength for e in experiments], labels.names)
     mtz.spacegroup = space_group or crystal.space_group
     mtz.set_cell_for_all(cell or crystal.unit_cell)
     offsets = batch_offsets(experiments)
@@ -219,7 +225,7 @@ def _columns(
     ]
 
 
-def _add_datasets(mtz: gemmi.Mtz, wavelengths: Sequence[float]) -> list[int]:
+def _add_datasets(mtz: gemmi.Mtz, wavelengths: Sequence[float], names: DatasetNames) -> list[int]:
     """One data set per distinct wavelength; the data-set id of each sweep."""
     distinct: list[float] = []
     ids = []
@@ -228,8 +234,9 @@ def _add_datasets(mtz: gemmi.Mtz, wavelengths: Sequence[float]) -> list[int]:
         if not match:
             match = [len(distinct)]
             distinct.append(wavelength)
-            dataset = mtz.add_dataset(f"dataset{len(distinct)}")
-            dataset.project_name, dataset.crystal_name = "braggflux", "crystal"
+            number = len(distinct) if len(distinct) > 1 else ""
+            dataset = mtz.add_dataset(f"{names.dataset}{number}")
+            dataset.project_name, dataset.crystal_name = names.project, names.crystal
             dataset.id, dataset.wavelength = len(distinct), wavelength
         ids.append(match[0] + 1)
     return ids
