@@ -57,7 +57,7 @@ def map_sections(density: DifferenceMap, model: AnomalousModel, label: str | Non
     figure = _figure(9.6, 3.4)
     reach = STEP * (POINTS // 2)
     line = np.linspace(-reach, reach, POINTS)
-    limit = max(5.0, 0.6 * float(cube.max()))
+    limit = max(5.0, float(cube.max()))
     middle = POINTS // 2
     sections: dict[tuple[str, str], Any] = {
         ("x", "y"): cube[:, :, middle],
@@ -66,9 +66,8 @@ def map_sections(density: DifferenceMap, model: AnomalousModel, label: str | Non
     }
     for axes, ((across, up), values) in zip(figure.subplots(1, 3), sections.items(), strict=True):
         extent = (-reach, reach, -reach, reach)
-        image = axes.imshow(
-            *(values.T,), origin="lower", extent=extent, cmap="RdBu_r", vmin=-limit, vmax=limit
-        )
+        shown = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit, "interpolation": "bicubic"}
+        image = axes.imshow(values.T, origin="lower", extent=extent, **shown)
         levels = sorted([-x for x in LEVELS] + list(LEVELS))
         axes.contour(line, line, values.T, levels=levels, colors="#222222", linewidths=0.7)
         axes.set(xlabel=f"{across} [Å]", ylabel=f"{up} [Å]")
@@ -81,8 +80,10 @@ def peaks_by_epoch(peaks: pandas.DataFrame) -> Figure:
     """Draw the strongest sites per epoch, the reference dashed."""
     names = peaks["chain"] + "/" + peaks["residue"] + peaks["seqid"].astype(str)
     names = names + ":" + peaks["atom"]
-    epochs = peaks[peaks["epoch"] != REFERENCE].assign(site=names)
-    reference = peaks[peaks["epoch"] == REFERENCE].assign(site=names)
+    # before rows are chosen: pandas fills up a table without rows
+    named = peaks.assign(site=names)
+    is_reference = named["epoch"] == REFERENCE
+    epochs, reference = named[~is_reference], named[is_reference]
     figure = _figure(7.2, 3.8)
     axes = figure.subplots()
     last = epochs[epochs["epoch"] == epochs["epoch"].max()]
@@ -94,7 +95,7 @@ def peaks_by_epoch(peaks: pandas.DataFrame) -> Figure:
     title = "dashed: " + REFERENCE if len(reference) else None
     axes.set(xlabel="epoch", ylabel="peak height [sigma of the map]")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(title=title, frameon=False)
+    axes.legend(title=title, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -104,14 +105,18 @@ def statistics_by_shell(statistics: pandas.DataFrame) -> Figure:
     x = shells["d_min"].astype(float) ** -2
     figure = _figure(8.4, 3.2)
     left, right = figure.subplots(1, 2)
+    lowest = 0.0
     for name, label in (("cc_half", "CC1/2"), ("cc_anom", "CCanom")):
-        left.plot(x, shells[name].astype(float), "o-", markersize=4, label=label)
-    left.set(ylabel="half-set correlation", ylim=(None, 1.02))
+        values = shells[name].astype(float)
+        if values.notna().any():
+            left.plot(x, values, "o-", markersize=4, label=label)
+            lowest = min(lowest, float(values.min()) - 0.05)
+    left.set(ylabel="half-set correlation", ylim=(lowest, 1.05))
     left.legend(frameon=False)
     right.plot(x, shells["i_over_sigma"].astype(float), "o-", markersize=4)
     right.set(ylabel="mean I / sigma", ylim=(0, None))
     ticks = x.iloc[:: max(1, len(x) // 5)]
     for axes in (left, right):
         axes.set_xticks(ticks, [f"{t**-0.5:.2f}" for t in ticks])
-        axes.set_xlabel("resolution [Å]")
+        axes.set(xlabel="resolution [Å]", xlim=(0.95 * x.min(), 1.02 * x.max()))
     return figure

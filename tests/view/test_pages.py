@@ -124,6 +124,9 @@ def test_tables_and_words_of_a_run(tiny):
     assert repr(merged).endswith("P 43 21 2, to 2.68 A>")
     assert "epoch 1, finished" in repr(run)
     assert f"{found['peak_sigma'][0]:.2f} sigma" in run._repr_html_()
+    [axes] = run.plot_peaks().axes
+    assert len(axes.lines) == 6
+    assert axes.get_legend().get_title().get_text() == ""  # no reference
     with pytest.raises(UserError, match="run of one data set, which has no name; got 'dark'"):
         Run(tiny.path, "dark")
     with pytest.raises(UserError, match=r"no site 'A/X' in the model; there are A/CYS6:SG"):
