@@ -223,6 +223,7 @@ def _tables(source: DataSource) -> dict[str, Any]:
     return {
         "table_one": {"header": header, "rows": rows},
         "basis": scores.basis,
+        "both": len(scores.rows) > 1,
         "table_reason": scores.reason,
         "shells": shells,
         "shell_header": ["resolution [Å]", *(title for title, _ in SHELL_COLUMNS.values())],

@@ -30,8 +30,9 @@ def describe(
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     found = sorted({*folder.glob("merged.mtz"), *folder.glob("*_merged.mtz")})
     stems = [path.name.removesuffix("merged.mtz").removesuffix("_") for path in found]
+    is_still, model = bool(config.get("stills")), model or _model(record)
     sources = [
-        DataSource(RunDirectory(folder, stem), stem, True, model or _model(record), reference)
+        DataSource(RunDirectory(folder, stem), stem, True, model, reference, is_still=is_still)
         for stem in stems
     ]
     head = {

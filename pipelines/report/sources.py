@@ -83,6 +83,8 @@ class DataSource:
         Atomic model; merged MTZ of DIALS.
     notes : dict of str to str
         Why something is missing.
+    is_still : bool
+        Of stills: single observations are partial, R factors of them say little.
     """
 
     files: RunDirectory
@@ -91,6 +93,7 @@ class DataSource:
     model: Path | None = None
     reference: Path | None = None
     notes: dict[str, str] = field(default_factory=dict)
+    is_still: bool = False
     answers: dict[Callable[..., Any], Any] = field(default_factory=dict, repr=False)
 
     def once(self, function: Callable[[DataSource], T]) -> T:

@@ -78,6 +78,13 @@ LEVELS = (
         "weights and maps that use SIGF suffer: look at the calibration below",
     ),
 )
+#: In place of those of rotation data, by their key.
+OF_STILLS = {
+    "r_merge": Level(
+        *("Inner shell", 0, "r_split", "R_split {:.3f}", 0.10, 0.20),
+        "more images, a better detector geometry, or another indexing",
+    )
+}
 
 
 def verdict(source: DataSource) -> list[Finding]:
@@ -114,7 +121,8 @@ def _of_levels(source: DataSource) -> list[Finding]:
         rows = source.once(score).rows[OURS]
     except NoDataError as reason:
         return [Finding(UNKNOWN, "Statistics", str(reason), "", "")]
-    return [_judged(level, rows[level.row]) for level in LEVELS]
+    levels = [OF_STILLS.get(level.key, level) if source.is_still else level for level in LEVELS]
+    return [_judged(level, rows[level.row]) for level in levels]
 
 
 def _judged(level: Level, row: Row) -> Finding:
@@ -166,9 +174,8 @@ def _peaks(source: DataSource) -> Finding | None:
         state = state_of(ours / theirs, 0.97, 0.9)
         levels = "sum ≥ 0.97 × DIALS good, 0.9 fair"
     else:
-        lowest = min(heights[OURS] for _, heights in sites)
-        state = state_of(lowest, 6.0, 4.5)
-        levels = "third site ≥ 6 σ good, 4.5 fair"
+        state = state_of(sites[0][1][OURS], 6.0, 4.5)
+        levels = "highest site ≥ 6 σ good, 4.5 fair"
     advice = "" if state == GOOD else "check the model's sites, the wavelength and the resolution"
     return Finding(state, "Anomalous peaks", words, levels, advice)
 

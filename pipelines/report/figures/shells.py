@@ -37,11 +37,7 @@ def by_resolution(source: DataSource) -> list[Panel]:
     return [
         _panel(source.once(score), *entry)
         for entry in PANELS
-        if any(
-            row.get(entry[0]) is not None
-            for rows in source.once(score).rows.values()
-            for row in rows
-        )
+        if any(row.get(entry[0]) for rows in source.once(score).rows.values() for row in rows)
     ]
 
 
