@@ -86,6 +86,8 @@ class OnDevice(TorchDispatchMode):
         Copies of tensors to the device, the same way.
     n_operators : int
         On tensors of the device.
+    n_bytes : int
+        Of the results of operators, those that are views or changed in place left out.
     """
 
     def __init__(self) -> None:
@@ -93,6 +95,7 @@ class OnDevice(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
         self.n_operators = 0
+        self.n_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -100,6 +103,9 @@ class OnDevice(TorchDispatchMode):
         out = _compute(func, args, kwargs)
         is_tagged = is_tagged or any(isinstance(x, Tagged) for x in tree_leaves(out))
         self.n_operators += is_tagged
+        if is_tagged and not func.is_view and not func._schema.is_mutable:
+            made = [x for x in tree_leaves(out) if isinstance(x, Tagged)]
+            self.n_bytes += sum(x.numel() * x.element_size() for x in made)
         if is_tagged and _waits(func, args, kwargs, out):
             self.waits[f"{func} {_line_of_ours()}"] += 1
         elif func is aten._to_copy.default and isinstance(out, Tagged):

@@ -58,8 +58,16 @@ def run(args: argparse.Namespace) -> None:
         fixed["dials.has_reference"] = False
     config = config_from_args(RunConfig, args, FLAGS, fixed)
 
+    from braggflux.integrator.errors import UserError
+    from braggflux.integrator.processes import Processes
     from braggflux.pipelines.config.run_settings import say_idle_of_run
     from braggflux.pipelines.dials.process import process
+
+    if (size := Processes.of_environment().size) > 1:
+        raise UserError(
+            f"torchrun started {size} processes, and DIALS' geometry is work of one: give the raw "
+            "images to `braggflux process` alone, or its refined.expt and refined.refl to `run`"
+        )
 
     say_idle_of_run(config, is_process=True)
     process(config, resume=args.resume, truth=args.truth)

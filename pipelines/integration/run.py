@@ -110,31 +110,36 @@ def _prepare(
             directory.note("integrator", text)
         logger.info("the integrator %s", text)
     with stages("extraction"):
-        if processes.is_first:
-            _shoeboxes(directory, config, saved).close()
+        store = _shoeboxes(directory, config, saved) if processes.is_first else None
         processes.wait()
-        store = ShoeboxStore.open(directory.shoeboxes)
+        if store is None:
+            store = ShoeboxStore.open(directory.shoeboxes)
     with stages("start of the models"):
         problem = build(store, config, saved)
     anomalous: list[AnomalousModel] = []
-    if not processes.is_first:
-        pass
-    elif reason := why_no_peaks(config):
-        directory.note("peaks", reason)
-    else:
-        anomalous = [
-            AnomalousModel(config.model, asu.cell, asu.space_group, asu.d_min)
-            for asu in problem.asus
-        ]
-        if anomalous[0].why_no_sites:
-            directory.note("peaks", anomalous[0].why_no_sites)
     if processes.is_first:
+        anomalous = _anomalous_models(directory, config, problem)
         _write_reference(directory, config)
     is_staged = config.training.coupling == "staged"
     exchange = _exchange(directory, store, processes) if is_staged else None
     trainer = Trainer(problem, config, device, exchange, stages, processes)
     _log_problem(problem, device)
     return trainer, EpochWriter(directory, trainer, anomalous)
+
+
+def _anomalous_models(
+    directory: RunDirectory, config: RunConfig, problem: Problem
+) -> list[AnomalousModel]:
+    """Phases and sites for each data set; none, with a note, where no peaks can be had."""
+    if reason := why_no_peaks(config):
+        directory.note("peaks", reason)
+        return []
+    models = [
+        AnomalousModel(config.model, asu.cell, asu.space_group, asu.d_min) for asu in problem.asus
+    ]
+    if models[0].why_no_sites:
+        directory.note("peaks", models[0].why_no_sites)
+    return models
 
 
 def _shoeboxes(

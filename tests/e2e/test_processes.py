@@ -20,6 +20,7 @@ from braggflux.integrator import processes
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.processes import ALONE, Processes
+from braggflux.pipelines import cli
 from braggflux.pipelines.integration.epoch_outputs import EpochWriter
 from braggflux.pipelines.integration.problem import build
 from braggflux.pipelines.integration.run import restore, run
@@ -119,6 +120,12 @@ def test_two_processes_end_where_one_does(straight, configure, tmp_path, monkeyp
         columns = (np.array(m.column_with_label(label)) for m in (ours, theirs))
         np.testing.assert_allclose(*columns, rtol=1e-3, atol=1e-3, err_msg=label)
     assert len(directory.read_provenance()["sessions"]) == 3
+
+
+def test_process_is_one_process(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["process", "x_master.h5", "--out", str(tmp_path / "run")]) == 2
+    assert "torchrun started 2 processes" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
