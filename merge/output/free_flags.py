@@ -68,8 +68,10 @@ class FreeFlags:
     def history(self) -> tuple[str, ...]:
         """Lines for the history of a file."""
         of = "shells of resolution" if self.thin_shells else "mates of the lattice alike"
-        kept = "" if self.given is None else f", kept from {self.given.path.name}"
-        return (f"FreeR_flag: 0 is the test set{kept}; seed {self.seed}, {of}",)
+        lines = (f"FreeR_flag: 0 is the test set; seed {self.seed}, {of}",)
+        if self.given is None:
+            return lines
+        return (*lines, f"FreeR_flag: kept from {self.given.path.name}, extended by the seed")
 
     def check(self, cell: gemmi.UnitCell, space_group: gemmi.SpaceGroup) -> None:
         """Refuse given flags of another crystal form with a :class:`UserError`."""

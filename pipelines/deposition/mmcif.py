@@ -117,7 +117,7 @@ def _add_statistics(block: cif.Block, merged: gemmi.Mtz, rows: Sequence[Row], me
         "data_reduction_details": method,
         "details": "F: posterior mean of the amplitude; I: mean of the scaled observations, free "
         "of a prior",
-        "R_free_details": _line_of(merged, "FreeR_flag"),
+        "R_free_details": _lines_of(merged, "FreeR_flag"),
     }
     reflns |= {item: _text(overall, key) for key, (item, *_) in STATISTICS.items()}
     block.set_mmcif_category("_reflns.", {k: [v] for k, v in reflns.items()})
@@ -143,6 +143,6 @@ def _count(value: Any) -> str | None:
     return None if value is None else str(int(value))
 
 
-def _line_of(mtz: gemmi.Mtz, label: str) -> str | None:
-    """Line of the history about a column."""
-    return next((line.strip() for line in mtz.history if line.startswith(label)), None)
+def _lines_of(mtz: gemmi.Mtz, label: str) -> str | None:
+    """Lines of the history about a column."""
+    return "; ".join(line.strip() for line in mtz.history if line.startswith(label)) or None
