@@ -142,8 +142,8 @@ def test_each_data_set_has_its_files(pair, related):
     assert row["cc_half/dark"] != row["cc_half/light"]
     assert 1e-4 < row["one_minus_r2"] < 0.1
     page = related.report.read_text()
-    assert "<h3>dark</h3>" in page
-    assert "<h3>light</h3>" in page
+    assert "<h2>dark</h2>" in page
+    assert "<h2>light</h2>" in page
 
 
 @pytest.mark.slow
