@@ -76,13 +76,16 @@ def deposition_text(
         unmerged.switch_to_original_hkl()  # else those of the asymmetric unit
     files = [merged] if unmerged is None else [merged, unmerged]
     text = writer.write_cif_to_string(*files)
-    document = cif.Document()
-    block = document.add_new_block("more")
+    head, loop, reflections = text.partition("\nloop_\n_refln.")
+    document = cif.read_string(head)
+    block = document.sole_block()
+    wavelengths = block.find_values("_diffrn_radiation_wavelength.wavelength")
+    for row, wavelength in enumerate(wavelengths):
+        if float(wavelength) == 0.0:  # MTZ's way to say unknown
+            wavelengths[row] = "?"
     _add_software(block, software)
     _add_statistics(block, merged, rows, method)
-    more = document.as_string().partition("\n")[2]
-    head, loop, reflections = text.partition("\nloop_\n_refln.")
-    return f"{head}\n{more.strip()}\n{loop}{reflections}"
+    return f"{document.as_string()}{loop}{reflections}"
 
 
 def _add_software(block: cif.Block, software: Sequence[tuple[str, str | None, str]]) -> None:

@@ -16,6 +16,7 @@ import reciprocalspaceship as rs
 
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.pipelines import cli
+from braggflux.pipelines.deposition.mmcif import deposition_text
 from braggflux.pipelines.report import merge_folder
 
 DICTIONARY = Path(__file__).with_name("pdbx_subset.dic")
@@ -219,6 +220,21 @@ def test_mmcif_is_valid_and_read_back(merged, tmp_path):
     assert [s == "f" for s in status] == is_test.tolist()
     assert read.spacegroup == SPACE_GROUP
     assert read.wavelength == pytest.approx(1.1)
+
+
+def test_an_unknown_wavelength_is_no_zero(merged, tmp_path):
+    files = [gemmi.read_mtz_file(str(merged / f"{x}merged.mtz")) for x in ("", "un")]
+    for mtz in files:
+        mtz.datasets[0].wavelength = 0.0
+    for batch in files[1].batches:
+        batch.wavelength = 0.0
+    rows = [{"d_max": 40.0, "d_min": 3.5}, {"d_max": 40.0, "d_min": 3.5}]
+    text = deposition_text(*files, rows, [("braggflux", "0", "data scaling")], "by a test")
+    (tmp_path / "zero.cif").write_text(text)
+    assert complaints(tmp_path / "zero.cif") == []
+    block = gemmi.cif.read_string(text).sole_block()
+    assert list(block.find_values("_diffrn_radiation_wavelength.wavelength")) == ["?"]
+    assert list(block.find_values("_reflns.pdbx_Rpim_I_all")) == ["?"]
 
 
 def test_mmcif_has_the_statistics_and_the_method(merged):
