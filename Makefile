@@ -6,6 +6,7 @@
 #   make fuzz    damaged files to every reader: make fuzz FUZZ_CASES=1000
 #   make bench   cost of the extraction beside that of decompression
 #   make docs    the documents as a site, in build/docs
+#   make lock    requirements.lock of what .venv holds now
 #   make lint    ruff and mypy (.ci/run calls it, then the tests)
 #
 # A smaller torch for a machine without a GPU:
@@ -27,17 +28,20 @@ PYTEST_JOBS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 DEMO ?= demo
 
 BIN := $(VENV)/bin
+# The versions that the tests were last seen to pass with, by the hash of each file.
+LOCK_FITS := import platform, sys; \
+    sys.exit((sys.version_info[:2], sys.platform, platform.machine()) != ((3, 11), "linux", "x86_64"))
 STAMP := $(VENV)/.installed
 DEMO_NAME := hewl-iodide
 # The edges of the simulated detector; beyond, only its corners record anything.
 DEMO_D_MIN := 2.5
 
-.PHONY: env dials browser demo test test-fast fuzz bench lint docs reference-config
+.PHONY: env dials browser demo test test-fast fuzz bench lock lint docs reference-config
 
 env: $(STAMP)
 
 # Debian's DIALS brings dxtbx for the system Python, which the environment must then be able to see.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml requirements.lock
 	@$(MAKE) --no-print-directory dials
 	@python="$(PYTHON)"; \
 	if [ -z "$$python" ] && /usr/bin/python3 -c 'import importlib.util as u, sys; \
@@ -54,6 +58,11 @@ $(STAMP): pyproject.toml
 	    || { rm -rf "$(VENV)"; echo "make env: $$python cannot make environments; install python3-venv" >&2; exit 1; }; \
 	fi
 	"$(BIN)/python" -m pip install --quiet $(TORCH)
+	@if "$(BIN)/python" -c '$(LOCK_FITS)'; then \
+	  "$(BIN)/python" -m pip install --quiet --no-deps --require-hashes -r requirements.lock; \
+	else \
+	  echo "make env: requirements.lock is for Python 3.11 on x86-64 Linux; versions by the ranges of pyproject.toml"; \
+	fi
 	"$(BIN)/python" -m pip install --quiet --editable ".[dev,docs]"
 	@"$(BIN)/braggflux" --version
 	@touch "$@"
@@ -118,6 +127,9 @@ fuzz: $(STAMP)
 
 bench: $(STAMP)
 	"$(BIN)/python" benchmarks/extraction.py $(BENCH_ARGS)
+
+lock: $(STAMP)
+	"$(BIN)/python" .ci/lock.py > requirements.new && mv requirements.new requirements.lock
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .
