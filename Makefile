@@ -6,7 +6,7 @@
 #   make fuzz    damaged files to every reader: make fuzz FUZZ_CASES=1000
 #   make bench   cost of the extraction beside that of decompression
 #   make docs    the documents as a site, in build/docs
-#   make lock    requirements.lock of what .venv holds now
+#   make lock    .ci/requirements.lock of what .venv holds now
 #   make lint    ruff and mypy (.ci/run calls it, then the tests)
 #
 # A smaller torch for a machine without a GPU:
@@ -41,7 +41,7 @@ DEMO_D_MIN := 2.5
 env: $(STAMP)
 
 # Debian's DIALS brings dxtbx for the system Python, which the environment must then be able to see.
-$(STAMP): pyproject.toml requirements.lock
+$(STAMP): pyproject.toml .ci/requirements.lock
 	@$(MAKE) --no-print-directory dials
 	@python="$(PYTHON)"; \
 	if [ -z "$$python" ] && /usr/bin/python3 -c 'import importlib.util as u, sys; \
@@ -59,9 +59,9 @@ $(STAMP): pyproject.toml requirements.lock
 	fi
 	"$(BIN)/python" -m pip install --quiet $(TORCH)
 	@if "$(BIN)/python" -c '$(LOCK_FITS)'; then \
-	  "$(BIN)/python" -m pip install --quiet --no-deps --require-hashes -r requirements.lock; \
+	  "$(BIN)/python" -m pip install --quiet --no-deps --require-hashes -r .ci/requirements.lock; \
 	else \
-	  echo "make env: requirements.lock is for Python 3.11 on x86-64 Linux; versions by the ranges of pyproject.toml"; \
+	  echo "make env: .ci/requirements.lock is for Python 3.11 on x86-64 Linux; versions by the ranges of pyproject.toml"; \
 	fi
 	"$(BIN)/python" -m pip install --quiet --editable ".[dev,docs]"
 	@"$(BIN)/braggflux" --version
@@ -129,7 +129,7 @@ bench: $(STAMP)
 	"$(BIN)/python" benchmarks/extraction.py $(BENCH_ARGS)
 
 lock: $(STAMP)
-	"$(BIN)/python" .ci/lock.py > requirements.new && mv requirements.new requirements.lock
+	"$(BIN)/python" .ci/lock.py > .ci/requirements.new && mv .ci/requirements.new .ci/requirements.lock
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

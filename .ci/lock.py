@@ -1,6 +1,6 @@
 """Print requirements with hashes of what an environment holds beside the system's packages.
 
-    .venv/bin/python .ci/lock.py > requirements.lock
+    .venv/bin/python .ci/lock.py > .ci/requirements.lock
 
 torch is left out: which build is wanted depends on the machine (`make env TORCH=...`).
 """
