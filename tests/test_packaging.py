@@ -22,6 +22,10 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 DATA = {
     "braggflux/py.typed",
     "braggflux/pipelines/report/templates/report.html.j2",
+    "braggflux/pipelines/report/templates/report.css",
+    "braggflux/pipelines/report/vendor/plotly-cartesian.min.js",
+    "braggflux/pipelines/report/vendor/LICENSE.plotly",
+    "braggflux/pipelines/report/vendor/LICENSE.3dmol",
     "braggflux/pipelines/view/static/frames.js",
     "braggflux/pipelines/view/templates/frames.html.j2",
     "braggflux/pipelines/config/reference_full.yaml",

@@ -67,11 +67,13 @@ def peak_heights(source: DataSource) -> list[Panel]:
             own |= {"hovertemplate": f"{REFERENCE}, {name}: %{{y:.2f}}<extra></extra>"}
             traces.append(line(ends, [reference] * 2, name, f"@{k}", **own))
     axis = {"rangemode": "tozero"}
+    across = {"dtick": 1} if len(epochs) <= 15 else {}
     drawing = panel(
         "Anomalous peak heights",
         traces,
         "epoch",
         "height [σ of the map]",
+        x_axis=across,
         y_axis=axis,
         height=360,
         wide=True,
