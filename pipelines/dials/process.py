@@ -17,6 +17,7 @@ from braggflux.pipelines.integration.checks import (
     check_images,
     check_imported,
     check_input,
+    check_integrator,
     check_known_crystal,
 )
 from braggflux.pipelines.integration.run import run
@@ -58,6 +59,7 @@ def process(config: RunConfig, *, resume: bool = False, truth: Path | None = Non
     [out] = config.require("out")
     choose_device(config.training.device)
     FreeFlags.of(config.merge)  # what cannot be read is not met after DIALS' minutes
+    check_integrator(config, ())
     check_images(config.dials.images)
     check_known_crystal(config.dials, config.model, config.extraction.d_min)
     with one_writer(out):
