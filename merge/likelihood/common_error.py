@@ -35,7 +35,7 @@ class CommonError(nn.Module):
         self.register_buffer("is_modelled", torch.tensor(is_modelled))
         self.log_common = error_parameter(math.log(0.03), is_modelled)
         self._is_modelled = is_modelled  # the same on the host: asked for in every step
-        self.register_load_state_dict_post_hook(CommonError._read_flag)
+        self.register_load_state_dict_post_hook(CommonError._read_flag)  # type: ignore[no-untyped-call]
 
     def _read_flag(self, _keys: object) -> None:
         self._is_modelled = bool(self.is_modelled)

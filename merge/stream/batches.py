@@ -124,8 +124,8 @@ class ObservationStream:
         """Mark what is held out in a batch."""
         if masks is not None:
             table = table.with_masks(masks.is_used, masks.is_seen)
-        n_used = int(table.observations.is_used.sum())
-        return replace(table.everything(), share=n_used / max(self.n_used, 1))
+        share = table.observations.is_used.sum().double() / max(self.n_used, 1)
+        return replace(table.everything(), share=share)
 
     def split(self, number: int) -> tuple[ObservationTable, Split | None]:
         """Read one batch, and what is held out in it if it is a holdout batch."""

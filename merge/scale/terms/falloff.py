@@ -30,7 +30,7 @@ class Falloff(ScaleTerm):
         self.register_buffer("knots", torch.zeros(n_knots).double())
         self.register_buffer("log_scale", torch.zeros(n_knots).double())
         self.is_there = False  # on the host: asked for in every step
-        self.register_load_state_dict_post_hook(Falloff._look)
+        self.register_load_state_dict_post_hook(Falloff._look)  # type: ignore[no-untyped-call]
 
     @classmethod
     def of(cls, table: ObservationTable, config: MergeConfig) -> Self:

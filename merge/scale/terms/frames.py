@@ -101,7 +101,7 @@ class FrameScale(ScaleTerm):
         self.register_buffer("is_odd", torch.zeros(sum(self.n_frames), dtype=torch.bool))
         self.register_buffer("has_flicker", torch.tensor(has_flicker))
         self._flickers = has_flicker  # the same on the host: asked for in every step
-        self.register_load_state_dict_post_hook(FrameScale._read_flicker)
+        self.register_load_state_dict_post_hook(FrameScale._read_flicker)  # type: ignore[no-untyped-call]
         end = np.cumsum(sweeps.n_frames)
         for name, value in (
             ("z", sweeps.xyz_px[:, 2]),
