@@ -110,8 +110,8 @@ class SavedIntegrator:
             )
         with reading(path, REMEDY):
             saved = converted({f.name: content[f.name] for f in fields(cls)}, cls)
-            sizes = (*saved.box, *saved.sigma, *saved.pixel_size_mm)
-            sizes += (saved.nodes_per_sigma, saved.rotation_n_sigma, saved.encoder_width)
+            sizes: list[float] = [*saved.box, *saved.sigma, *saved.pixel_size_mm]
+            sizes += [saved.nodes_per_sigma, saved.rotation_n_sigma, saved.encoder_width]
             if not all(0.0 < size < 1e6 for size in sizes):
                 raise ValueError(f"its box, spot, pixels and settings are {sizes}")
             return saved
