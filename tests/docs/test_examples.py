@@ -58,7 +58,7 @@ def test_lines_are_joined_and_comments_left_out():
 
 IMAGES = "merged/images.csv"
 #: History, and pages that the site makes of them.
-LOGS = ("experiments", "log_", "CHANGELOG")
+LOGS = ("experiments", "CHANGELOG")
 LINE = re.compile(r"^(?: {4})?(braggflux (?:[^\n]*\\\n)*[^\n]*)$", re.MULTILINE)
 OPEN = ("...", "[", "DIR", "IMAGES", "COMMAND", "$D", "$N")
 
