@@ -194,7 +194,7 @@ def test_groups_after_reindexing_and_before_parents(asu, truth, tmp_path, caplog
     argv = ["merge", *map(str, files), *options, *more, "--out", str(tmp_path / "out")]
     with caplog.at_level(logging.INFO):
         assert cli.main(argv) == 0
-    written = sorted(p.name for p in (tmp_path / "out").glob("*merged.mtz"))
+    written = sorted(p.name for p in (tmp_path / "out").glob("*_merged.mtz"))
     assert written == ["dark1_merged.mtz", "light1_merged.mtz"]
     for name in written:
         found = table(tmp_path / "out" / name)

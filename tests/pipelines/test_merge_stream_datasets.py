@@ -46,7 +46,7 @@ def both(paths, folder, *more):
     for how, options in (("streamed", STREAMED), ("in_memory", ())):
         out = folder / how
         assert run(*paths, "--out", out, *OPTIONS, *SMALL, *more, *options) == 0
-        found = sorted(out.glob("*merged.mtz"))
+        found = sorted(out.glob("*_merged.mtz"))
         tables.append({p.name: read_merged_mtz(p).table for p in found})
     assert tables[0].keys() == tables[1].keys()
     assert {p.name for p in (folder / "streamed").iterdir()} == {
