@@ -32,6 +32,8 @@ from braggflux.pipelines import cli
 from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 FIRST, LAST = 3, 16
 MEDIAN_ABS_NORMAL = 0.6745
 
@@ -68,7 +70,6 @@ def beside_truth(table, tiny):
     return table.select(ours[good]), chosen
 
 
-@pytest.mark.slow
 def test_frames_are_array_indices(table, run):
     (experiment,) = read_experiments(run.integrated_expt)
     assert experiment.scan.image_range == (FIRST, LAST)
@@ -82,7 +83,6 @@ def test_frames_are_array_indices(table, run):
     place_on_scans(table, [experiment])  # its own angles agree
 
 
-@pytest.mark.slow
 def test_centroids_are_measured(beside_truth):
     """They scatter about the true ones as their variances say."""
     table, truth = beside_truth
@@ -102,7 +102,6 @@ def test_centroids_are_measured(beside_truth):
     )
 
 
-@pytest.mark.slow
 def test_partiality_is_what_the_scan_recorded(beside_truth):
     table, truth = beside_truth
     p, z = table["partiality"], table["xyzcal.px"][:, 2]
@@ -120,7 +119,6 @@ def test_partiality_is_what_the_scan_recorded(beside_truth):
     assert np.median(ratio[strong & cut_off]) == pytest.approx(1.0, abs=0.03)
 
 
-@pytest.mark.slow
 def test_correlation_is_that_of_the_counts(beside_truth):
     table, _ = beside_truth
     strength = table["intensity.prf.value"] / np.sqrt(table["intensity.prf.variance"])
@@ -160,7 +158,6 @@ def test_the_merge_reads_it_back(run, table):
     assert len(found) <= len(table)
 
 
-@pytest.mark.slow
 def test_compare_finds_the_same_observations(run, tiny):
     """True photons carry array indices of the whole sweep; also beside an older table."""
     argv = ["compare", str(run.path), "--true-counts", str(tiny.truth)]
@@ -186,7 +183,6 @@ def test_compare_finds_the_same_observations(run, tiny):
         run.integrated_expt.write_bytes(before[1])
 
 
-@pytest.mark.slow
 def test_dials_takes_both_files(dials, run, table, tmp_path):
     files = (run.integrated_expt, run.integrated_refl)
     scaled = run_dials("scale", *files, "anomalous=True", folder=tmp_path)
@@ -225,7 +221,6 @@ def test_z_lies_in_the_scan_of_dxtbx(dials, run):
     np.testing.assert_allclose(angle, phi.as_numpy_array(), atol=1e-5)
 
 
-@pytest.mark.slow
 def test_sweeps_without_identifiers(dials, tiny, tmp_path):
     """DIALS gives them, where the table names none; an empty one stopped it with a KeyError."""
     document = json.loads(cut(tiny, tmp_path, 1, 8, "two").read_text())

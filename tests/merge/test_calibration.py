@@ -22,6 +22,8 @@ from braggflux.merge.output.half_sets import friedel_rows
 from braggflux.merge.prior.double_wilson import DoubleWilson
 from braggflux.merge.prior.wilson import Wilson
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"flicker": 0.0, "damage": 0.0, "absorption": 0.0}
 KNOWN_SCALES = {"prior": "wilson", "error_model": False, "likelihood": "normal"}
 KNOWN_SCALES |= {"detector_network_width": 0, "absorption_order": 0}
@@ -45,7 +47,6 @@ def bijvoet_pairs(fitted):
 # --- the scale
 
 
-@pytest.mark.slow
 def test_frame_scales_are_recovered(fitted):
     """Frame scales stand for the mean 1/d^2: the rest of the simulated damage is B's."""
     n = fitted.experiment.n_frames
@@ -56,14 +57,12 @@ def test_frame_scales_are_recovered(fitted):
     assert np.corrcoef(true, found)[0, 1] > 0.99
 
 
-@pytest.mark.slow
 def test_damage_is_recovered(fitted):
     b = fitted.merger.scale.terms["b_factor"].b_factor.detach().numpy()
     slope = np.polyfit(np.linspace(0, 1, len(b)), b, 1)[0]
     assert slope == pytest.approx(DAMAGE, abs=0.5)
 
 
-@pytest.mark.slow
 def test_scales_are_recovered(fitted):
     """Frames, damage and absorption together; 25 observations a frame at 3 % each."""
     assert fitted.scale_error.std() < 0.013
@@ -77,7 +76,6 @@ def damage_left(fitted, intensity) -> float:
     return -2 * np.polyfit(fitted.experiment.asu.d[strong] ** -2.0, log_ratio, 1)[0]
 
 
-@pytest.mark.slow
 def test_posterior_is_of_the_mean_dose_and_output_of_the_crystal_before_damage(fitted):
     """B of the scale is zero on average: half of the damage is left in the amplitudes."""
     assert damage_left(fitted, fitted.posterior[0] ** 2) == pytest.approx(DAMAGE / 2, abs=0.5)

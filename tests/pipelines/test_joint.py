@@ -188,6 +188,7 @@ def test_gradients_where_boxes_are_dark(monkeypatch, photons):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extreme", EXTREMES, ids=lambda f: f.__name__)
 def test_gradients_at_the_extremes(extreme, monkeypatch):
     problem = in_float64(extreme())
