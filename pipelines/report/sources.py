@@ -67,6 +67,12 @@ class Observations:
     xyz: Array
 
 
+def finite_mean(values: Array) -> float | None:
+    """Mean of the values that are numbers; None where none is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
 @dataclass(eq=False)
 class DataSource:
     """Files of one data set.

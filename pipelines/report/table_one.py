@@ -23,7 +23,13 @@ from braggflux.merge.output.statistics import (
     shell_statistics,
     unique_reflections,
 )
-from braggflux.pipelines.report.sources import OURS, DataSource, NoDataError, Observations
+from braggflux.pipelines.report.sources import (
+    OURS,
+    DataSource,
+    NoDataError,
+    Observations,
+    finite_mean,
+)
 from braggflux.pipelines.workspace.rundir import REFERENCE
 
 Array = NDArray[np.float64]
@@ -161,7 +167,7 @@ def score_merged(merged: MergedMtz, source: DataSource) -> list[Row]:
         row["completeness"] = n / n_possible if n_possible else None
         row["redundancy"] = total / n if n and total else None
         ratio = table.i_mean[own] / table.sigma_i_mean[own]
-        row["i_over_sigma"] = float(np.nanmean(ratio)) if n else None
+        row["i_over_sigma"] = finite_mean(ratio)
         rows.append(row)
     return rows
 

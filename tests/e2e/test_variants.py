@@ -85,7 +85,7 @@ def test_mates_merged_together(configure, tiny, tmp_path, capsys):
     mtz = gemmi.read_mtz_file(str(directory.merged))
     labels = {c.label: c.type for c in mtz.columns}
     assert labels["F"] == "F"
-    assert labels["N"] == "I"
+    assert labels["N"] == "R"
     assert not any("(" in label for label in labels)
     assert correlation(amplitudes(directory.merged), true_means(tiny.truth_mtz)) > 0.99
     assert directory.read_peaks() == []

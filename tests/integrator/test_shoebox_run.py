@@ -264,7 +264,9 @@ def test_a_full_disk_is_one_line(shared, tmp_path):
     run = [*mount, script, "bash", *command(shared, tmp_path / "s.h5", "--d-min", "2.2")]
     done = subprocess.run(run, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "braggflux: error: cannot write" in done.stderr.strip().splitlines()[-1]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("braggflux: error: ")
+    assert "GB free; make room" in last, "known before anything is written"
     assert "Traceback" not in done.stderr
     assert done.stdout == ""  # nothing is left in the folder
 

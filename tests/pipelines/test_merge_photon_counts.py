@@ -10,7 +10,14 @@ import torch
 from simulated_merge import CELL, SPACE_GROUP, simulate
 from simulated_unmerged import FAST
 
-from braggflux.integrator.crystal.geometry import Beam, Crystal, Experiment, Goniometer, Scan
+from braggflux.integrator.crystal.geometry import (
+    Beam,
+    Crystal,
+    Experiment,
+    Goniometer,
+    Panel,
+    Scan,
+)
 from braggflux.integrator.io.dials import write_experiments
 from braggflux.integrator.io.intensity_file import (
     read_experiment_records,
@@ -106,10 +113,11 @@ def test_merged_amplitudes_are_the_true_ones(experiment, table, tmp_path):
 
 
 def expt_file(path, space_group=SPACE_GROUP):
+    x, y, z = np.eye(3)
     crystal = Crystal(np.array(CELL.frac.mat.tolist()).T, space_group)
     model = Experiment(
         beam=Beam(np.array([0.0, 0.0, 1.0]), 1.0),
-        panels=(),
+        panels=(Panel("p", x, y, -100.0 * z - 10.0 * (x + y), (0.1, 0.1), (200, 200)),),
         goniometer=Goniometer(np.array([1.0, 0.0, 0.0])),
         scan=Scan((1, 360), (10.0, 1.0)),
         crystal=crystal,

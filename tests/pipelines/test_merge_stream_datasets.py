@@ -46,12 +46,13 @@ def both(paths, folder, *more):
     for how, options in (("streamed", STREAMED), ("in_memory", ())):
         out = folder / how
         assert run(*paths, "--out", out, *OPTIONS, *SMALL, *more, *options) == 0
-        found = sorted(out.glob("*_merged.mtz"))
+        found = sorted(p for p in out.glob("*merged.mtz") if "unmerged" not in p.name)
         tables.append({p.name: read_merged_mtz(p).table for p in found})
     assert tables[0].keys() == tables[1].keys()
-    assert {p.name for p in (folder / "streamed").iterdir()} == {
-        p.name for p in (folder / "in_memory").iterdir()
-    }
+    there = [{p.name for p in (folder / how).iterdir()} for how in ("streamed", "in_memory")]
+    # what a streamed merge never holds at once: the scaled observations, and images by themselves
+    whole = {n for n in there[1] if n == "images.csv" or n.endswith("unmerged.mtz")}
+    assert there[0] == there[1] - whole
     return tables
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,9 @@ def _stands_out(values: Array, least: float) -> NDArray[np.bool_]:
     if len(values) < n or not np.isfinite(values).any():
         return np.zeros(len(values), dtype=bool)
     padded = np.pad(values, N_NEIGHBOURS, mode="reflect")
-    usual = np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, n), axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a window without a number has no median
+        usual = np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, n), axis=1)
     step = np.abs(values - usual)
     spread = 1.4826 * np.nanmedian(step)
     return step > max(least, N_DEVIATIONS * spread)

@@ -20,7 +20,7 @@ from braggflux.pipelines.report.figures.panels import (
     panel,
     resolution_axis,
 )
-from braggflux.pipelines.report.sources import OURS, DataSource, NoDataError
+from braggflux.pipelines.report.sources import OURS, DataSource, NoDataError, finite_mean
 
 Array = NDArray[np.float64]
 
@@ -148,9 +148,8 @@ def _well_measured(merged: MergedMtz, value: Array, sigma: Array) -> NDArray[np.
     order = np.argsort(inv_d2)
     keep = np.zeros(len(value), dtype=bool)
     for shell in np.array_split(order, 20):
-        with np.errstate(all="ignore"):
-            signal = np.nanmean(value[shell] / sigma[shell])
-        keep[shell] = ~np.isfinite(signal) | (signal >= L_TEST_SIGNAL)
+        signal = finite_mean(value[shell] / sigma[shell])
+        keep[shell] = signal is None or signal >= L_TEST_SIGNAL
     return keep
 
 
