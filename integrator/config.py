@@ -47,5 +47,9 @@ class IntegratorConfig:
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        least = {"n_profile_spots": 1, "profile_em_rounds": 0, "n_scoring_rounds": 0}
+        for name, bound in (least | {"background_smoothing_px": 0}).items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"`{name}` must be at least {bound}, got {getattr(self, name)}.")
         if not 0.0 <= self.min_exposure < 1.0:
             raise ValueError(f"`min_exposure` must lie in [0, 1), got {self.min_exposure}.")

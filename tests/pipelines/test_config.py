@@ -106,6 +106,10 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
         ({"extraction": {"box": [3, 5]}}, "extraction.box must be 3 values, each a whole number"),
         ({"dials": {"unit_cell": "1,2,x,90,90,90"}}, "dials.unit_cell must be 6 values"),
         ({"dials": {"unit_cell": [0, 2, 3, 90, 90, 90]}}, "six positive numbers"),
+        (
+            {"integrator": {"n_scoring_rounds": -1}},
+            "integrator: `n_scoring_rounds` must be at least 0, got -1",
+        ),
         ({"dials": {"has_reference": "maybe"}}, "must be true or false, got 'maybe'"),
         ({"model": ["a"]}, "model must be a path, or null, got"),
     ],
