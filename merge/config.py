@@ -8,6 +8,8 @@ from typing import Literal
 
 #: Of any number of things; more is a slip or damage.
 MOST = 10**9
+#: Of a B factor [A^2]; that of a structure at 10 A resolution is a few hundred.
+MOST_B = 1000.0
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,8 @@ class MergeConfig:
             raise ValueError(
                 f"`ambiguity_tolerance` must lie in [0, 10], got {self.ambiguity_tolerance}"
             )
+        if not abs(self.wilson_b) <= MOST_B:
+            raise ValueError(f"`wilson_b` must lie in +-{MOST_B} A^2, got {self.wilson_b}")
         if not 0.0 <= self.held_out <= 0.5:
             raise ValueError(f"`held_out` must lie in [0, 0.5], got {self.held_out}")
         kind, _, index = self.device.partition(":")

@@ -112,7 +112,7 @@ def edited_tree(document: Any, edits: list[Edit]) -> Any:
 def _change(parent: Any, key: Any, kind: str, rest: list[Any]) -> None:
     node = parent[key]
     if kind == "set":
-        parent[key] = rest[0]
+        parent[key] = copy.deepcopy(rest[0])  # later edits must not change the edit
     elif kind == "delete":
         del parent[key]
     elif kind == "scale":
