@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.hdf5.checked import read_attributes
@@ -64,3 +67,26 @@ def open_checked(path: Path) -> h5py.File:
                 "again with braggflux extract"
             )
     return handle
+
+
+def check_rows(columns: Mapping[str, NDArray[Any]], n_panels: Sequence[int]) -> None:
+    """Refuse rows that point to boxes, sweeps or panels that are not there.
+
+    Parameters
+    ----------
+    columns : mapping of str to (N, ...) array
+    n_panels : sequence of int
+        Panels of each sweep.
+
+    Raises
+    ------
+    ValueError
+    """
+    names = ("refl_row", "experiment", "panel")
+    row, sweep, panel = (columns[name].astype(np.int64) for name in names)
+    if (row != np.arange(len(row))).any():
+        raise ValueError("refl_row does not number the boxes from 0 on")
+    if len(sweep) and not (sweep.min() >= 0 and sweep.max() < len(n_panels)):
+        raise ValueError(f"rows of sweep {sweep.max()}, {len(n_panels)} are described")
+    if ((panel < 0) | (panel >= np.asarray(n_panels)[sweep])).any():
+        raise ValueError(f"rows of panel {panel.max()}, sweeps have {max(n_panels)}")

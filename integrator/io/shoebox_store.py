@@ -54,6 +54,7 @@ from braggflux.integrator.io.shoebox_format import (
     RIGHT_FROM_IMAGE_1,
     VERSION,
     check_boxes,
+    check_rows,
     open_checked,
 )
 from braggflux.integrator.shoebox.mask import MaskBit
@@ -253,9 +254,8 @@ class ShoeboxStore:
         """
         with reading(self.path, REMEDY):
             check_complete(self.experiments)
-            last = int(self._columns["experiment"].max(initial=0))
-            if last >= len(self.experiments):
-                raise ValueError(f"rows of sweep {last}, {len(self.experiments)} are described")
+            sweeps = range(len(self.experiments))
+            check_rows(self._columns, [len(self._handle[f"background/{k}"]) - 1 for k in sweeps])
 
     @classmethod
     def open(cls, path: str | Path) -> ShoeboxStore:
