@@ -85,6 +85,7 @@ def test_same_and_independent(asu, tmp_path, has_places):
     assert [p[:2] for p in shared_photons(list(data.values()))] == [(0, 2)]
 
 
+@pytest.mark.slow
 def test_what_is_done_about_them(asu, tmp_path, capsys, caplog):
     one, two = columns_of(asu, 1), columns_of(asu, 2)
     a, b = save(tmp_path, "a", one), save(tmp_path, "b", two)

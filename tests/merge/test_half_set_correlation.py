@@ -103,6 +103,7 @@ def test_r_never_runs_to_one():
     assert found.max() < 10 * pooled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dof", [4.0, 30.0])
 def test_robust_likelihoods_add_no_noise(dof):
     """Under strong noise; weights of Student's t would give 13e-4 +- 2e-4 with 4 degrees."""
@@ -117,6 +118,7 @@ def test_robust_likelihoods_add_no_noise(dof):
     assert abs(pooled - 4e-4) < 2.5 * error
 
 
+@pytest.mark.slow
 def test_too_few_pairs_leave_r_as_it_is(caplog):
     merger, _ = mates(0.004, 20.0)
     prior = merger.prior.part(DoubleWilson)

@@ -80,6 +80,7 @@ def merged(unmerged, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.dials
 def test_cctbx_takes_one_array_of_each_kind_and_our_flags(merged, dials, tmp_path):
     environment = dict(os.environ)
@@ -140,6 +141,7 @@ def test_a_test_set_is_carried_and_another_crystals_refused(merged, unmerged, tm
     assert not (tmp_path / "none" / "merged.mtz").exists()
 
 
+@pytest.mark.slow
 def test_unmerged_observations_are_read_back_and_merged_again(merged, unmerged, tmp_path):
     path = merged / "unmerged.mtz"
     ours, theirs = (gemmi.read_mtz_file(str(p)) for p in (path, unmerged))

@@ -130,6 +130,7 @@ def test_mates_coupled_by_half_sets(files, merged):
     assert truth_cc(files, out) > 0.97
 
 
+@pytest.mark.slow
 def test_a_scale_model_of_another_kind_is_one_line(files, merged, capsys):
     store = files / "second" / "stills.h5"
     assert run(store, "--out", files / "bad", "--freeze-scales", merged) == 2
