@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 # Small tensors gain nothing from threads, and on a busy machine lose a factor of ten.
 torch.set_num_threads(1)
 
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 
 
@@ -44,3 +47,19 @@ def dials() -> str:
     if program is None:
         _missing("DIALS (dials.integrate on the PATH)")
     return str(Path(program).parent)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Installed Chromium; skip (fail in CI) without it."""
+    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if program is None:
+        _missing(f"a browser ({', '.join(CHROMIUM)})")
+    from playwright.sync_api import sync_playwright
+
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []
+    options += ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # WebGL without a GPU
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=options)
+        yield started
+        started.close()

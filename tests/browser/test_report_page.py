@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,6 @@ from braggflux.pipelines.report.html import VIEWER, write_report
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 MODEL = Path(__file__).resolve().parents[2] / "fixtures" / "reference" / "9b7c.pdb"
 D_MIN = 3.2
 VIEWS = [(1280, "light"), (1280, "dark"), (400, "light"), (400, "dark")]
@@ -34,22 +30,6 @@ OUTSIDE = """() => [...document.querySelectorAll('body *')]
 CLIPPED = """() => [...document.querySelectorAll('th, td, li, p, dd, h1, h2, h3, h4')]
     .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
     .map(e => e.tagName + ': ' + e.textContent.slice(0, 40))"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if program is None:
-        assert not os.environ.get("CI"), f"CI needs one of {', '.join(CHROMIUM)}"
-        pytest.skip(f"none of {', '.join(CHROMIUM)} is installed")
-    from playwright.sync_api import sync_playwright
-
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []
-    options += ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]  # WebGL without a GPU
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=options)
-        yield started
-        started.close()
 
 
 def merged_file(path: Path, noise: float, seed: int) -> None:

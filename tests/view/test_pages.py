@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import doctest
 import json
-import os
 import shutil
 import sys
 import warnings
@@ -30,7 +29,6 @@ from braggflux.pipelines.workspace.rundir import RunDirectory
 pytestmark = pytest.mark.slow
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "docs" / "notebooks"
-CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 #: Wide and in light, narrow and in the dark.
 VIEWS = ((1280, "light"), (400, "dark"))
 
@@ -227,23 +225,6 @@ def test_what_deviates_most_is_first(client):
     z = [abs(float(cell.split("<")[0])) for cell in cells]
     assert z == sorted(z, reverse=True)
     assert z[0] > 0
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    """Chromium, or a skip (a failure in CI) without it."""
-    program = next(filter(None, map(shutil.which, CHROMIUM)), None)
-    if program is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("chromium is missing, and CI=true")
-        pytest.skip("chromium is missing")
-    from playwright.sync_api import sync_playwright
-
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=options)
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), VIEWS)
