@@ -29,6 +29,7 @@ from braggflux.integrator.types import ReflectionMetadata
 #: a spot's tails are smooth, and a node costs the same everywhere.
 CORE_SIGMA = 3.0
 TAIL_GROWTH = 1.5
+AXES = ("rotation", "slow", "fast")
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,19 @@ class VoxelWeights:
 
     def project(self, node_weights: Tensor) -> Tensor:
         """Voxel profile (B, D, H, W) of node weights (B or 1, G3, Gy, Gx)."""
-        n = len(self.fast)
-        w = node_weights.expand(n, -1, -1, -1)
-        w = torch.matmul(w, self.fast[:, None].transpose(-1, -2))  # (B, G3, Gy, W)
-        w = torch.matmul(self.slow[:, None], w)  # (B, G3, H, W)
-        shape = w.shape
-        w = torch.bmm(self.rotation, w.reshape(n, shape[1], -1))  # (B, D, H*W)
-        return w.reshape(n, -1, shape[2], shape[3])
+        n, height, width = len(self.fast), self.slow.shape[1], self.fast.shape[1]
+        n_rotation, n_slow, n_fast = node_weights.shape[1:]
+        nodes = node_weights.reshape(-1, n_rotation * n_slow, n_fast)
+        # each product leaves its own axis in front, so that the next needs no copy
+        if len(nodes) == 1:
+            w = self.fast.reshape(-1, n_fast) @ nodes[0].T
+        else:
+            w = torch.bmm(self.fast, nodes.transpose(1, 2))
+        w = w.reshape(n, width * n_rotation, n_slow)
+        w = torch.bmm(self.slow, w.transpose(1, 2))
+        w = w.reshape(n, height * width, n_rotation)
+        w = torch.bmm(self.rotation, w.transpose(1, 2))
+        return w.reshape(n, -1, height, width)
 
     def back_project(self, voxels: Tensor) -> Tensor:
         """Adjoint of :meth:`project`: (B, G3, Gy, Gx) of voxel values (B, D, H, W)."""
@@ -160,12 +167,11 @@ class ProfileGrid(nn.Module):
 
     def weights_between(self, edges: tuple[Tensor, Tensor, Tensor]) -> VoxelWeights:
         """Integrate the hat functions between given voxel edges (:meth:`voxel_edges`)."""
-        return VoxelWeights(
-            _axis_weights(edges[0], self.nodes_rotation),
-            _axis_weights(edges[1], self.nodes_slow),
-            _axis_weights(edges[2], self.nodes_fast),
-            edges,
-        )
+        return VoxelWeights(*(self.axis_weights(k, e) for k, e in enumerate(edges)), edges)
+
+    def axis_weights(self, axis: int, edges: Tensor) -> Tensor:
+        """Integrate the hat functions along one of :data:`AXES`, (B, n_edges - 1, n_nodes)."""
+        return _axis_weights(edges, getattr(self, f"nodes_{AXES[axis]}"))
 
     def voxel_edges(self, metadata: ReflectionMetadata) -> tuple[Tensor, Tensor, Tensor]:
         """Voxel edges on the grid: e3 [deg] (B, D+1), slow and fast [px].

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from braggflux.integrator.model.integrator import Integrator, first_intensities
 from braggflux.integrator.model.local_shape import LocalShape
 from braggflux.integrator.model.neighbours import neighbour_profiles
-from braggflux.integrator.model.profile import ProfileGrid, VoxelWeights
+from braggflux.integrator.model.profile import AXES, ProfileGrid, VoxelWeights
 from braggflux.integrator.types import ShoeboxBatch
 
 MIN_PHOTONS = 50.0  # a fainter spot is not strong: its background says more than its profile
@@ -120,7 +120,7 @@ def _score_local_shape(
     score = -local.coefficients.double().flatten().cpu() / local.prior_sd**2
     for batch, own_weights in zip(chunks, node_weights, strict=True):
         spots = _expected_spots(integrator, batch, own_weights)
-        slopes = [spots.scale * s for s in _slopes(grid, spots.weights.edges, own_weights)]
+        slopes = [spots.scale * s for s in slopes_of_profile(grid, spots.weights, own_weights)]
         design = torch.stack([spots.profile, spots.background, *slopes], -1).flatten(1, 3)
         weight = (spots.valid / spots.rate).flatten(1)
         normal = (design * weight[..., None]).transpose(1, 2) @ design
@@ -172,21 +172,22 @@ def _expected_spots(integrator: Integrator, batch: ShoeboxBatch, node_weights: T
     return _Spots(weights, profile, background, valid, beside, scale)
 
 
-def _slopes(
-    grid: ProfileGrid, edges: tuple[Tensor, Tensor, Tensor], node_weights: Tensor
+def slopes_of_profile(
+    grid: ProfileGrid, weights: VoxelWeights, node_weights: Tensor
 ) -> list[Tensor]:
-    """Differentiate the voxel profile by three offsets [sigma] and three log widths."""
+    """Differentiate the voxel profile by three offsets [sigma] and three log widths.
+
+    The profile is linear in the integrals along each axis: these are what is differentiated.
+    """
     slopes = []
     for k in range(6):
-        axis, ends = k % 3, []
-        for step in (DIFFERENCE, -DIFFERENCE):
-            moved = list(edges)
-            if k < 3:
-                moved[axis] = edges[axis] - step * grid.shape.sigma[axis]
-            else:
-                moved[axis] = edges[axis] * math.exp(-step)
-            rotation, slow, fast = moved
-            weights = grid.weights_between((rotation, slow, fast))
-            ends.append(weights.project(node_weights))
-        slopes.append((ends[0] - ends[1]) / (2 * DIFFERENCE))
+        axis, (low, high) = k % 3, (-DIFFERENCE, DIFFERENCE)
+        edges, sigma = weights.edges[axis], grid.shape.sigma[axis]
+        if k < 3:
+            moved = [edges - step * sigma for step in (low, high)]
+        else:
+            moved = [edges * math.exp(-step) for step in (low, high)]
+        before, after = (grid.axis_weights(axis, e) for e in moved)
+        change = {AXES[axis]: (after - before) / (high - low)}
+        slopes.append(replace(weights, **change).project(node_weights))
     return slopes

@@ -27,6 +27,11 @@ from braggflux.integrator.shoebox.defects import (
     hot_pixels,
 )
 from braggflux.integrator.shoebox.kernels.frames import add_background, count_unseen
+from braggflux.integrator.shoebox.kernels.smoothing import (
+    cut_to_surroundings,
+    gaussian_average,
+    keep_structure,
+)
 from braggflux.integrator.shoebox.shadows import (
     TOUCHING,
     divide,
@@ -252,21 +257,28 @@ def mean_image(
     (James & Stein's shrinkage, 1961, with a local variance). A pixel far above all but two of the
     eight around it is no structure, and cut to their level.
     """
-    frames = np.maximum(count, 1)
-    ring = np.ones((3, 3), dtype=bool)
-    ring[1, 1] = False
-    around = ndimage.rank_filter(total / frames, -3, footprint=ring, mode="mirror")
-    total = np.minimum(total, 2.0 * around * frames + 5.0)
-    counts = ndimage.gaussian_filter(total.astype(np.float64), smoothing_px, mode="constant")
-    frames = ndimage.gaussian_filter(count.astype(np.float64), smoothing_px, mode="constant")
-    smooth = np.divide(counts, frames, out=np.zeros_like(counts), where=frames > 1e-9)
-    expected = smooth * count
-    is_seen = expected > 0
-    chi2 = np.divide((total - expected) ** 2, expected, out=np.zeros_like(smooth), where=is_seen)
-    chi2, seen = (ndimage.uniform_filter(a, STRUCTURE_PX) for a in (chi2, 1.0 * is_seen))
-    kept = 1 - 1 / np.maximum(chi2 / np.maximum(seen, 1e-9), 1.0)
-    own = np.divide(total, count, out=smooth.copy(), where=is_seen)
-    return np.where(is_seen, smooth + kept * (own - smooth), smooth).astype(np.float32)
+    weights = _gaussian_weights(smoothing_px)
+    slow, reach = len(total), STRUCTURE_PX // 2
+    image = np.empty_like(total)
+    for start in range(0, slow, BAND_ROWS):
+        stop = min(start + BAND_ROWS, slow)
+        # the rows whose smooth image is compared with, and those that are averaged in it
+        first, end = max(start - reach, 0), min(stop + reach, slow)
+        before, after = max(first - len(weights) + 1, 0), min(end + len(weights) - 1, slow)
+        cut = cut_to_surroundings(total, count, before, after)
+        counts = gaussian_average(cut, before, first, end, weights)
+        frames = gaussian_average(count[before:after], before, first, end, weights)
+        smooth = np.divide(counts, frames, out=np.zeros_like(counts), where=frames > 1e-9)
+        own = cut[first - before : end - before], count[first:end]
+        image[start:stop] = keep_structure(*own, smooth, start - first, stop - first, reach)
+    return image
+
+
+def _gaussian_weights(sigma: float) -> NDArray[np.float64]:
+    """Weights of a pixel and of those up to four standard deviations beside it."""
+    reach = int(4.0 * sigma + 0.5)
+    weights = np.exp(-0.5 / (sigma * sigma) * np.arange(-reach, reach + 1) ** 2)
+    return (weights / weights.sum())[reach:]
 
 
 def _tile_side(canvas: FrameCanvas) -> int:

@@ -9,7 +9,14 @@ from helpers import Spot, gaussian_voxels, make_integrator, poisson_boxes, spot_
 
 from braggflux.integrator.model.integrator import Integrator
 from braggflux.integrator.model.local_shape import LocalShape, PlaceFeatures
-from braggflux.integrator.model.start import start_profile
+from braggflux.integrator.model.profile import VoxelWeights
+from braggflux.integrator.model.start import (
+    DIFFERENCE,
+    SHAPE_ROUNDS,
+    slopes_of_profile,
+    start_local_shape,
+    start_profile,
+)
 from braggflux.integrator.types import ReflectionMetadata
 
 SPOT = Spot(sigma_x_px=0.9, sigma_y_px=0.8, sigma_m_deg=0.1, box=(9, 13, 13))
@@ -132,3 +139,36 @@ def test_every_sweep_has_its_own_width():
     _, width = local(data)
     assert torch.allclose(width[0::2], torch.ones(10, 3))
     assert (width[1::2] > 1.15).all()
+
+
+def test_slopes_are_those_of_the_profile():
+    """Differences of whole profiles whose edges are moved and stretched."""
+    data = spread_over_a_detector(5, np.random.default_rng(1))
+    integrator = integrator_at(data)
+    grid = integrator.profile.grid
+    node_weights = integrator.profile.node_weights(0.3 * torch.randn(5, 12))
+    weights = grid.voxel_weights(data)
+    slopes = slopes_of_profile(grid, weights, node_weights)
+    for k, slope in enumerate(slopes):
+        ends = []
+        for step in (DIFFERENCE, -DIFFERENCE):
+            edges = list(weights.edges)
+            sigma = grid.shape.sigma[k % 3]
+            edges[k % 3] = edges[k % 3] - step * sigma if k < 3 else edges[k % 3] * np.exp(-step)
+            ends.append(grid.weights_between(tuple(edges)).project(node_weights))
+        expected = (ends[0] - ends[1]) / (2 * DIFFERENCE)
+        assert expected.abs().max() > 1e-3
+        torch.testing.assert_close(slope, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_start_of_a_trained_profile_projects_it_seven_times_a_round(monkeypatch):
+    """Once for the profile, once for each slope; 13 times before 2026-11-30."""
+    rng = np.random.default_rng(2)
+    data = spread_over_a_detector(40, rng)
+    batch, _, _ = mosaic_boxes(data, rng, (300, 3000))
+    integrator, calls, project = integrator_at(data), [], VoxelWeights.project
+    monkeypatch.setattr(
+        VoxelWeights, "project", lambda self, nodes: calls.append(1) or project(self, nodes)
+    )
+    start_local_shape(integrator, batch, chunk=20)
+    assert len(calls) == 7 * 2 * len(SHAPE_ROUNDS)
