@@ -21,8 +21,18 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the run directory and the files to compare it with."""
     parser.add_argument("run_directory", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--integrated", type=Path, metavar="REFL", help="DIALS integrated.refl")
-    parser.add_argument("--merged", type=Path, metavar="MTZ", help="DIALS merged.mtz")
+    parser.add_argument(
+        "--integrated",
+        type=Path,
+        metavar="REFL",
+        help="DIALS integrated.refl; default: that of RUN_DIR/dials, where there is one",
+    )
+    parser.add_argument(
+        "--merged",
+        type=Path,
+        metavar="MTZ",
+        help="DIALS merged.mtz; default: the run's --reference, or that of RUN_DIR/dials",
+    )
     parser.add_argument("--truth", type=Path, metavar="MTZ", help="true F(+), F(-)")
     parser.add_argument(
         "--full", type=Path, metavar="MTZ", help="merged data of more frames of this crystal form"
@@ -37,15 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compare, write and show."""
-    from braggflux.pipelines.compare.run import compare, show
+    from braggflux.pipelines.compare.run import compare, known_reference, show
     from braggflux.pipelines.report.html import write_report
     from braggflux.pipelines.workspace.rundir import RunDirectory
 
     run_directory = RunDirectory.open(args.run_directory)
+    integrated, merged = known_reference(run_directory)
     rows = compare(
         run_directory,
-        integrated=args.integrated,
-        merged=args.merged,
+        integrated=args.integrated or integrated,
+        merged=args.merged or merged,
         truth=args.truth,
         true_counts=args.true_counts,
         full=args.full,

@@ -38,7 +38,7 @@ from braggflux.pipelines.compare.rows import (
     make_row,
     missing_row,
 )
-from braggflux.pipelines.report.terminal import write_table
+from braggflux.pipelines.report.terminal import write_note, write_table
 from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, write_rows
 
@@ -99,12 +99,32 @@ def compare(
     return rows
 
 
+def known_reference(run: RunDirectory) -> tuple[Path | None, Path | None]:
+    """DIALS' integrated.refl and merged MTZ that a run has itself been compared with.
+
+    Returns
+    -------
+    integrated, merged : Path or None
+        Those of the folder ``dials``; the merged one is the run's ``--reference`` before that.
+    """
+    integrated = run.dials / "integrated.refl"
+    merged = run.read_config().reference or run.dials / "merged.mtz"
+    return integrated if integrated.is_file() else None, merged if merged.is_file() else None
+
+
 def show(rows: Iterable[Row]) -> None:
-    """Print one table per comparison: bins down, metrics and subjects across."""
+    """Print one table per comparison: bins down, metrics and subjects across.
+
+    Of a comparison without a number, the reason.
+    """
     tables: dict[str, list[Row]] = {}
     for row in rows:
         tables.setdefault(row["comparison"], []).append(row)
     for title, entries in tables.items():
+        reasons = list(dict.fromkeys(r["reason"] for r in entries if r["reason"]))
+        if all(r["value"] is None for r in entries):
+            write_note(f"{title}: not compared, {'; '.join(reasons)}")
+            continue
         columns = list(dict.fromkeys((r["metric"], r["subject"]) for r in entries))
         bins = list(dict.fromkeys(r["bin"] for r in entries))
         values = {(r["bin"], r["metric"], r["subject"]): r for r in entries}
@@ -114,8 +134,8 @@ def show(rows: Iterable[Row]) -> None:
         body = [
             [b, str(counts[b]), *(_text(values.get((b, *column))) for column in columns)]
             for b in bins
+            if counts[b]  # what has nothing at all is a reason below
         ]
-        reasons = list(dict.fromkeys(r["reason"] for r in entries if r["reason"]))
         write_table(title, header, body, notes=reasons, n_fixed=2)
 
 

@@ -84,6 +84,11 @@ def _wrapped(note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_note(text: str) -> None:
+    """Print a paragraph that stands alone, as wide as a table may be."""
+    sys.stdout.write("\n".join(textwrap.wrap(text, MAX_WIDTH)) + "\n\n")
+
+
 def write_csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Write CSV to standard output; None is an empty field, a float has two decimals."""
     writer = csv.writer(sys.stdout, lineterminator="\n")

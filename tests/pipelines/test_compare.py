@@ -22,7 +22,7 @@ from braggflux.integrator.types import Flag, IntensityTable
 from braggflux.merge.io.mtz import read_merged_mtz, write_merged_mtz
 from braggflux.merge.output.merged_table import DIFFERENCE
 from braggflux.pipelines.compare.counts import PIXELS_PER_FRAME, neighbour_distance
-from braggflux.pipelines.compare.run import BOTH, OURS, compare, show
+from braggflux.pipelines.compare.run import BOTH, OURS, compare, known_reference, show
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.maps.anomalous_peaks import SitePeak
 from braggflux.pipelines.workspace import log
@@ -312,7 +312,26 @@ def test_what_is_missing_has_a_row_with_the_reason(run, capsys):
     saved = read_rows(run.compare_file)
     assert [r["reason"] for r in saved] == [r["reason"] for r in rows]
     show(rows)
-    assert "too few reflections" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "observations by I/sigma of DIALS: not compared, no integrated.refl of DIALS: dials.scale "
+        "failed: Sorry: too few reflections" in shown
+    )
+    assert "all 0" not in shown  # no table without a number
+
+
+def test_what_a_run_was_compared_with_is_found_again(run, tmp_path):
+    assert known_reference(run) == (None, None)
+    run.dials.mkdir()
+    own = run.dials / "integrated.refl", run.dials / "merged.mtz"
+    for path in own:
+        path.touch()
+    assert known_reference(run) == own
+    given = tmp_path / "given.mtz"
+    given.touch()
+    run = RunDirectory.create(RunConfig(out=tmp_path / "other", reference=given))
+    log.detach_files()
+    assert known_reference(run) == (None, given)
 
 
 def test_named_files_must_exist(run, tmp_path):
