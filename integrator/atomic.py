@@ -93,7 +93,11 @@ def remove_leftovers(folder: Path) -> None:
         One that only this program writes into, and no other process now.
     """
     for path in folder.glob(".*"):
-        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # the parts of a store
+        else:
             path.unlink(missing_ok=True)
 
 

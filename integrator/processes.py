@@ -9,10 +9,11 @@ writes files. A run of one process does nothing of this.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from braggflux.integrator.errors import UserError
 
 #: The first process may cut boxes, or write files, for so long while the others wait.
 PATIENCE = timedelta(hours=24)
+
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,15 @@ class Processes:
             torch.cuda.set_rng_state(message.cpu(), device)
         else:
             torch.set_rng_state(message)
+
+    def from_first(self, make: Callable[[], Made]) -> Made:
+        """Give all processes what the first one makes."""
+        if self.is_alone:
+            return make()
+        message: list[Any] = [make() if self.is_first else None]
+        with _explained():
+            dist.broadcast_object_list(message, 0)
+        return message[0]
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -298,7 +298,7 @@ class ExperimentFrames:
     ) -> list[Photons]:
         """Apply pedestal, gain and trusted range to raw values."""
         # the same fractions are rounded up however often and in what order frames are read
-        dither = np.random.default_rng(frame) if self._needs_dither(values) else None
+        dither = np.random.default_rng(frame) if self._needs_dither() else None
         photons = [s.photons(adu, dither) for s, adu in zip(self._scales, values, strict=True)]
         self._negative.check(
             self._first_image + frame, values, masks, photons, lambda: self._neighbour(frame)
@@ -313,22 +313,19 @@ class ExperimentFrames:
         other = frame + 1 if frame + 1 < self.n_images else frame - 1
         return self._raw.read(self._numbers[other]) if other >= 0 else None
 
-    def _needs_dither(self, values: Sequence[Pixels]) -> bool:
-        """Whether rounding to the nearest photon would bias the frames; the first one tells."""
+    def _needs_dither(self) -> bool:
+        """Whether rounding to the nearest photon would bias the frames; the scan's first tells."""
         if self._dithers is None:
-            self._dithers = False
-            if not all(s.is_whole(adu) for s, adu in zip(self._scales, values, strict=True)):
-                self._dithers = rounding_changes_mean(
-                    [
-                        scale.scaled(adu)[scale.is_trusted(adu) & mask]
-                        for adu, mask, scale in zip(
-                            self._raw.read(self._numbers[0]),
-                            self.static_mask(),
-                            self._scales,
-                            strict=True,
-                        )
-                    ]
-                )
+            first = self._raw.read(self._numbers[0])
+            is_whole = all(s.is_whole(adu) for s, adu in zip(self._scales, first, strict=True))
+            self._dithers = not is_whole and rounding_changes_mean(
+                [
+                    scale.scaled(adu)[scale.is_trusted(adu) & mask]
+                    for adu, mask, scale in zip(
+                        first, self.static_mask(), self._scales, strict=True
+                    )
+                ]
+            )
         return self._dithers
 
 

@@ -124,6 +124,20 @@ class ShoeboxWriter:
         """Read counts and mask of rows that were written."""
         return self._counts[first : first + n], self._mask[first : first + n]
 
+    def copy_boxes(self, other: h5py.File, rows: slice) -> None:
+        """Copy rows from a store of the same shape; whole chunks as they are, compressed."""
+        chunk, n = self.chunk_rows, len(self._counts)
+        for own in (self._counts, self._mask):
+            given = other[own.name]
+            for first in range(rows.start // chunk * chunk, rows.stop, chunk):
+                part = slice(max(first, rows.start), min(first + chunk, rows.stop))
+                if part == slice(first, min(first + chunk, n)):
+                    place = (first, 0, 0, 0)
+                    left_out, packed = given.id.read_direct_chunk(place)
+                    own.id.write_direct_chunk(place, packed, left_out)
+                else:
+                    own[part] = given[part]
+
     def write_columns(self, columns: Mapping[str, NDArray[Any]]) -> None:
         """Write the columns of all reflections."""
         group = self._handle.create_group("reflections")

@@ -9,7 +9,7 @@ no bright place decides it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,6 +123,30 @@ class BackgroundAccumulator:
         count_unseen(hidden, self._panels, self._unseen, of_tiles[1])
         np.subtract(self._watched_pixels, of_tiles[1], out=of_tiles[1])
         self._n_frames += 1
+
+    def sums(self, frames: range) -> dict[str, NDArray[Any]]:
+        """Return the sums of the frames added, all from a range; for :meth:`add_sums`."""
+        rows = slice(frames.start, frames.stop)
+        return {
+            "total": self._total,
+            "excess": self._excess,
+            "unseen": self._unseen,
+            "frame_total": self._frame_total[rows],
+            "frame_count": self._frame_count[rows],
+        }
+
+    def add_sums(self, frames: range, sums: Mapping[str, NDArray[Any]]) -> None:
+        """Add the sums of a range of frames.
+
+        Whole numbers, and so the same whatever the ranges; those of squares are rounded from
+        2^24 on.
+        """
+        rows = slice(frames.start, frames.stop)
+        self._total += sums["total"]
+        self._excess += sums["excess"]
+        self._unseen += sums["unseen"]
+        self._frame_total[rows], self._frame_count[rows] = sums["frame_total"], sums["frame_count"]
+        self._n_frames += len(frames)
 
     def _tile_sums(self, image: NDArray[Any]) -> NDArray[np.float64]:
         """Sum an image of a panel over square tiles, (n_tiles of the panel,)."""

@@ -28,6 +28,8 @@ from braggflux.integrator.prediction.predict import (
     require_recorded,
 )
 from braggflux.integrator.prediction.rocking import frame_sigma
+from braggflux.integrator.processes import ALONE, Processes
+from braggflux.integrator.shoebox.cutting.parts import Workforce
 from braggflux.integrator.shoebox.extent import SpotExtent, measure_extent
 from braggflux.integrator.shoebox.extract import Progress, extract_shoeboxes
 from braggflux.integrator.shoebox.mask import MaskSettings
@@ -60,6 +62,8 @@ def run_extraction(
     find_defects: bool = True,
     model_neighbours: bool = True,
     frame_source: Callable[[Experiment], FrameSource] = open_transient_frames,
+    n_workers: int = 1,
+    processes: Processes = ALONE,
     progress: Progress | None = None,
 ) -> ShoeboxStore:
     """Predict reflections, measure the spot size and write the shoebox store.
@@ -92,6 +96,10 @@ def run_extraction(
         Model the photons of overlapping spots together; else their voxels are masked.
     frame_source : callable
         Opens the frames of an experiment.
+    n_workers : int
+        Processes to start, which share the frames.
+    processes : Processes
+        Those that share the frames already; then no workers are started.
     progress : callable, optional
         Called with (frames done, frames in all) during the extraction.
 
@@ -120,13 +128,15 @@ def run_extraction(
     is_full = reflections is not None and is_full_set(reflections)
     predictions = _positions(experiments, tables, is_full, (d_min, d_max))
     predictions = list(map(_on_valid_images, experiments, predictions))
-    with ExitStack() as stack, _in_memory(experiments):
+    with ExitStack() as stack, _in_memory(experiments, n_workers):
         sweeps = []
         for experiment, prediction in zip(experiments, predictions, strict=True):
             frames = stack.enter_context(frame_source(experiment))
             _check_frames(experiment, frames)
             sweeps.append(Sweep(experiment, frames, prediction))
-        extent = extent_override or measure_extent(sweeps, n_sigma=n_sigma, find_hot=find_defects)
+        extent = extent_override or processes.from_first(
+            lambda: measure_extent(sweeps, n_sigma=n_sigma, find_hot=find_defects)
+        )
         if box is not None:
             extent = replace(extent, box=box)
         logger.info(
@@ -140,6 +150,7 @@ def run_extraction(
             out,
             settings=settings,
             find_defects=find_defects,
+            workforce=Workforce(n_workers, processes, lambda s: frame_source(s.experiment)),
             attributes={
                 "software": software(),
                 "d_min": d_min if d_min is not None else min(map(detector_limit, experiments)),
@@ -149,12 +160,14 @@ def run_extraction(
 
 
 @contextmanager
-def _in_memory(experiments: Sequence[Experiment]) -> Iterator[None]:
+def _in_memory(experiments: Sequence[Experiment], n_workers: int) -> Iterator[None]:
     """Say what frames need when the memory does not suffice, before if possible."""
     n = max(sum(p.image_size[0] * p.image_size[1] for p in e.panels) for e in experiments)
-    needed, left = n * BYTES_PER_PIXEL, available_bytes()
+    needed, left = n * BYTES_PER_PIXEL * n_workers, available_bytes()
+    each = f" in {n_workers} processes" if n_workers > 1 else ""
     message = (
-        f"not enough memory: frames of {n / 1e6:.1f} megapixels need about {needed / 1e9:.2g} GB "
+        f"not enough memory: frames of {n / 1e6:.1f} megapixels{each} need about "
+        f"{needed / 1e9:.2g} GB "
         f"beside half a GB for the program, {left / 1e9:.2g} GB are free; end other programs, "
         "give more with --max-memory, or take a machine with more"
     )

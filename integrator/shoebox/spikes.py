@@ -128,6 +128,9 @@ class SpikeFilter:
         Loaded by :meth:`load`.
     sigma : (float, float, float)
         As for :class:`SharpCounts`.
+    span : (range, int), optional
+        Frames whose sharp counts are kept, from the first that is loaded, and the end of those
+        that are; all by default.
     is_active : bool
         False passes the frames on as they are.
 
@@ -146,15 +149,20 @@ class SpikeFilter:
         frames: Frames,
         canvas: FrameCanvas,
         sigma: tuple[float, float, float],
+        span: tuple[range, int] | None = None,
         *,
         is_active: bool = True,
     ) -> None:
         self._canvas, self._is_active, self._n_images = canvas, is_active, frames.n_images
         self._sharp_counts = SharpCounts(canvas, frames.static_mask(), sigma)
-        self._reader = read_ahead(frames, range(frames.n_images), canvas, keep=KEPT)
+        self._kept, end = span or (range(frames.n_images), frames.n_images)
+        self._next = self._kept.start
+        # a frame is compared with those beside it
+        beside = int(is_active)
+        numbers = range(max(self._next - beside, 0), min(end + beside, frames.n_images))
+        self._reader = read_ahead(frames, numbers, canvas, keep=KEPT)
         self._nothing = canvas.counts
         self._before, self._now, self._ahead = self._nothing, self._nothing, self._nothing
-        self._next = 0
         self._spikes, self._taken = NONE, np.zeros(0, dtype=np.int32)
         self._sharp: list[Index] = []  # of each frame
         self.n_spikes = 0
@@ -162,14 +170,16 @@ class SpikeFilter:
         self.odd = NONE
 
     def load(self, frame: int) -> None:
-        """Load a frame (each in turn, from the first) into the canvas, without its spikes."""
+        """Load a frame (each in turn) into the canvas, without its spikes."""
         if frame != self._next:
             raise ValueError(f"frames are loaded in turn: {self._next}, not {frame}")
         self._next += 1
         if not self._is_active:
             self._canvas.counts = next(self._reader)[1]
             return
-        if frame == 0:
+        if frame == self._kept.start:
+            if frame > 0:
+                self._now = next(self._reader)[1]
             self._ahead = next(self._reader)[1]
         self._now[self._spikes] = self._taken
         self._before, now = self._now, self._ahead
@@ -178,8 +188,9 @@ class SpikeFilter:
         sharp, self.odd = self._sharp_counts.find(now)
         self._spikes = sharp[~self._are_supported(sharp)]
         self.is_spike[self._spikes] = True
-        self._sharp.append(sharp)
-        self.n_spikes += len(self._spikes)
+        if frame in self._kept:
+            self._sharp.append(sharp)
+            self.n_spikes += len(self._spikes)
         self._taken = now[self._spikes]
         now[self._spikes] = INVALID
         self._canvas.counts = now
@@ -189,6 +200,16 @@ class SpikeFilter:
         self._reader.close()
         self._before = self._now = self._ahead = self._canvas.counts = self._nothing
         self._nothing = np.zeros(0, dtype=np.int16)
+
+    @property
+    def sharp(self) -> Index:
+        """Flat indices of the sharp counts of all frames that are kept, (K,)."""
+        return np.concatenate([NONE, *self._sharp])
+
+    def add_sharp(self, sharp: Index, n_spikes: int) -> None:
+        """Add what a filter of other frames has found."""
+        self._sharp.append(sharp)
+        self.n_spikes += n_spikes
 
     def hot_pixels(self) -> NDArray[np.bool_]:
         """Pixels that were sharp on most frames, (size,)."""

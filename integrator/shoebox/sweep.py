@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,3 +48,12 @@ class Sweep:
     prediction: Prediction
     neighbours: Prediction | None = None
     neighbour_experiment: NDArray[np.int64] | None = None
+
+
+def highest_count(sweeps: Sequence[Sweep]) -> float:
+    """Largest number of photons that a frame can hold in a pixel."""
+    lookups = [sweep.experiment.images.lookup for sweep in sweeps if sweep.experiment.images]
+    if any(lookup.gain or lookup.pedestal for lookup in lookups):
+        return float(np.iinfo(np.int32).max)
+    panels = [panel for sweep in sweeps for panel in sweep.experiment.panels]
+    return max((panel.trusted_range[1] - panel.pedestal) / panel.gain for panel in panels)

@@ -7,6 +7,7 @@ Examples
 --------
 braggflux extract refined.expt refined.refl --out shoeboxes.h5
 braggflux extract refined.expt refined.refl --out shoeboxes.h5 --d-min 2.0 --box 7,21,21
+braggflux extract refined.expt refined.refl --out shoeboxes.h5 --processes 8
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from pathlib import Path
 
 from braggflux.pipelines.config.flags import add_config_arguments, config_from_args
 from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.workspace import log
 
 FLAGS = {
     "--d-min": "extraction.d_min",
     "--box": "extraction.box",
     "--n-sigma": "extraction.n_sigma",
+    "--processes": "extraction.processes",
 }
 logger = logging.getLogger(__name__)
 
@@ -42,11 +45,17 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(RunConfig, args, FLAGS, fixed)
     expt, refl = config.require("expt", "refl")
 
+    import torch
+
+    from braggflux.integrator.processes import Processes
     from braggflux.pipelines.integration.checks import check_pair
     from braggflux.pipelines.integration.extraction import extract
     from braggflux.pipelines.workspace.outputs import require_free_file
 
     require_free_file(args.out)
     check_pair(expt, refl)
-    extract(config, args.out)
+    processes = Processes.of_environment()
+    log.leave_to_first(processes)
+    with processes.joined(torch.device("cpu")):
+        extract(config, args.out, processes)
     logger.info("wrote %s", args.out)

@@ -31,6 +31,7 @@ RUN_FLAGS = {
     "--device": "training.device",
     "--seed": "training.seed",
     "--d-min": "extraction.d_min",
+    "--processes": "extraction.processes",
 }
 
 MERGE_FLAGS = {
@@ -60,7 +61,7 @@ GROUPS = {
         *("--d-min", "--space-group", "--unit-cell", "--anomalous", "--stills", "--laue"),
         *("--parents", "--resolve-ambiguity"),
     ),
-    "computing": ("--epochs", "--batch-size", "--device", "--seed", "--nproc"),
+    "computing": ("--epochs", "--batch-size", "--device", "--seed", "--nproc", "--processes"),
 }
 OF_DIALS = "more parameters for steps of DIALS"
 OTHERS = "model"

@@ -78,10 +78,13 @@ class ExtractionConfig:
     find_defects: bool = True
     # Solve a spot together with the spots that overlap with it; false masks their pixels.
     model_neighbours: bool = True
+    # Processes that cut the boxes, a range of the frames each; each takes the memory of one.
+    processes: int = 1
 
     def __post_init__(self) -> None:
         """Check ranges."""
         _positive(self, "d_min", "n_sigma")
+        _at_least(self, 1, "processes")
         if self.box and any(side < 1 or side % 2 == 0 for side in self.box):
             raise ValueError(f"`box` must be three odd positive numbers, got {self.box}")
 

@@ -59,8 +59,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunDirectory:
     config = config.resolved()
     processes = Processes.of_environment()
     device = choose_device(config.training.device, processes)
-    if not processes.is_first:
-        logging.getLogger(log.PACKAGE).setLevel(logging.ERROR)  # the first one says it all
+    log.leave_to_first(processes)
     check_input(config)
     [out] = config.require("out")
     with one_writer(out) if processes.is_first else nullcontext(), processes.joined(device):
@@ -110,10 +109,7 @@ def _prepare(
             directory.note("integrator", text)
         logger.info("the integrator %s", text)
     with stages("extraction"):
-        store = _shoeboxes(directory, config, saved) if processes.is_first else None
-        processes.wait()
-        if store is None:
-            store = ShoeboxStore.open(directory.shoeboxes)
+        store = _shoeboxes(directory, config, saved, processes)
     with stages("start of the models"):
         problem = build(store, config, saved)
     anomalous: list[AnomalousModel] = []
@@ -143,14 +139,18 @@ def _anomalous_models(
 
 
 def _shoeboxes(
-    directory: RunDirectory, config: RunConfig, saved: SavedIntegrator | None
+    directory: RunDirectory,
+    config: RunConfig,
+    saved: SavedIntegrator | None,
+    processes: Processes,
 ) -> ShoeboxStore:
     """Cut the boxes, or open those that an interrupted run has cut."""
-    if directory.shoeboxes.is_file():
+    # the first process may have to clear the folder before: it says whether there are boxes
+    if processes.from_first(directory.shoeboxes.is_file):
         return ShoeboxStore.open(directory.shoeboxes)
     if saved is not None:
         config = replace(config, extraction=replace(config.extraction, box=saved.box))
-    return extract(config, directory.shoeboxes)
+    return extract(config, directory.shoeboxes, processes)
 
 
 def _write_reference(directory: RunDirectory, config: RunConfig) -> None:

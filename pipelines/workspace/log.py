@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from braggflux.integrator.processes import Processes
+
 PACKAGE = "braggflux"
 #: Name of the handlers that :func:`configure` sets.
 _TERMINAL = "braggflux-terminal"
@@ -60,6 +62,12 @@ def attach_file(path: Path) -> None:
             handler.handle(record)
         root.removeHandler(early)
     root.addHandler(handler)
+
+
+def leave_to_first(processes: Processes) -> None:
+    """Of several processes, let the first one alone say what is no error."""
+    if not processes.is_first:
+        logging.getLogger(PACKAGE).setLevel(logging.ERROR)
 
 
 def detach_files() -> None:

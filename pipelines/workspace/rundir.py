@@ -58,6 +58,7 @@ _FREE_ON_RESUME = {
     "out",
     "reference",
     "dials.nproc",
+    "extraction.processes",
     "training.device",
     "training.checkpoint_every",
 }

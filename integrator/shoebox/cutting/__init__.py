@@ -1,0 +1,1 @@
+"""Boxes of one sweep, or of a range of its frames."""
