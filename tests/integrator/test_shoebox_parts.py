@@ -81,6 +81,19 @@ def test_any_number_of_workers_gives_the_same_store(tmp_path, small_chunks, find
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.h5", "2.h5", "3.h5", "5.h5"]
 
 
+def test_many_boxes_on_a_frame_stay_apart(tmp_path, monkeypatch):
+    """More boxes begin on a frame than two chunks hold: rows that wait must not be written over."""
+    rng = np.random.default_rng(8)
+    frames, spots = make_frames(rng), make_prediction(600, rng, zeta=1.0)
+    stores = []
+    for n in (1000, 8):
+        monkeypatch.setattr(shoebox_store, "CHUNK_BYTES", n * 2 * int(np.prod(EXTENT.box)))
+        path = tmp_path / f"{n}.h5"
+        extract_shoeboxes([Sweep(make_experiment(), frames, spots)], EXTENT, path).close()
+        stores.append(contents(path))
+    assert stores[0] == stores[1]
+
+
 def test_every_frame_is_the_share_of_one_process():
     cutting = Cutting(made_sweeps(), EXTENT, MaskSettings(), True)
     for n in (1, 3, 40):

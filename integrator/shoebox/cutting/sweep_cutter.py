@@ -152,11 +152,12 @@ class SweepCutter:
             odd = odd[np.isinf(self._map.nearest[odd])]
             self._background.add(frame, np.concatenate([self._map.touched, odd]))
         begin = max(int(boxes.begin[frame]), own.start)
+        # before the rows that begin here: the buffer has no room for more than are open
+        boxes.flush_whole_chunks(min(begin, own.stop))
         rows = np.arange(begin, min(boxes.end[frame], own.stop))
         rows = rows[frame - self._corner[rows, 0] < self._n_frames[rows]]
         if len(rows):
             self._fill(frame, rows)
-        boxes.flush_whole_chunks(min(begin, own.stop))
 
     def _fill(self, frame: int, rows: NDArray[np.int64]) -> None:
         corner, boxes = self._corner[rows], self._open
