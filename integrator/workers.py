@@ -65,11 +65,12 @@ def _listen(
 ) -> None:
     waiting = dict(zip(receivers, workers, strict=True))
     while waiting:
-        for receiver in wait(list(waiting)):
+        ready = wait(list(waiting))
+        for receiver in [r for r in waiting if r in ready]:
             try:
-                message = receiver.recv_bytes()  # type: ignore[union-attr]
+                message = receiver.recv_bytes()
             except EOFError:
-                worker = waiting.pop(receiver)  # type: ignore[arg-type]
+                worker = waiting.pop(receiver)
                 worker.join()
                 _check_end(worker.exitcode or 0)
                 continue
