@@ -82,7 +82,7 @@ def test_any_number_of_workers_gives_the_same_store(tmp_path, small_chunks, find
 
 
 def test_many_boxes_on_a_frame_stay_apart(tmp_path, monkeypatch):
-    """More boxes begin on a frame than two chunks hold: rows that wait must not be written over."""
+    """More boxes begin on a frame than two chunks hold: those that wait are not written over."""
     rng = np.random.default_rng(8)
     frames, spots = make_frames(rng), make_prediction(600, rng, zeta=1.0)
     stores = []
