@@ -45,6 +45,7 @@ from braggflux.integrator.io.hdf5.checked import (
     write_text,
     writing_checked,
 )
+from braggflux.integrator.io.hdf5.chunks import copy_rows
 from braggflux.integrator.io.hdf5.columns import column_of, read_array, read_columns
 from braggflux.integrator.io.hdf5.filters import bitshuffle
 from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
@@ -69,6 +70,7 @@ UNITS = {
     "corner": "frame, slow, fast array index",
 }
 CHUNK_BYTES = 1 << 19
+GZIP = {"compression": "gzip", "compression_opts": 1, **CHECKSUM}
 #: Of a voxel on disk, counts and mask; between .43 and .75 where it was measured.
 PACKED_BYTES = 0.4
 INTEGER_COLUMNS = (
@@ -125,26 +127,15 @@ class ShoeboxWriter:
         return self._counts[first : first + n], self._mask[first : first + n]
 
     def copy_boxes(self, other: h5py.File, rows: slice) -> None:
-        """Copy rows from a store of the same shape; whole chunks as they are, compressed."""
-        chunk, n = self.chunk_rows, len(self._counts)
+        """Copy rows from a store of the same shape."""
         for own in (self._counts, self._mask):
-            given = other[own.name]
-            for first in range(rows.start // chunk * chunk, rows.stop, chunk):
-                part = slice(max(first, rows.start), min(first + chunk, rows.stop))
-                if part == slice(first, min(first + chunk, n)):
-                    place = (first, 0, 0, 0)
-                    left_out, packed = given.id.read_direct_chunk(place)
-                    own.id.write_direct_chunk(place, packed, left_out)
-                else:
-                    own[part] = given[part]
+            copy_rows(other[own.name], own, rows)
 
     def write_columns(self, columns: Mapping[str, NDArray[Any]]) -> None:
         """Write the columns of all reflections."""
         group = self._handle.create_group("reflections")
         for name, values in columns.items():
-            column = group.create_dataset(
-                name, data=values, compression="gzip", compression_opts=1, **CHECKSUM
-            )
+            column = group.create_dataset(name, data=values, **GZIP)
             if name in UNITS:
                 write_attributes(column, {"units": UNITS[name]})
 
@@ -152,9 +143,7 @@ class ShoeboxWriter:
         """Write pairs of a box and a spot that overlaps with it, sorted by box."""
         group = self._handle.create_group("neighbours")
         for name, values in columns.items():
-            group.create_dataset(
-                name, data=values, compression="gzip", compression_opts=1, **CHECKSUM
-            )
+            group.create_dataset(name, data=values, **GZIP)
 
     def write_background(self, experiment: int, field: BackgroundField) -> None:
         """Write the background statistic of a sweep."""
