@@ -127,13 +127,13 @@ def run_extraction(
     experiments = usable
     is_full = reflections is not None and is_full_set(reflections)
     predictions = _positions(experiments, tables, is_full, (d_min, d_max))
-    predictions = list(map(_on_valid_images, experiments, predictions))
     with ExitStack() as stack, _in_memory(experiments, n_workers):
         sweeps = []
         for experiment, prediction in zip(experiments, predictions, strict=True):
             frames = stack.enter_context(frame_source(experiment))
             _check_frames(experiment, frames)
             sweeps.append(Sweep(experiment, frames, prediction))
+        limit = d_min if d_min is not None else min(map(detector_limit, experiments))
         extent = extent_override or processes.from_first(
             lambda: measure_extent(sweeps, n_sigma=n_sigma, find_hot=find_defects)
         )
@@ -151,10 +151,7 @@ def run_extraction(
             settings=settings,
             find_defects=find_defects,
             workforce=Workforce(n_workers, processes, lambda s: frame_source(s.experiment)),
-            attributes={
-                "software": software(),
-                "d_min": d_min if d_min is not None else min(map(detector_limit, experiments)),
-            },
+            attributes={"software": software(), "d_min": limit},
             progress=progress,
         )
 
@@ -215,11 +212,12 @@ def _positions(
     if tables is not None and d_min is not None:
         _require_rows(experiments, tables, d_min)
     if tables is not None and is_full:
-        return _from_tables(experiments, tables, d_min, d_max)
-    predictions = [predict_reflections(e, d_min, d_max=d_max) for e in experiments]
-    if tables is not None:
-        _require_agreement(experiments, tables, predictions)
-    return predictions
+        predictions = _from_tables(experiments, tables, d_min, d_max)
+    else:
+        predictions = [predict_reflections(e, d_min, d_max=d_max) for e in experiments]
+        if tables is not None:
+            _require_agreement(experiments, tables, predictions)
+    return list(map(_on_valid_images, experiments, predictions))
 
 
 def _require_rows(

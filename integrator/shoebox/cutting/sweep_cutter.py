@@ -91,12 +91,9 @@ class SweepCutter:
         self._n_struck = 0  # voxels that zingers took
         self._frames = frames or range(self._n_images)
         self.rows, self._end = self._own_rows(layer[order] * box[0])
+        sigmas, span = (extent.sigma_x_px, extent.sigma_y_px, rocking), (self._frames, self._end)
         self._source = SpikeFilter(
-            sweep.frames,
-            self._canvas,
-            (extent.sigma_x_px, extent.sigma_y_px, rocking),
-            (self._frames, self._end),
-            is_active=find_defects,
+            sweep.frames, self._canvas, sigmas, span, is_active=find_defects
         )
         self._background = BackgroundAccumulator(
             self._canvas, self._n_images, where_spots_are_known(sweep), highest_count([sweep])
