@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.hdf5.checked import read_attributes
+from braggflux.integrator.types import ReflectionMetadata
 
 FORMAT = "braggflux-shoeboxes"
 VERSION = 4
@@ -20,6 +24,19 @@ WITHOUT_CHECKSUMS = 3
 #: Version 2 placed tables on scans that do not start at image 1 wrongly; the others it has right.
 RIGHT_FROM_IMAGE_1 = 2
 REMEDY = "make it again with braggflux extract"
+UNITS = {
+    "counts": "photons",
+    "xyz_px": "pixels, pixels, frames from the start of the scan",
+    "xyz_mm": "mm, mm, rad",
+    "s1": "1/A",
+    "d": "A",
+    "corner": "frame, slow, fast array index",
+}
+INTEGER_COLUMNS = (
+    *("refl_row", "miller_index", "experiment", "panel", "corner", "frames_per_layer"),
+)
+#: Columns that are held in single precision.
+SINGLE = {f.name for f in fields(ReflectionMetadata)} - set(INTEGER_COLUMNS)
 
 
 def check_boxes(counts: h5py.Dataset, mask: h5py.Dataset, n_rows: int) -> None:
@@ -90,3 +107,13 @@ def check_rows(columns: Mapping[str, NDArray[Any]], n_panels: Sequence[int]) -> 
         raise ValueError(f"rows of sweep {sweep.max()}, {len(n_panels)} are described")
     if ((panel < 0) | (panel >= np.asarray(n_panels)[sweep])).any():
         raise ValueError(f"rows of panel {panel.max()}, sweeps have {max(n_panels)}")
+
+
+def metadata_of(columns: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> ReflectionMetadata:
+    """Give the columns of a store as tensors, numbers that are no integers of type ``dtype``."""
+
+    def tensor(name: str) -> Tensor:
+        kind = torch.int64 if name in INTEGER_COLUMNS else dtype
+        return torch.from_numpy(columns[name]).to(kind)
+
+    return ReflectionMetadata(**{f.name: tensor(f.name) for f in fields(ReflectionMetadata)})

@@ -23,7 +23,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,36 +46,33 @@ from braggflux.integrator.io.hdf5.checked import (
     writing_checked,
 )
 from braggflux.integrator.io.hdf5.chunks import copy_rows
-from braggflux.integrator.io.hdf5.columns import column_of, read_array, read_columns
+from braggflux.integrator.io.hdf5.columns import (
+    column_of,
+    each_column,
+    read_array,
+    read_columns,
+)
 from braggflux.integrator.io.hdf5.filters import bitshuffle
 from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
 from braggflux.integrator.io.shoebox_format import (
     FORMAT,
     REMEDY,
     RIGHT_FROM_IMAGE_1,
+    SINGLE,
+    UNITS,
     VERSION,
     check_boxes,
     check_rows,
+    metadata_of,
     open_checked,
 )
 from braggflux.integrator.shoebox.mask import MaskBit
 from braggflux.integrator.types import ReflectionMetadata, ShoeboxBatch
 
-UNITS = {
-    "counts": "photons",
-    "xyz_px": "pixels, pixels, frames from the start of the scan",
-    "xyz_mm": "mm, mm, rad",
-    "s1": "1/A",
-    "d": "A",
-    "corner": "frame, slow, fast array index",
-}
 CHUNK_BYTES = 1 << 19
 GZIP = {"compression": "gzip", "compression_opts": 1, **CHECKSUM}
 #: Of a voxel on disk, counts and mask; between .43 and .75 where it was measured.
 PACKED_BYTES = 0.4
-INTEGER_COLUMNS = (
-    *("refl_row", "miller_index", "experiment", "panel", "corner", "frames_per_layer"),
-)
 
 
 @dataclass(frozen=True)
@@ -234,10 +231,14 @@ class ShoeboxStore:
         self.experiments = checked_records(json.loads(text))
         self.attributes = read_attributes(self._handle)
         check_boxes(self._counts, self._mask, self.attributes["n_rows"])
-        self._columns = read_columns(self._handle["reflections"], len(self._counts))
+        # one after the other: all in double precision would be twice what is kept
+        self._columns = {
+            name: values.astype(np.float32) if name in SINGLE else values
+            for name, values in each_column(self._handle["reflections"], len(self._counts))
+        }
         if "flags" not in self._columns:
             raise ValueError("the column flags is missing")
-        self._metadata = _metadata(self._columns, torch.float32)
+        self._metadata = metadata_of(self._columns, torch.float32)
         self.pairs = NeighbourPairs.read(self._handle, len(self._counts))
 
     def _check_starts(self) -> None:
@@ -296,8 +297,15 @@ class ShoeboxStore:
         return self.in_memory is not None
 
     def metadata(self, dtype: torch.dtype = torch.float32) -> ReflectionMetadata:
-        """Everything known of the reflections before counting, (N,) rows."""
-        return self._metadata if dtype == torch.float32 else _metadata(self._columns, dtype)
+        """Everything known of the reflections before counting, (N,) rows.
+
+        In single precision, as held: positions then are good to 2e-4 pixels. In double precision
+        it is read from the file.
+        """
+        if dtype == torch.float32:
+            return self._metadata
+        with reading(self.path, REMEDY):
+            return metadata_of(read_columns(self._handle["reflections"], len(self)), dtype)
 
     def column(self, name: str) -> NDArray[Any]:
         """Return a column of ``/reflections``, (N, ...): ``flags``, ``entering`` ..."""
@@ -306,7 +314,7 @@ class ShoeboxStore:
     @property
     def flags(self) -> Tensor:
         """Bits of ``braggflux.integrator.types.Flag``, (N,) int64."""
-        return torch.from_numpy(self._columns["flags"].astype(np.int64))
+        return torch.from_numpy(self._columns["flags"].astype(np.int64, copy=False))
 
     def cache_in_memory(self, byte_limit: int = 4 << 30) -> bool:
         """Hold all boxes in memory, if they fit.
@@ -390,11 +398,3 @@ class ShoeboxStore:
     def _read_rows(self, rows: slice) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         with reading(self.path, REMEDY):
             return self._counts[rows], self._mask[rows]
-
-
-def _metadata(columns: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> ReflectionMetadata:
-    def tensor(name: str) -> Tensor:
-        kind = torch.int64 if name in INTEGER_COLUMNS else dtype
-        return torch.from_numpy(columns[name]).to(kind)
-
-    return ReflectionMetadata(**{f.name: tensor(f.name) for f in fields(ReflectionMetadata)})

@@ -197,9 +197,9 @@ class BackgroundAccumulator:
         self._frame_count[is_shaded] = 0.0
         return Defects(is_hot, self._tile_map(), is_shaded)
 
-    def _tile_map(self) -> NDArray[np.int32]:
+    def _tile_map(self) -> NDArray[np.unsignedinteger[Any]]:
         """Tile of every pixel of the panels, (canvas.size,); 0 in the padding."""
-        tile, first = np.zeros(self._canvas.size, dtype=np.int32), 0
+        tile, first = np.zeros(self._canvas.size, np.min_scalar_type(len(self._lit))), 0
         for panel, (slow, fast) in enumerate(self._canvas.panel_shapes):
             rows, columns = np.arange(slow) // self._side, np.arange(fast) // self._side
             grid = first + rows[:, None] * (columns[-1] + 1) + columns

@@ -46,7 +46,8 @@ class FrameCanvas:
     base, stride : ndarray, (n_panels,) int64
         First pixel of each panel in the flat array, without its padding, and length of its rows.
     counts : ndarray, (size,) int16 or int32
-        Photons of the loaded frame; :data:`INVALID` in the padding and where not usable.
+        Photons of the loaded frame; :data:`INVALID` in the padding and where not usable. Before
+        the first, not to be written to.
     """
 
     def __init__(self, panel_shapes: Sequence[tuple[int, int]], margin: int) -> None:
@@ -58,7 +59,7 @@ class FrameCanvas:
         self._start = starts[:-1].astype(np.int64)
         self.base = self._start + margin * (self.stride + 1)
         self.size = -(-int(starts[-1]) // WORD) * WORD
-        self.counts = self.empty()
+        self.counts: Counts = np.broadcast_to(np.int16(INVALID), self.size)
 
     def empty(self) -> Counts:
         """Give a buffer without a count, (size,)."""
@@ -87,14 +88,14 @@ class FrameCanvas:
         usable : sequence of ndarray, (slow, fast) bool
             Static mask per panel.
         into : ndarray, (size,)
-            :attr:`counts` of an earlier frame, written over if of the frame's type.
+            :attr:`counts` of an earlier frame, written over if of the frame's type and there.
 
         Returns
         -------
         ndarray, (size,)
         """
         dtype = np.result_type(*images)
-        if into.dtype != dtype:
+        if into.dtype != dtype or not into.flags.writeable:
             into = np.full(self.size, INVALID, dtype)
         for panel, image in enumerate(images):
             base, stride = int(self.base[panel]), int(self.stride[panel])

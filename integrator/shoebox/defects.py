@@ -10,9 +10,10 @@ Shadows are looked for in tiles of pixels, see :mod:`braggflux.integrator.shoebo
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +57,13 @@ class Defects:
     Parameters
     ----------
     is_hot : ndarray, (canvas.size,) bool
-    tile : ndarray, (canvas.size,) int32
+    tile : ndarray, (canvas.size,) unsigned
         Tile of every pixel of the panels.
     is_shaded : ndarray, (n_images, n_tiles) bool
     """
 
     is_hot: Bools
-    tile: NDArray[np.int32]
+    tile: NDArray[np.unsignedinteger[Any]]
     is_shaded: Bools
 
     @cached_property
@@ -88,24 +89,24 @@ class BoxGeometry:
         Panel, and frames that a layer sums.
     corner : ndarray, (N, 3) int64
         (frame, slow, fast).
-    terms : sequence of ndarray, (N, W), (N, H), (N, n_frames)
-        Squared distance to the centroid of pixels (fast, slow) and frames, in standard deviations.
+    terms : callable
+        Gives for a slice of K rows the squared distance to the centroid of pixels (fast, slow)
+        and frames, in standard deviations: ndarray, (K, W), (K, H), (K, n_frames).
     """
 
     box: tuple[int, int, int]
     panel: NDArray[np.int64]
     per_layer: NDArray[np.int64]
     corner: NDArray[np.int64]
-    terms: Sequence[NDArray[np.float32]]
+    terms: Callable[[slice], Sequence[NDArray[np.float32]]]
 
-    def layers(self, rows: slice) -> NDArray[np.int64]:
-        """Layer of every frame of the longest box, (K, n_frames); ``box[0]`` beyond the end."""
-        steps = np.arange(self.terms[2].shape[1])
-        return np.minimum(steps // self.per_layer[rows, None], self.box[0])
+    def along(self, rows: slice, terms: NDArray[np.float32]) -> tuple[Array, Array]:
+        """Weight of a Gaussian spot in each layer, and its least squared distance, (K, D) each.
 
-    def along(self, rows: slice) -> tuple[Array, Array]:
-        """Weight of a Gaussian spot in each layer, and its least squared distance, (K, D) each."""
-        layer, terms = self.layers(rows), self.terms[2][rows]
+        ``terms``, (K, n_frames), are those of the rows' frames.
+        """
+        steps = np.arange(terms.shape[1])  # beyond the end of a box, a layer that it has not
+        layer = np.minimum(steps // self.per_layer[rows, None], self.box[0])
         each = np.arange(len(layer))[:, None]
         weight = np.zeros((len(layer), self.box[0] + 1))
         least = np.full_like(weight, np.inf)
@@ -201,8 +202,8 @@ def remove_from_boxes(
         counts, mask = writer.read_boxes(first_row + rows.start, rows.stop - rows.start)
         gone = bad & (mask & MaskBit.VALID > 0)
         n_gone += int(np.count_nonzero(gone))
-        weight, least = boxes.along(rows)
-        fast, slow = (boxes.terms[axis][rows] for axis in (0, 1))
+        fast, slow, frames = boxes.terms(rows)
+        weight, least = boxes.along(rows, frames)
         lost[rows] = np.einsum(
             "kdhw,kd,kh,kw->k", gone, weight, np.exp(-0.5 * slow), np.exp(-0.5 * fast)
         )

@@ -107,7 +107,7 @@ def _write_store(
                 columns.append(cutter.finish(number))
             pairs.append(cutter.neighbours(number))
             max_count = max(max_count, cutter.max_count)
-        merged = {k: np.concatenate([c[k] for c in columns]) for k in columns[0]}
+        merged = {k: np.concatenate([c.pop(k) for c in columns]) for k in list(columns[0])}
         if not merged["recorded_fraction"].any():
             raise UserError(
                 "no pixel of any shoebox was recorded: all are masked, overloaded or outside of "

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 FloatArray = NDArray[np.float32]
 
+BLOCK_FRAMES = 64
+"""Frames whose spots are listed at a time: of all frames the lists would be longer than the rest
+of what is known of the spots."""
+
 
 class MaskBit:
     """Bits of a voxel in the shoebox store (those of DIALS' shoebox masks)."""
@@ -84,25 +88,32 @@ class Spots:
             np.concatenate([self.sigma, other.sigma]),
         )
 
-    def axis_terms(self, axis: int, first: NDArray[np.int64], length: int) -> FloatArray:
+    def __getitem__(self, rows: slice) -> Spots:
+        """Give some of them, not copied."""
+        return Spots(self.panel[rows], self.centre[rows], self.sigma[rows])
+
+    def axis_terms(
+        self, axis: int, rows: slice | NDArray[np.int64], first: NDArray[np.int64], length: int
+    ) -> FloatArray:
         """Squared distances along one axis of the voxels ``first .. first + length - 1``.
+
+        Parameters
+        ----------
+        axis : int
+            0 for fast, 1 for slow, 2 for frames.
+        rows : slice or ndarray, (K,)
+            Of the spots.
+        first : ndarray, (K,)
+        length : int
 
         Returns
         -------
-        ndarray, (N, length) float32
+        ndarray, (K, length) float32
+            ``((voxel centre - centre) / sigma)^2``.
         """
-        return squared_steps(self.centre[:, axis], self.sigma[:, axis], first, length)
-
-
-def squared_steps(
-    centre: NDArray[np.float64],
-    sigma: NDArray[np.float64],
-    first: NDArray[np.int64],
-    length: int,
-) -> FloatArray:
-    """``((voxel centre - centre) / sigma)^2`` along one axis, (N, length)."""
-    position = first[:, None] + (np.arange(length) + 0.5)
-    return (((position - centre[:, None]) / sigma[:, None]) ** 2).astype(np.float32)
+        position = first[:, None] + (np.arange(length) + 0.5)
+        centre, sigma = self.centre[rows, axis, None], self.sigma[rows, axis, None]
+        return (((position - centre) / sigma) ** 2).astype(np.float32)
 
 
 class SpotMap:
@@ -128,30 +139,42 @@ class SpotMap:
 
     def __init__(self, canvas: FrameCanvas, spots: Spots, reach: float, n_images: int) -> None:
         self.nearest = np.full(canvas.size, np.inf, dtype=np.float32)
-        self._canvas, self._spots, self._reach = canvas, spots, reach
+        self._canvas, self._spots, self._reach, self._n_images = canvas, spots, reach, n_images
         half = window_half(spots, reach)
         self._shape = (2 * half[1] + 1, 2 * half[0] + 1)
-        self._fast = np.floor(spots.centre[:, 0]).astype(np.int64) - half[0]
-        self._slow = np.floor(spots.centre[:, 1]).astype(np.int64) - half[1]
-        self._fast_terms = spots.axis_terms(0, self._fast, self._shape[1])
-        self._slow_terms = spots.axis_terms(1, self._slow, self._shape[0])
-        self._rows, self._starts = _rows_per_frame(spots, reach, n_images)
-        self.touched = np.zeros(0, dtype=np.int64)
+        self._half = half
+        self._block = range(0)  # of frames whose spots are listed in rows
+        self._rows = self._starts = self.touched = np.zeros(0, dtype=np.int64)
 
     def update(self, frame: int) -> None:
         """Recompute :attr:`nearest` for a frame."""
         self.nearest[self.touched] = np.inf
-        rows = self._rows[self._starts[frame] : self._starts[frame + 1]]
-        spots, canvas = self._spots, self._canvas
-        along = ((frame + 0.5 - spots.centre[rows, 2]) / spots.sigma[rows, 2]) ** 2
+        spots, rows = self._spots, self._rows_on(frame)
+        fast, slow = (
+            np.floor(spots.centre[rows, axis]).astype(np.int64) - self._half[axis]
+            for axis in (0, 1)
+        )
         self.touched = draw_spots(
             self.nearest,
-            *canvas.first(spots.panel[rows], self._slow[rows], self._fast[rows]),
-            self._slow_terms[rows],
-            self._fast_terms[rows],
-            along.astype(np.float32),
+            *self._canvas.first(spots.panel[rows], slow, fast),
+            spots.axis_terms(1, rows, slow, self._shape[0]),
+            spots.axis_terms(0, rows, fast, self._shape[1]),
+            spots.axis_terms(2, rows, np.full(len(rows), frame), 1).ravel(),
             np.float32(self._reach**2),
         )
+
+    def close(self) -> None:
+        """Let go of the map."""
+        self.nearest, self.touched = np.zeros(0, np.float32), self.touched[:0]
+
+    def _rows_on(self, frame: int) -> NDArray[np.int64]:
+        """Spots lit on a frame."""
+        if frame not in self._block:
+            end = min(frame + BLOCK_FRAMES, self._n_images)
+            self._block = range(frame, end)
+            self._rows, self._starts = _rows_per_frame(self._spots, self._reach, self._block)
+        place = frame - self._block.start
+        return self._rows[self._starts[place] : self._starts[place + 1]]
 
 
 def window_half(spots: Spots, reach: float) -> tuple[int, int]:
@@ -162,18 +185,19 @@ def window_half(spots: Spots, reach: float) -> tuple[int, int]:
 
 
 def _rows_per_frame(
-    spots: Spots, reach: float, n_images: int
+    spots: Spots, reach: float, frames: range
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Spots lit on each frame: rows sorted by frame, and where each frame starts (n + 1,)."""
-    extent = reach * spots.sigma[:, 2]
-    low = np.ceil(spots.centre[:, 2] - extent - 0.5).clip(0, n_images).astype(np.int64)
-    high = np.floor(spots.centre[:, 2] + extent - 0.5).clip(-1, n_images - 1).astype(np.int64)
-    length = (high - low + 1).clip(0)
-    rows = np.repeat(np.arange(len(low)), length)
+    """Spots lit on each of some frames: rows sorted by frame, and where each starts (n + 1,)."""
+    extent, (first, end) = reach * spots.sigma[:, 2], (frames.start, frames.stop)
+    low = np.ceil(spots.centre[:, 2] - extent - 0.5).clip(first, end).astype(np.int32)
+    high = np.floor(spots.centre[:, 2] + extent - 0.5).clip(first - 1, end - 1).astype(np.int32)
+    lit = np.flatnonzero(high >= low)
+    low, length = low[lit], (high - low + 1)[lit]
+    rows = np.repeat(lit, length)
     step = np.arange(len(rows)) - np.repeat(np.cumsum(length) - length, length)
     frame = np.repeat(low, length) + step
     order = np.argsort(frame, kind="stable")
-    starts = np.searchsorted(frame[order], np.arange(n_images + 1))
+    starts = np.searchsorted(frame[order], np.arange(first, end + 1))
     return rows[order], starts
 
 

@@ -103,6 +103,10 @@ class SharpCounts:
         index = np.concatenate(found)
         return self._above(now, index, self._ratios), self._above(now, index, ODD_RATIOS)
 
+    def close(self) -> None:
+        """Let go of the mask."""
+        self._static = np.zeros(0, dtype=bool)
+
     def _above(self, now: Counts, index: Index, ratios: Sequence[float]) -> Index:
         """Those of some pixels whose counts are above ``ratios`` to each set of neighbours."""
         around = self._canvas.around(index)
@@ -181,7 +185,8 @@ class SpikeFilter:
             if frame > 0:
                 self._now = next(self._reader)[1]
             self._ahead = next(self._reader)[1]
-        self._now[self._spikes] = self._taken
+        if len(self._spikes):
+            self._now[self._spikes] = self._taken
         self._before, now = self._now, self._ahead
         self._now, self._ahead = now, next(self._reader, (0, self._nothing))[1]
         self.is_spike[self._spikes] = False
@@ -199,7 +204,8 @@ class SpikeFilter:
         """Stop reading, and let go of the frames."""
         self._reader.close()
         self._before = self._now = self._ahead = self._canvas.counts = self._nothing
-        self._nothing = np.zeros(0, dtype=np.int16)
+        self.is_spike = np.zeros(0, dtype=bool)
+        self._sharp_counts.close()
 
     @property
     def sharp(self) -> Index:

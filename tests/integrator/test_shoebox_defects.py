@@ -266,7 +266,9 @@ def test_voxels_in_a_shadow_are_those_of_its_tiles_and_frames():
     per_layer = rng.choice([1, 2, 5], n)
     corner = np.column_stack([rng.integers(-8, 40, n), rng.integers(0, 54, (n, 2))])
     terms = [np.zeros((n, length), np.float32) for length in (9, 7, 25)]
-    boxes = BoxGeometry(box, np.zeros(n, np.int64), per_layer, corner, terms)
+    boxes = BoxGeometry(
+        box, np.zeros(n, np.int64), per_layer, corner, lambda rows: [t[rows] for t in terms]
+    )
     found = boxes.bad_voxels(Defects(hot, tile, is_shaded), canvas, slice(0, n))
     for row, (frame, slow, fast) in enumerate(corner):
         for layer in range(box[0]):

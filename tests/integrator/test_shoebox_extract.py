@@ -424,30 +424,39 @@ def test_two_sweeps_share_a_store(tmp_path):
     torch.testing.assert_close(together.metadata().refl_row, torch.arange(50))
 
 
-def test_memory_stays_far_below_the_output(tmp_path):
-    """10,000 boxes of 2.8 kB (28 MB) from 400 frames that are never held together."""
+def peak_of_spots(tmp_path, n: int, n_images: int) -> int:
+    """Largest allocation during an extraction of ``n`` boxes from frames that are never held."""
 
     class Endless(ArrayFrames):
         def __init__(self):
-            self.n_images, self.panel_shapes = 400, [(64, 64)]
+            self.n_images, self.panel_shapes = n_images, [(64, 64)]
 
         def static_mask(self):
             return [np.ones((64, 64), bool)]
 
         def read(self, frame):
-            return [np.full((64, 64), frame % 7, np.int32)]
+            return [np.full((64, 64), frame % 7, np.int16)]
 
-    spots = make_prediction(10_000, np.random.default_rng(0), ((64, 64),), 400, zeta=1.0)
+    spots = make_prediction(n, np.random.default_rng(0), ((64, 64),), n_images, zeta=1.0)
     extent = SpotExtent(0.8, 0.8, 0.25, (7, 9, 9))
-    experiment = make_experiment(((64, 64),), 400)
-    # what the compiler of the loops holds is not the extraction's
-    extract_shoeboxes([Sweep(experiment, Endless(), spots[:20])], extent, tmp_path / "first.h5")
+    sweep = Sweep(make_experiment(((64, 64),), n_images), Endless(), spots)
     tracemalloc.start()
-    store = extract_shoeboxes([Sweep(experiment, Endless(), spots)], extent, tmp_path / "s.h5")
-    _, peak = tracemalloc.get_traced_memory()
+    extract_shoeboxes([sweep], extent, tmp_path / f"{n}.h5").close()
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(store) * 7 * 9 * 9 * 5 > 28e6
-    assert peak < 15.5e6, peak  # 14.8 MB on 2026-11-30, one of them pairs of neighbours
+    return peak
+
+
+BYTES_PER_SPOT = 640
+"""On 2026-11-30: 460 to 520 beside the prediction, of boxes of 1,700 bytes (1,110 before)."""
+
+
+def test_memory_stays_far_below_the_output(tmp_path):
+    """A longer scan with as many spots a frame: what is known of each spot is all that grows."""
+    peak_of_spots(tmp_path, 20, 100)  # what the compiler of the loops holds
+    short, long = (peak_of_spots(tmp_path, *size) for size in ((2500, 125), (10_000, 500)))
+    assert (long - short) / 7500 < BYTES_PER_SPOT
+    assert long < 9.5e6, long  # 8.0 MB, of a store of 28
 
 
 def test_user_errors_leave_no_file(tmp_path):
@@ -463,8 +472,8 @@ def test_user_errors_leave_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-BYTES_PER_PIXEL = 42.0
-"""On 2026-11-30: 36.5 of numpy's arrays, five buffers of 2 bytes for frames among them."""
+BYTES_PER_PIXEL = 33.0
+"""On 2026-11-30: 30.0 of numpy's arrays, five buffers of 2 bytes for frames among them."""
 
 
 def peak_bytes(tmp_path, side: int, n_images: int) -> int:

@@ -109,6 +109,19 @@ def test_metadata_keeps_every_column_in_double_precision(written):
         np.testing.assert_array_equal(store.flags, columns["flags"])
 
 
+def test_an_open_store_holds_no_column_in_double_precision_that_single_serves(written):
+    """173 bytes a reflection on 2026-11-30, 325 before: 19 numbers of 4, 11 of 8, 9 beside."""
+    with ShoeboxStore.open(written[0]) as store:
+        metadata = store.metadata().columns()
+        held = sum(v.numel() * v.element_size() for v in metadata.values())
+        names = ("flags", "entering", "recorded_fraction")
+        held += sum(store.column(name).nbytes for name in names if name in store._columns)
+        assert held / N <= 176
+        for name, values in metadata.items():
+            # one memory for both
+            assert values.data_ptr() == store.column(name).__array_interface__["data"][0]
+
+
 def test_background_and_header_survive(written):
     with ShoeboxStore.open(written[0]) as store:
         field = store.background(0)

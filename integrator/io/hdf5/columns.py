@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
@@ -72,7 +72,13 @@ def read_columns(
     ValueError
         Names the column, and what is wrong with it.
     """
-    columns: dict[str, NDArray[Any]] = {}
+    return dict(each_column(group, n_rows, without=without))
+
+
+def each_column(
+    group: h5py.Group, n_rows: int | None = None, *, without: str = ""
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Read the columns of a group one by one, names and values; see :func:`read_columns`."""
     for name in group:
         if name == without:
             continue
@@ -81,9 +87,9 @@ def read_columns(
         wanted = (n_rows, 3) if name in VECTORS else (n_rows,)
         if dataset.shape != wanted:
             raise ValueError(f"column {name} is {dataset.shape} and not {wanted}")
-        columns[name] = dataset[()]
-        check_values(name, columns[name])
-    return columns
+        values = dataset[()]
+        check_values(name, values)
+        yield name, values
 
 
 def check_values(name: str, values: NDArray[Any]) -> None:

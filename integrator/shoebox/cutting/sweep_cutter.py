@@ -15,7 +15,7 @@ from braggflux.integrator.prediction.rocking import frame_sigma, frames_per_laye
 from braggflux.integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
 from braggflux.integrator.shoebox.canvas import FrameCanvas
 from braggflux.integrator.shoebox.cutting.open_boxes import OpenBoxes
-from braggflux.integrator.shoebox.defects import BoxGeometry, remove_from_boxes, report
+from braggflux.integrator.shoebox.defects import ROWS, BoxGeometry, remove_from_boxes, report
 from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.kernels.boxes import fill_boxes
 from braggflux.integrator.shoebox.mask import (
@@ -62,7 +62,7 @@ class SweepCutter:
         self._experiment = sweep.experiment
         self._settings, self._writer, self.first_row = settings, writer, first_row
         self._n_images = sweep.frames.n_images
-        box = extent.box
+        self._box = box = extent.box
         centre = sweep.prediction.xyz_px.numpy()[:, ::-1].astype(np.float64)
         d, zeta = (getattr(sweep.prediction, k).numpy().astype(np.float64) for k in ("d", "zeta"))
         self._rocking = extent.rocking_width
@@ -84,6 +84,7 @@ class SweepCutter:
         known, self._sweep = self._spots, sweep
         if sweep.neighbours is not None:
             known = known.join(predicted_spots(sweep.neighbours, extent, sweep.experiment))
+            self._spots = known[: len(corner)]  # not held twice
         self._known = known
         self._map = SpotMap(self._canvas, known, settings.foreground, self._n_images)
         rocking = extent.sigma_m_deg / abs(sweep.experiment.rotation.scan.oscillation[1])
@@ -101,15 +102,7 @@ class SweepCutter:
         self._open = OpenBoxes(
             writer, first_row, self._corner[:, 0], self._per_layer, box, self._n_images
         )
-        # squared distances of the pixels of each box along fast and slow, and of its frames
         self._n_frames = self._per_layer * box[0]
-        lengths = (box[2], box[1], int(self._n_frames.max()))
-        self._terms = [
-            self._spots.axis_terms(axis, self._corner[:, 2 - axis], lengths[axis])
-            for axis in range(3)
-        ]
-        self._terms[2][np.arange(lengths[2]) >= self._n_frames[:, None]] = np.inf
-        self._weights = [np.exp(-0.5 * terms) for terms in self._terms]
         self._recorded = np.zeros(len(corner))
         self._flags = edge_flags(
             self._corner, self._n_frames, self._prediction.panel.numpy(), sweep.frames, box
@@ -166,14 +159,18 @@ class SweepCutter:
         canvas, settings = self._canvas, self._settings
         distances = (settings.foreground, settings.overlap, settings.core, settings.shared)
         foreground, overlap, core, shared = (np.float32(d**2) for d in distances)
+        spots, (_, height, width) = self._spots, self._box
+        fast = spots.axis_terms(0, rows, corner[:, 2], width)
+        slow = spots.axis_terms(1, rows, corner[:, 1], height)
+        along = spots.axis_terms(2, rows, np.full(len(rows), frame), 1).ravel()
         recorded, is_found, n_spikes = fill_boxes(
             canvas.counts,
             self._map.nearest,
             self._source.is_spike,
-            canvas.first(self._spots.panel[rows], corner[:, 1], corner[:, 2]),
+            canvas.first(spots.panel[rows], corner[:, 1], corner[:, 2]),
             (boxes.slots(rows), layer, in_layer == 0, is_recorded),
-            (self._terms[0][rows], self._terms[1][rows], self._terms[2][rows, step]),
-            (self._weights[0][rows], self._weights[1][rows], self._weights[2][rows, step]),
+            (fast, slow, along),
+            (np.exp(-0.5 * fast), np.exp(-0.5 * slow), np.exp(-0.5 * along)),
             (foreground, overlap, core, shared),
             (MaskBit.VALID, MaskBit.BACKGROUND, MaskBit.FOREGROUND, MaskBit.OVERLAPPED),
             boxes.counts,
@@ -187,6 +184,7 @@ class SweepCutter:
     def close(self) -> None:
         """Stop reading, and let go of what only frames need."""
         self._source.close()
+        self._map.close()
 
     def part(self) -> dict[str, NDArray[Any]]:
         """All that a range of frames says beside its boxes, for :meth:`add_part`."""
@@ -216,10 +214,7 @@ class SweepCutter:
         if self._find_defects:
             self._remove_defects()
         self._writer.write_background(experiment, self._background.result())
-        whole = np.ones(len(self._corner))
-        for weights in self._weights:
-            whole *= weights.sum(axis=1, dtype=np.float64)
-        recorded = (self._recorded / whole).clip(0, 1)
+        recorded = (self._recorded / self._whole()).clip(0, 1)
         self._flags[(recorded < MIN_RECORDED) | self._is_grazing] |= Flag.REJECTED
         core = self._settings.core * self._spots.sigma[:, 2]
         z = self._spots.centre[:, 2]
@@ -243,13 +238,8 @@ class SweepCutter:
     def _remove_defects(self) -> None:
         """Take what the whole scan has shown to be bad out of the background and the boxes."""
         defects = self._background.find_defects(self._source.hot_pixels())
-        depth, height, width = self._open.counts.shape[1:]
         boxes = BoxGeometry(
-            (depth, height, width),
-            self._spots.panel,
-            self._per_layer,
-            self._corner,
-            self._terms,
+            self._box, self._spots.panel, self._per_layer, self._corner, self._terms
         )
         lost, flags, n_gone = remove_from_boxes(
             self._writer, self.first_row, boxes, defects, self._canvas, self._settings
@@ -259,6 +249,29 @@ class SweepCutter:
         n_struck, first = self._n_struck, self._experiment.rotation.scan.image_range[0]
         n_valid = self._open.n_valid + n_struck
         report(defects, self._source.n_spikes, n_gone + n_struck, n_valid, first)
+
+    def _terms(self, rows: slice) -> list[NDArray[np.float32]]:
+        """Squared distances of the pixels of some boxes along fast and slow, and of their frames.
+
+        Made when they are asked for: of all boxes they would take more than all else known.
+        """
+        corner, n_frames = self._corner[rows], self._n_frames[rows, None]
+        lengths = (self._box[2], self._box[1], int(self._n_frames.max()))
+        terms = [
+            self._spots.axis_terms(axis, rows, corner[:, 2 - axis], length)
+            for axis, length in enumerate(lengths)
+        ]
+        terms[2][np.arange(lengths[2]) >= n_frames] = np.inf
+        return terms
+
+    def _whole(self) -> NDArray[np.float64]:
+        """Sum of a Gaussian spot's weights, 1 at its centre, over all voxels of each box, (N,)."""
+        whole = np.ones(len(self._corner))
+        for first in range(0, len(whole), ROWS):
+            rows = slice(first, first + ROWS)
+            for terms in self._terms(rows):
+                whole[rows] *= np.exp(-0.5 * terms).sum(axis=1, dtype=np.float64)
+        return whole
 
     def _metadata_columns(self, experiment: int) -> dict[str, NDArray[Any]]:
         n = len(self._corner)
