@@ -6,7 +6,8 @@
 names a table of integrated reflections with ``intensity.prf.*`` [photons]. Only observations
 that all tables have are compared. The *next spot* is the nearest on the detector of those whose
 rocking curves overlap with the spot's own (centres within three of their joint standard
-deviations).
+deviations). With ``--other truth_second.npz`` (``--effects second-lattice``) it is the nearest of
+the other lattice, and ``--distances`` are what suits: 1 2 3 5.
 
 Columns, by distance and by true photons of the observation:
 
@@ -31,20 +32,28 @@ from braggflux.integrator.io.dials import DialsFlag, read_reflections
 
 Array = NDArray[np.float64]
 
-DISTANCES = (0.0, 3.4, 3.8, 5.0, np.inf)  # pixels
+DISTANCES = (3.4, 3.8, 5.0)  # pixels
 PHOTONS = (-np.inf, 30.0, 300.0, np.inf)
 WITHIN = 3.0  # joint standard deviations of the rocking curves
 MATCH = np.array([2.0, 2.0, 3.0])  # pixels, pixels, frames
 
 
-def next_spots(xyz: Array, frame_sigma: Array, reach: float = 12.0) -> tuple[Array, Array]:
-    """Distance to the next spot [pixels] (N,), and its row (N,); infinite and -1 without one."""
+def next_spots(
+    xyz: Array, frame_sigma: float, other: Array | None = None, reach: float = 12.0
+) -> tuple[Array, Array]:
+    """Distance to the next spot [pixels] (N,), and its row (N,); infinite and -1 without one.
+
+    Of the same places ``xyz`` (N, 3), or of ``other`` (M, 3).
+    """
+    beside = xyz if other is None else other
     pairs = cKDTree(xyz[:, :2]).sparse_distance_matrix(
-        cKDTree(xyz[:, :2]), reach, output_type="ndarray"
+        cKDTree(beside[:, :2]), reach, output_type="ndarray"
     )
     first, second, distance = pairs["i"], pairs["j"], pairs["v"]
-    apart = np.abs(xyz[first, 2] - xyz[second, 2])
-    kept = (first != second) & (apart < WITHIN * np.hypot(frame_sigma[first], frame_sigma[second]))
+    apart = np.abs(xyz[first, 2] - beside[second, 2])
+    kept = apart < WITHIN * np.sqrt(2) * frame_sigma
+    if other is None:
+        kept &= first != second
     first, second, distance = first[kept], second[kept], distance[kept]
     order = np.lexsort((distance, first))
     rows, where = np.unique(first[order], return_index=True)
@@ -93,15 +102,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("truth", type=Path)
     parser.add_argument("tables", nargs="+", metavar="NAME=TABLE.refl")
+    parser.add_argument("--other", type=Path, metavar="NPZ", help="truth of the other lattice")
+    parser.add_argument("--distances", nargs="+", type=float, default=list(DISTANCES))
     parser.add_argument("--d-min", type=float, default=0.0)
     parser.add_argument("--sigma-m", type=float, default=0.27, help="rocking curve [deg]")
     parser.add_argument("--width", type=float, default=0.5, help="of a frame [deg]")
     arguments = parser.parse_args()
     with np.load(arguments.truth) as file:
         truth = {k: file[k] for k in ("miller_index", "xyz_px", "photons", "recorded", "d", "lp")}
-    frame_sigma = np.full(len(truth["d"]), arguments.sigma_m / arguments.width)
-    distance, neighbour = next_spots(truth["xyz_px"], frame_sigma)
-    beside = np.where(neighbour >= 0, truth["photons"][neighbour], 0.0)
+    other = truth
+    if arguments.other is not None:
+        with np.load(arguments.other) as file:
+            other = {k: file[k] for k in ("xyz_px", "photons")}
+    distance, neighbour = next_spots(
+        truth["xyz_px"],
+        arguments.sigma_m / arguments.width,
+        None if other is truth else other["xyz_px"],
+    )
+    beside = np.where(neighbour >= 0, other["photons"][neighbour], 0.0)
     tables = dict(given.split("=", 1) for given in arguments.tables)
     found = {name: matched(truth, Path(path)) for name, path in tables.items()}
     common = (truth["recorded"] > 0.98) & (truth["d"] >= arguments.d_min)
@@ -111,7 +129,7 @@ def main() -> None:
     for low, high in itertools.pairwise(PHOTONS):
         print(f"\n{low:g} to {high:g} photons")
         print("distance        table      n      rms   (spread)   bias  leak %      z  rms z")
-        for near, far in itertools.pairwise(DISTANCES):
+        for near, far in itertools.pairwise((0.0, *arguments.distances, np.inf)):
             rows = common & (distance >= near) & (distance < far)
             rows &= (truth["photons"] >= low) & (truth["photons"] < high)
             if rows.sum() < 20:

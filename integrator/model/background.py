@@ -9,17 +9,28 @@ where ``b0`` is the mean image of the non-Bragg counts times the level of the fr
 profile the posterior of (J, theta) has no closed form but is log-concave: a few rounds of Fisher
 scoring reach its maximum, and the inverse information is its covariance. No network is needed.
 Intensities of neighbouring spots are solved along with them (``neighbours``).
+
+A box whose counts contradict that prior (salt, a crystallite of ice, a reflex: a place that shines
+for some frames; or one that shone on others and raised the mean image) is solved again, with a
+curved surface of wide prior about one level in place of the mean image.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from braggflux.integrator.types import ReflectionMetadata
+
+CONTRADICTED = 38.0
+"""Squared deviation of the coefficients from their prior: chi^2 of four has 1e-7 above it."""
+PROFILE_ERROR = 0.05
+"""Share of a spot's photons that a wrong profile may leave to the background."""
+CURVED_SD, CURVED_ROUNDS = 2.0, 6
+"""Prior width of all coefficients of a curved surface, and rounds of scoring from a flat one."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class BackgroundModel(nn.Module):
 
     basis: Tensor
     basis_products: Tensor
+    curved_basis: Tensor
+    curved_products: Tensor
 
     def __init__(
         self, box: tuple[int, int, int], level_sd: float, slope_sd: float, n_rounds: int
@@ -81,8 +94,11 @@ class BackgroundModel(nn.Module):
         self.register_buffer(
             "basis", torch.stack([torch.ones_like(x), x, y, t], -1).reshape(-1, 4)
         )
-        products = self.basis[:, :, None] * self.basis[:, None, :]
-        self.register_buffer("basis_products", products.flatten(1), persistent=False)
+        second = torch.stack([x * x, y * y, t * t, x * y, x * t, y * t], -1).reshape(-1, 6)
+        self.register_buffer("curved_basis", torch.cat([self.basis, second], 1), persistent=False)
+        for name, basis in (("basis", self.basis), ("curved", self.curved_basis)):
+            products = basis[:, :, None] * basis[:, None, :]
+            self.register_buffer(f"{name}_products", products.flatten(1), persistent=False)
         self.log_prior_sd = nn.Parameter(torch.tensor([level_sd, *[slope_sd] * 3]).log())
 
     def kl(self, fit: BackgroundFit) -> Tensor:
@@ -119,17 +135,83 @@ class BackgroundModel(nn.Module):
         neighbours : Tensor, (B, K, P), optional
             Profiles of the neighbours.
         """
-        m = self.n_coefficients
         spots = all_spots(profile, neighbours)
-        theta = counts.new_zeros(len(counts), m)
-        prior = torch.exp(-2 * self.log_prior_sd.double())
-        intensity, valid = start, is_valid.to(counts.dtype)
-        for _ in range(self.n_rounds + 1):
-            background = self._rate(theta, mean_background)
+        valid = is_valid.to(counts.dtype)
+        data = (counts, valid, spots, mean_background, start)
+        prior_sd = self.log_prior_sd.double().exp()
+        plane = self._scoring(*data, (self.basis, self.basis_products), prior_sd, self.n_rounds)
+        is_odd = self._is_contradicted(plane, prior_sd, mean_background, valid)
+        if counts.device.type == "cpu":
+            rows = torch.nonzero(is_odd)[:, 0]
+        else:  # how many there are is known on the device alone, and a GPU would be waited for
+            rows = torch.arange(len(counts), device=counts.device)
+        return self._curved(plane, rows, is_odd[rows], data) if len(rows) else plane
+
+    def _is_contradicted(
+        self, plane: BackgroundFit, prior_sd: Tensor, mean_background: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Whether a box has more or less background than the prior allows, (B,) bool.
+
+        The posterior mean of coefficients drawn from the prior has the covariance of the prior
+        less that of the posterior. What the profile of a strong spot lacks is no background.
+        """
+        theta, posterior = plane.coefficients.double(), plane.covariance.double()
+        # a box that says nothing leaves the prior as it is: the margin keeps this solvable
+        spread = 1.02 * torch.diag(prior_sd**2) - posterior
+        deviation = (theta * torch.linalg.solve(spread, theta[:, :, None])[:, :, 0]).sum(1)
+        moved = ((plane.background - mean_background).abs() * valid).sum(1)
+        return (deviation > CONTRADICTED) & (moved > PROFILE_ERROR * plane.intensity)
+
+    def _curved(
+        self, plane: BackgroundFit, rows: Tensor, is_odd: Tensor, data: tuple[Tensor, ...]
+    ) -> BackgroundFit:
+        """Give the odd ones among some boxes a curved surface; coefficients stay the plane's."""
+        counts, valid, spots, mean_background, start = (a[rows] for a in data)
+        level = mean_background.mean(1, keepdim=True).expand_as(mean_background)
+        surface = self.curved_basis, self.curved_products
+        prior_sd = torch.full_like(self.curved_basis[0], CURVED_SD).double()
+        own = (counts, valid, spots, level, start)
+        curved = self._scoring(*own, surface, prior_sd, CURVED_ROUNDS)
+        columns = {}
+        for name in (f.name for f in fields(plane)):
+            old, new = getattr(plane, name), getattr(curved, name)
+            if name not in ("coefficients", "covariance"):
+                chosen = torch.where(is_odd.reshape(-1, *[1] * (new.dim() - 1)), new, old[rows])
+                old = old.index_copy(0, rows, chosen)
+            columns[name] = old
+        return BackgroundFit(**columns)
+
+    def _scoring(
+        self,
+        counts: Tensor,
+        valid: Tensor,
+        spots: Tensor,
+        mean_background: Tensor,
+        start: Tensor,
+        surface: tuple[Tensor, Tensor],
+        prior_sd: Tensor,
+        n_rounds: int,
+    ) -> BackgroundFit:
+        """Fit with a surface (basis (P, M) and its products) in the log background.
+
+        Parameters
+        ----------
+        counts, valid, mean_background : Tensor, (B, P)
+        spots : Tensor, (B, 1 + K, P)
+        start : Tensor, (B, 1 + K)
+        surface : Tensor, (P, M), and Tensor, (P, M^2)
+        prior_sd : Tensor, (M,)
+        n_rounds : int
+        """
+        basis, m = surface[0], len(prior_sd)
+        theta, intensity = counts.new_zeros(len(counts), m), start
+        prior = prior_sd**-2
+        for _ in range(n_rounds + 1):
+            background = _rate(theta, basis, mean_background)
             reference = intensity.clamp_min(0.0)
             rate = torch.einsum("bs,bsp->bp", reference, spots) + background
-            information, score = self._normal_equations(
-                spots, background, valid / rate, counts - rate
+            information, score = _normal_equations(
+                spots, background, valid / rate, counts - rate, surface
             )
             information.diagonal(dim1=1, dim2=2)[:, 1 : 1 + m] += prior
             score[:, 1 : 1 + m] -= prior * theta.double()
@@ -141,7 +223,7 @@ class BackgroundModel(nn.Module):
         covariance = torch.linalg.inv(information[:, 1:, 1:] + ridge[1:, 1:])[:, :m, :m]
         positive = intensity[:, 1:].clamp_min(0.0)
         return BackgroundFit(
-            self._rate(theta, mean_background),
+            _rate(theta, basis, mean_background),
             theta,
             covariance.to(counts.dtype),
             intensity[:, 0],
@@ -150,31 +232,37 @@ class BackgroundModel(nn.Module):
             torch.einsum("bk,bkp->bp", positive - intensity[:, 1:], spots[:, 1:]),
         )
 
-    def _normal_equations(
-        self, spots: Tensor, background: Tensor, weight: Tensor, residual: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Fisher information and score of (J, theta, neighbours' J), float64.
 
-        The derivative of the rate is rho for an intensity and ``b phi`` for theta. The sums over
-        voxels are products of matrices.
-        """
-        m, n = self.n_coefficients, len(spots)
-        level = weight * background
-        own = (spots * weight[:, None]) @ spots.transpose(1, 2)  # (B, S, S)
-        mixed = spots @ (level[:, :, None] * self.basis)  # (B, S, M)
-        plane = ((level * background) @ self.basis_products).reshape(n, m, m)
-        first, rest = mixed[:, :1], mixed[:, 1:]
-        rows = [
-            torch.cat([own[:, :1, :1], first, own[:, :1, 1:]], 2),
-            torch.cat([first.transpose(1, 2), plane, rest.transpose(1, 2)], 2),
-            torch.cat([own[:, 1:, :1], rest, own[:, 1:, 1:]], 2),
-        ]
-        pull = (spots @ (weight * residual)[:, :, None])[:, :, 0]
-        score = torch.cat([pull[:, :1], (level * residual) @ self.basis, pull[:, 1:]], 1)
-        return torch.cat(rows, 1).double(), score.double()
+def _normal_equations(
+    spots: Tensor,
+    background: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    surface: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Fisher information and score of (J, theta, neighbours' J), float64.
 
-    def _rate(self, theta: Tensor, mean_background: Tensor) -> Tensor:
-        return mean_background * torch.exp((theta @ self.basis.T).clamp(-8.0, 8.0))
+    The derivative of the rate is rho for an intensity and ``b phi`` for theta. The sums over
+    voxels are products of matrices.
+    """
+    (basis, products), n = surface, len(spots)
+    level = weight * background
+    own = (spots * weight[:, None]) @ spots.transpose(1, 2)  # (B, S, S)
+    mixed = spots @ (level[:, :, None] * basis)  # (B, S, M)
+    plane = ((level * background) @ products).reshape(n, basis.shape[1], -1)
+    first, rest = mixed[:, :1], mixed[:, 1:]
+    rows = [
+        torch.cat([own[:, :1, :1], first, own[:, :1, 1:]], 2),
+        torch.cat([first.transpose(1, 2), plane, rest.transpose(1, 2)], 2),
+        torch.cat([own[:, 1:, :1], rest, own[:, 1:, 1:]], 2),
+    ]
+    pull = (spots @ (weight * residual)[:, :, None])[:, :, 0]
+    score = torch.cat([pull[:, :1], (level * residual) @ basis, pull[:, 1:]], 1)
+    return torch.cat(rows, 1).double(), score.double()
+
+
+def _rate(theta: Tensor, basis: Tensor, mean_background: Tensor) -> Tensor:
+    return mean_background * torch.exp((theta @ basis.T).clamp(-8.0, 8.0))
 
 
 def all_spots(profile: Tensor, neighbours: Tensor | None) -> Tensor:

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="where to write")
     text = "hewl-iodide (the demo), tiny, crowded or multipanel (seconds), or stills [hewl-iodide]"
     add("--preset", default="hewl-iodide", help=text)
-    text = "some of ice,hot-pixel,shadow,zinger (spoil the frames) or points,fringes,split,"
-    text += "streaks,satellites,warped (the spots' shape) [none]"
+    text = "some of ice,hot-pixel,shadow,zinger,hot-regions,second-lattice (spoil the frames) or "
+    text += "points,fringes,split,streaks,satellites,warped (the spots' shape) [none]"
     add("--effects", default="", metavar="NAMES", help=text)
     add("--images", metavar="N", help="of the preset stills [164639, as many as CXIDB 81]")
     text = "crystal structure, .pdb or .cif [lysozyme with iodides]"

@@ -14,6 +14,7 @@ from helpers import (
 )
 from torch.distributions import MultivariateNormal, kl_divergence
 
+import braggflux.integrator.model.background as background_module
 from braggflux.integrator.model.background import BackgroundModel, MeanBackground
 
 SPOT = Spot(sigma_x_px=0.8, sigma_y_px=0.8, sigma_m_deg=0.08, box=(9, 9, 9))
@@ -200,3 +201,51 @@ def test_mean_background_has_a_floor():
     background = MeanBackground([[torch.zeros(20, 20)]], [torch.ones(5)], (3, 3, 3))
     data = spot_metadata(2, np.random.default_rng(0))
     assert (background(data) >= 1e-3 * (1 - tolerances.FLOAT32_SUM)).all()
+
+
+def shining(data, counts_at_centre: float, seed: int = 3):
+    """The boxes of :func:`simulated` with a place of 2.5 pixels that shines on frames 2 to 5."""
+    counts, profile, mean, theta = data
+    t, y, x = np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in SPOT.box), indexing="ij")
+    blob = np.exp(-0.5 * ((x - 1.5) ** 2 + (y + 1.0) ** 2) / 2.5**2) * ((t >= -2) & (t < 2))
+    added = np.random.default_rng(seed).poisson(counts_at_centre * blob, (len(counts), *SPOT.box))
+    return counts + torch.as_tensor(added).reshape(counts.shape), profile, mean, theta
+
+
+def narrow(data, start: float):
+    """Fit with the prior that a sound sweep learns: 5 %."""
+    counts, profile, mean, _ = data
+    intensity = torch.full((len(counts), 1), start, dtype=torch.float64)
+    own = BackgroundModel(SPOT.box, 0.05, 0.05, 4).double()
+    return own.fit(counts, torch.ones_like(counts, dtype=torch.bool), profile, mean, intensity)
+
+
+@pytest.mark.parametrize("true", [5.0, 60.0, 600.0])
+def test_a_place_that_shines_for_a_while_is_background(true, monkeypatch):
+    """A place that is dark before and after: of its photons under the spot two thirds are told."""
+    data = simulated(true, 200)
+    shines = shining(data, 4.0)
+    alone, found = narrow(data, true), narrow(shines, true)
+    monkeypatch.setattr(background_module, "CONTRADICTED", np.inf)
+    before = narrow(shines, true)
+    added, was_added = (np.median(r.intensity - alone.intensity) for r in (found, before))
+    assert was_added > 80
+    assert abs(added) < 0.4 * was_added
+    assert robust_spread(found.intensity.numpy()) < 1.5 * robust_spread(before.intensity.numpy())
+
+
+def test_what_the_profile_of_a_strong_spot_lacks_is_no_background():
+    counts, profile, mean, _ = simulated(6e4, 20)
+    tails = counts + 0.01 * 6e4 * (profile < 1e-3) / (profile < 1e-3).sum(1, keepdim=True)
+    result = narrow((tails, profile, mean, None), 6e4)
+    assert_is_a_plane(result)
+
+
+def test_boxes_that_agree_with_the_prior_are_fitted_by_a_plane():
+    assert_is_a_plane(fit(simulated(200.0, 400), 200.0))
+
+
+def assert_is_a_plane(result):
+    basis = model().basis.double()
+    plane = LEVEL * torch.exp(result.coefficients @ basis.T)
+    torch.testing.assert_close(result.background, plane)
