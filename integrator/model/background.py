@@ -17,7 +17,7 @@ curved surface of wide prior about one level in place of the mean image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,11 @@ class BackgroundModel(nn.Module):
         prior_sd = torch.full_like(self.curved_basis[0], CURVED_SD).double()
         own = (counts, valid, spots, level, start)
         curved = self._scoring(*own, surface, prior_sd, CURVED_ROUNDS)
+        # what the surface does not follow widens the likelihood, as in a quasi-Poisson model
+        rate = curved.intensity.clamp_min(0.0)[:, None] * spots[:, 0] + curved.beside
+        dispersion = (valid * (counts - rate) ** 2 / rate).sum(1) / valid.sum(1).clamp_min(1.0)
+        fraction = (curved.information_fraction / dispersion.clamp_min(1.0)).clamp_min(1e-3)
+        curved = replace(curved, information_fraction=fraction)
         columns = {}
         for name in (f.name for f in fields(plane)):
             old, new = getattr(plane, name), getattr(curved, name)

@@ -88,13 +88,18 @@ def test_two_spots_are_split(integrator, intensity, beside, offset):
     assert robust_spread(error / sigma) == pytest.approx(1.0, abs=0.13)
 
 
-def test_a_neighbour_that_is_not_modelled_is_a_bias(integrator):
-    """The same boxes without the neighbour: its photons are taken for the spot's."""
-    batch = overlapping(60, 800, OFFSETS["3 sigma"])
-    split, _ = estimates(integrator, batch)
-    alone, _ = estimates(integrator, replace(batch, neighbours=None))
+@pytest.mark.parametrize(("beside", "times"), [(200, 1.0), (800, 1.5)])
+def test_a_neighbour_that_is_not_modelled_is_a_bias(integrator, beside, times):
+    """The same boxes without the neighbour; a strong one is seen to be no background."""
+    batch = overlapping(60, beside, OFFSETS["3 sigma"])
+    split, own = estimates(integrator, batch)
+    alone, likelihood = estimates(integrator, replace(batch, neighbours=None))
     assert abs(split.mean() - 60) < 4
-    assert alone.mean() - 60 > 15
+    assert abs(alone.mean() - 60) > 15
+    sigma, sigma_alone = (
+        x.variance(torch.full((N,), 60.0)).sqrt().mean() for x in (own, likelihood)
+    )
+    assert sigma_alone > 0.9 * times * sigma
 
 
 def test_the_split_costs_information(integrator):
