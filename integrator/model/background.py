@@ -121,6 +121,8 @@ class BackgroundModel(nn.Module):
         mean_background: Tensor,
         start: Tensor,
         neighbours: Tensor | None = None,
+        *,
+        may_curve: bool = True,
     ) -> BackgroundFit:
         """Fisher scoring for the intensities and theta.
 
@@ -134,12 +136,16 @@ class BackgroundModel(nn.Module):
             Photons of the spot and of its neighbours.
         neighbours : Tensor, (B, K, P), optional
             Profiles of the neighbours.
+        may_curve : bool
+            Look for boxes that need a curved surface.
         """
         spots = all_spots(profile, neighbours)
         valid = is_valid.to(counts.dtype)
         data = (counts, valid, spots, mean_background, start)
         prior_sd = self.log_prior_sd.double().exp()
         plane = self._scoring(*data, (self.basis, self.basis_products), prior_sd, self.n_rounds)
+        if not may_curve:
+            return plane
         is_odd = self._is_contradicted(plane, prior_sd, mean_background, valid)
         if counts.device.type == "cpu":
             rows = torch.nonzero(is_odd)[:, 0]
@@ -165,7 +171,7 @@ class BackgroundModel(nn.Module):
     def _curved(
         self, plane: BackgroundFit, rows: Tensor, is_odd: Tensor, data: tuple[Tensor, ...]
     ) -> BackgroundFit:
-        """Give the odd ones among some boxes a curved surface; coefficients stay the plane's."""
+        """Give the odd ones of some boxes a curved surface; coefficients stay the plane's."""
         counts, valid, spots, mean_background, start = (a[rows] for a in data)
         level = mean_background.mean(1, keepdim=True).expand_as(mean_background)
         surface = self.curved_basis, self.curved_products
@@ -253,7 +259,7 @@ def _normal_equations(
     (basis, products), n = surface, len(spots)
     level = weight * background
     own = (spots * weight[:, None]) @ spots.transpose(1, 2)  # (B, S, S)
-    mixed = spots @ (level[:, :, None] * basis)  # (B, S, M)
+    mixed = (spots * level[:, None]) @ basis  # (B, S, M)
     plane = ((level * background) @ products).reshape(n, basis.shape[1], -1)
     first, rest = mixed[:, :1], mixed[:, 1:]
     rows = [

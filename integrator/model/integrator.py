@@ -158,7 +158,8 @@ class Integrator(nn.Module):
             Intensity expected from elsewhere [photons], NaN where unknown. It only chooses the
             weights of the pixels: the estimate stays free of it in the mean.
         sample : bool
-            Draw the profile latents from their posterior (training) or take its mean.
+            Draw the profile latents from their posterior (training) or take its mean. Steps of
+            training leave the background a plane.
         noise : Tensor, (B, K), optional
             Standard normal numbers to draw with; by default new ones.
         """
@@ -182,7 +183,13 @@ class Integrator(nn.Module):
         node_weights = self.profile.node_weights(latent)
         profile = weights.project(node_weights).flatten(1).clamp_min(1e-12)
         fit = self.background.fit(
-            counts, is_valid, profile.detach(), mean_background, start, neighbours
+            counts,
+            is_valid,
+            profile.detach(),
+            mean_background,
+            start,
+            neighbours,
+            may_curve=not sample,
         )
         reference = choose_reference(fit, expected)
         likelihood = shifted_poisson_from_pixels(
