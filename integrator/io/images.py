@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.geometry import Experiment, ImageFiles, Panel
 from braggflux.integrator.errors import UserError, reading
+from braggflux.integrator.io.decoding.apart import require_readable
 from braggflux.integrator.io.dials.lookup import LookupMaps, read_lookup
 from braggflux.integrator.io.dxtbx_frames import DxtbxFrames
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
@@ -134,6 +135,7 @@ def _open(experiment: Experiment, images: ImageFiles, transient: bool) -> Experi
                 "for one image each; give the master file of them to dials.import"
             )
         names = [panel.name for panel in experiment.panels]
+        require_readable(images.paths[0], names, shapes, indices)
         raw: RawFrames = NxmxFrames(images.paths[0], names, shapes, needed=indices)
         numbers: Sequence[int] = indices
     else:

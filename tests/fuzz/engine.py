@@ -28,7 +28,8 @@ from readers import Reader
 
 from braggflux.integrator.errors import UserError
 
-SILENCE_S = 20.0
+SILENCE_S = 60.0
+"""Without a word; half of it for a case. Long, since other programs may be running."""
 MEMORY_BYTES = 2 << 30
 """That a reader of a file of some kilobytes may take beside what the process has."""
 GOOD = ("read", "refused")

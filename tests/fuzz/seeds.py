@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
 import gemmi
+import h5py
+import hdf5plugin
 import numpy as np
 import torch
 
@@ -45,6 +48,7 @@ def folder() -> Path:
     _write_lists(path)
     _write_intensities(path)
     _write_mtz(path)
+    _write_other_packings(path)
     (path / "a.stream").write_text(STREAM)
     (path / "a.HKL").write_text(xds_text())
     (path / "config.yaml").write_text((path_of_reference()).read_text())
@@ -154,6 +158,30 @@ def _write_mtz(path: Path) -> None:
         lp=table["lp"],
     )
     write_unmerged_mtz(path / "a.mtz", table, sweep, history=["of a test"])
+
+
+def _write_other_packings(path: Path) -> None:
+    """Write the frames packed by Blosc, and as tiles of a virtual data set."""
+    with h5py.File(path / "tiny_master.h5") as master:
+        frames = master["entry/data/data"][()]
+    for name in ("blosc", "tiles"):
+        (path / name).mkdir()
+        shutil.copyfile(path / "tiny_master.h5", path / name / "tiny_master.h5")
+    chunks, half = (1, *frames.shape[1:]), frames.shape[1] // 2
+    with h5py.File(path / "blosc/tiny_master.h5", "r+") as master:
+        del master["entry/data/data"]
+        packing = hdf5plugin.Blosc(cname="lz4", shuffle=hdf5plugin.Blosc.BITSHUFFLE)
+        master.create_dataset("entry/data/data", data=frames, chunks=chunks, **packing)
+    layout = h5py.VirtualLayout(frames.shape, frames.dtype)
+    with h5py.File(path / "tiles/tiles.h5", "w") as file:
+        for name, rows in (("top", slice(None, half)), ("bottom", slice(half, None))):
+            tile = frames[:, rows]
+            packing = hdf5plugin.Bitshuffle(cname="lz4")
+            file.create_dataset(name, data=tile, chunks=(1, *tile.shape[1:]), **packing)
+            layout[:, rows] = h5py.VirtualSource("tiles.h5", name, tile.shape)
+    with h5py.File(path / "tiles/tiny_master.h5", "r+", libver="v110") as master:
+        del master["entry/data/data"]
+        master.create_virtual_dataset("entry/data/data", layout)
 
 
 def records() -> list[dict[str, object]]:

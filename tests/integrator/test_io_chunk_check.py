@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.hdf5.chunk_check import require_decodable
+from braggflux.integrator.io.decoding.chunk_check import require_decodable
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
 
 PACKINGS = {

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.hdf5.chunk_check import require_decodable
+from braggflux.integrator.io.decoding.apart import FramesApart
+from braggflux.integrator.io.decoding.chunk_check import is_guarded, require_decodable
 from braggflux.integrator.io.hdf5.files import Hdf5Files, brief, is_class
 from braggflux.integrator.io.hdf5.origins import Origin, frame_origins
 
@@ -38,6 +39,8 @@ class FrameStack:
     needed : sequence of int, optional
         Numbers of the frames that will be read. Data files beyond the last of them may be
         missing. Default: all frames.
+    may_crash : bool
+        This process may: nothing is checked before it is decoded, and nothing decoded elsewhere.
 
     Attributes
     ----------
@@ -54,8 +57,11 @@ class FrameStack:
         When a file is missing, truncated or not HDF5, or a needed frame does not exist.
     """
 
-    def __init__(self, path: str | Path, needed: Sequence[int] | None = None) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, needed: Sequence[int] | None = None, *, may_crash: bool = False
+    ) -> None:
+        self.path, self._needed, self._may_crash = Path(path), needed, may_crash
+        self._apart: FramesApart | None = None
         self._files = Hdf5Files()
         self._block: tuple[str, int, NDArray[Any]] | None = None
         self._memory, self._lock = threading.local(), threading.Lock()
@@ -85,6 +91,8 @@ class FrameStack:
         """Close all files."""
         self._files.close()
         self._block = None
+        if self._apart is not None:
+            self._apart.close()
 
     def read(self, number: int) -> NDArray[Any]:
         """Return frame ``number`` (0-based) as stored.
@@ -97,6 +105,8 @@ class FrameStack:
         if isinstance(origin, str):
             raise UserError(origin)
         dataset, frame = origin
+        if not self._may_crash and not is_guarded(dataset):
+            return self._load_apart(dataset, number)
         depth = dataset.chunks[0] if dataset.chunks else 1
         if depth == 1:
             return self._load_alone(dataset, frame)
@@ -121,19 +131,37 @@ class FrameStack:
 
     def _load_alone(self, dataset: h5py.Dataset, frame: int) -> NDArray[Any]:
         """Read a frame into this thread's memory for frames."""
-        memory = getattr(self._memory, "frame", None)
+        memory = self._own_memory(dataset)
+        with _readable(dataset, frame):
+            self._check_chunks(dataset, range(frame, frame + 1))
+            dataset.read_direct(memory, np.s_[frame])
+        return memory
+
+    def _load_apart(self, dataset: h5py.Dataset, number: int) -> NDArray[Any]:
+        """Let another process decode a frame."""
+        with self._lock:
+            if self._apart is None:
+                self._apart = FramesApart(self.path, self._needed)
+        memory = self._own_memory(dataset)
+        with _readable(dataset, number):
+            self._apart.read(number, memory)
+        return memory
+
+    def _own_memory(self, dataset: h5py.Dataset) -> NDArray[Any]:
+        memory: NDArray[Any] | None = getattr(self._memory, "frame", None)
         if memory is None or memory.shape != dataset.shape[1:] or memory.dtype != dataset.dtype:
             memory = self._memory.frame = np.empty(dataset.shape[1:], dataset.dtype)
-        with _readable(dataset, frame):
-            require_decodable(dataset, range(frame, frame + 1))
-            dataset.read_direct(memory, np.s_[frame])
         return memory
 
     def _load(self, dataset: h5py.Dataset, start: int, depth: int) -> NDArray[Any]:
         with _readable(dataset, start):
             end = min(start + depth, len(dataset))
-            require_decodable(dataset, range(start, end))
+            self._check_chunks(dataset, range(start, end))
             return dataset[start:end]
+
+    def _check_chunks(self, dataset: h5py.Dataset, frames: range | None = None) -> None:
+        if not self._may_crash:
+            require_decodable(dataset, frames)
 
     def _find_frames(self, last: int | None) -> list[Origin]:
         """Trace frames to data sets, in order, as far as frame ``last`` (None: all)."""
@@ -266,6 +294,8 @@ def _readable(dataset: h5py.Dataset, frame: int) -> Iterator[None]:
     """Say which frame it is that cannot be read."""
     try:
         yield
+    except UserError:  # of the process that has decoded it
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"frame {frame} of {dataset.file.filename} cannot be decoded ({brief(error)}); copy "

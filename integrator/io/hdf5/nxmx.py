@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.hdf5.chunk_check import require_decodable
+from braggflux.integrator.io.decoding.chunk_check import require_decodable
 from braggflux.integrator.io.hdf5.files import is_class
 from braggflux.integrator.io.hdf5.frames import FrameStack
 from braggflux.integrator.io.hdf5.photons import INVALID, Pixels
@@ -41,6 +41,8 @@ class NxmxFrames:
         (slow, fast) of each panel.
     needed : sequence of int, optional
         Frame numbers that will be read; see :class:`FrameStack`.
+    may_crash : bool
+        See :class:`FrameStack`.
 
     Attributes
     ----------
@@ -58,8 +60,11 @@ class NxmxFrames:
         panel_names: Sequence[str],
         panel_shapes: Sequence[tuple[int, int]],
         needed: Sequence[int] | None = None,
+        *,
+        may_crash: bool = False,
     ) -> None:
-        self._stack = FrameStack(path, needed)
+        self._stack = FrameStack(path, needed, may_crash=may_crash)
+        self._may_crash = may_crash
         try:
             self.n_images = self._stack.n_images
             self._needed = range(self.n_images) if needed is None else needed
@@ -142,7 +147,8 @@ class NxmxFrames:
         shape = self._stack.shape
         if not isinstance(mask, h5py.Dataset) or mask.size < 2:
             return np.ones(shape, dtype=bool), None
-        require_decodable(mask)
+        if not self._may_crash:
+            require_decodable(mask)
         if mask.size == np.prod(shape):
             return mask[()].reshape(shape) == 0, None
         if mask.shape[1:] != shape or len(mask) <= max(self._needed):

@@ -1,0 +1,1 @@
+"""Packed chunks that may be damaged: followed first, or decoded where a crash is harmless."""

@@ -1,0 +1,117 @@
+"""The process that reads HDF5 files of others, and may crash: ``python -m ...server``.
+
+It takes requests as lines of JSON. Each is worked on by a process that it forks, which answers
+with a line of JSON, empty where all is well; when that process crashes, this one says how.
+
+==============================================  ================================================
+``{"open": PATH, "names", "shapes", "needed"}``  open frames, decode the masks
+``{"stack": PATH, "needed"}``                    open frames; then, for each line with a number,
+                                                 answer, and send the bytes of that frame; the end
+                                                 at a line with ``null``
+==============================================  ================================================
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from braggflux.integrator.io.hdf5.frames import FrameStack
+from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
+
+
+def main() -> None:
+    """Serve until nobody asks any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks decides when it is the end
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for request in _lines():
+        child = os.fork()
+        if child == 0:
+            try:
+                _work(request)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code == -signal.SIGXCPU:
+            _answer({"end": f"took more than {request['seconds']} s"})
+        elif code:
+            _answer({"end": f"crashed the HDF5 library (exit code {code})"})
+
+
+def _lines() -> Iterator[Any]:
+    """Read requests byte by byte: what is read ahead would be lost to the forked process."""
+    line = b""
+    while byte := os.read(0, 1):
+        line += byte
+        if byte == b"\n":
+            yield json.loads(line)
+            line = b""
+
+
+def _answer(answer: dict[str, str], frame: NDArray[np.uint8] | None = None) -> None:
+    if frame is None:
+        parts = [memoryview(json.dumps(answer).encode() + b"\n")]
+    else:
+        parts = [memoryview(json.dumps({"bytes": frame.nbytes}).encode() + b"\n"), frame.data]
+    for part in parts:
+        while part:
+            part = part[os.write(1, part) :]
+
+
+def _work(request: dict[str, Any]) -> None:
+    """Do what is asked for."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # last words of a crash
+    _allow(request["seconds"])
+    needed = request["needed"]
+    if "open" in request:
+        shapes = [(slow, fast) for slow, fast in request["shapes"]]
+        try:
+            with NxmxFrames(
+                request["open"], request["names"], shapes, needed, may_crash=True
+            ) as frames:
+                frames.pixel_mask()
+        except Exception:  # noqa: BLE001 - whoever asks will meet the same, and say it
+            pass
+        _answer({})
+        return
+    try:
+        stack = FrameStack(request["stack"], needed, may_crash=True)
+    except Exception as error:  # noqa: BLE001
+        _answer({"error": str(error)})
+        return
+    _answer({})
+    for number in _lines():
+        if number is None:
+            _answer({})
+            return
+        _allow(request["seconds"])
+        try:
+            frame = np.ascontiguousarray(stack.read(number)).reshape(-1).view(np.uint8)
+        except Exception as error:  # noqa: BLE001
+            _answer({"error": str(error)})
+        else:
+            _answer({}, frame)
+
+
+def _allow(seconds: int) -> None:
+    """Let the next step take so much CPU time."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    if most != resource.RLIM_INFINITY:
+        limit = min(limit, most)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, most))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
