@@ -184,7 +184,8 @@ def test_panels_of_another_detector(tmp_path, names):
 def test_frames_in_order_are_decompressed_once(tmp_path, monkeypatch):
     frames = counts(n=10)
     with master(tmp_path) as file:
-        add_data_files(tmp_path, file, frames, 5, chunks=(2, *SHAPE), compression="gzip")
+        packing = {"compression": "gzip", "fletcher32": True}
+        add_data_files(tmp_path, file, frames, 5, chunks=(2, *SHAPE), **packing)
     loads = []
     load = FrameStack._load
     monkeypatch.setattr(
