@@ -2,30 +2,69 @@
 
     python benchmarks/kills.py --command run --kills 50 --seed 0 --out DIR
 
-Frames are simulated (preset ``tiny``) into DIR. ``run`` and ``process`` (in DIALS' steps too, the
-whole process group dies) go on with ``--resume``; ``merge`` is given again, since a killed one has
-no result, or one that ``report`` completes. An end is *equal* where the columns of merged.mtz and
-half_sets.mtz are equal bit for bit and peaks.csv and statistics.csv word for word, and nothing
-else lies in the folder than after the undisturbed command. The exit code is 1 where any is not.
+Frames are simulated (preset ``tiny``) into DIR. A command is killed at a moment that is uniform
+over the length of the undisturbed one, given again, killed again, and so on until it ends before
+its moment; what it has then made is compared, and the next one starts in an empty folder. Only
+commands that were alive when the signal came count as kills. ``run`` and ``process`` (in DIALS'
+steps too: the whole process group dies) go on with ``--resume``; ``merge`` is given again, since a
+killed one has no result, or one that ``report`` completes.
+
+An end is *equal* where all columns of all MTZ files are equal bit for bit, tables and mmCIF word
+for word, metrics but for times, and the folder holds the same files as after the undisturbed
+command. The exit code is 1 where any is not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gemmi
 import numpy as np
 
-TABLES = ("peaks.csv", "statistics.csv")
-REFLECTIONS = ("merged.mtz", "half_sets.mtz")
+#: Compared word for word, where there is one.
+TEXTS = ("*peaks*.csv", "statistics.csv", "compare.csv", "table1.*", "images.csv", "latest")
 EPOCHS = ("--epochs", "2")
+#: A command that is killed more often than this ends undisturbed.
+MOST_KILLS = 8
+#: Last stage that a folder has come to, by a file of it; from the last to the first.
+STAGES = {
+    "run": (
+        ("report.html", "after the report"),
+        ("merged.mtz", "last files and report"),
+        ("checkpoints/epoch_0002.pt", "final files"),
+        ("checkpoints/epoch_0000.pt", "training"),
+        ("shoeboxes.h5", "models and epoch 0"),
+        ("config.yaml", "extraction"),
+        ("dials/merge.done.json", "begin of the run"),
+        ("dials/scale.done.json", "dials.merge"),
+        ("dials/integrate.done.json", "dials.scale"),
+        ("dials/refine.done.json", "dials.integrate"),
+        ("dials/index.done.json", "dials.refine"),
+        ("dials/find_spots.done.json", "dials.index"),
+        ("dials/import.done.json", "dials.find_spots"),
+        ("dials/log.import", "dials.import"),
+        ("", "start"),
+    ),
+    "merge": (
+        ("report.html", "after the report"),
+        ("merged.mtz", "Table 1 and report"),
+        (".unfinished/merged.mtz", "files"),
+        (".unfinished", "fit"),
+        ("", "start"),
+    ),
+}
+STAGES["process"] = STAGES["run"]
 
 
 def command(name: str, frames: Path, out: Path) -> list[str]:
@@ -36,9 +75,19 @@ def command(name: str, frames: Path, out: Path) -> list[str]:
         return ["run", str(expt), str(refl), *of_run]
     if name == "process":
         [master] = frames.glob("*_master.h5")
-        return ["process", str(master), "--space-group", "P43212", *of_run]
+        return ["process", str(master), "--space-group", "P43212", "--nproc", "1", *of_run]
     photons = frames.parent / "photons" / "intensities.h5"
     return ["merge", str(photons), "--anomalous", "--epochs", "30", "--out", str(out)]
+
+
+def again(name: str, frames: Path, out: Path) -> list[str]:
+    """Arguments that go on with a killed one."""
+    if name != "merge":
+        return [*command(name, frames, out), "--resume"]
+    # a killed one has no result, or a whole one that at worst lacks its report and Table 1
+    unfinished = {"run.log", ".lock", ".unfinished"}
+    has_result = out.is_dir() and {path.name for path in out.iterdir()} - unfinished
+    return ["report", str(out)] if has_result else command(name, frames, out)
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -60,41 +109,76 @@ def finished(arguments: list[str], log: Path) -> float:
     return time.monotonic() - began
 
 
+def killed(arguments: list[str], log: Path, moment: float) -> bool:
+    """Run for ``moment`` seconds and kill; False where the command ended before."""
+    process = start(arguments, log)
+    try:
+        code = process.wait(moment)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.wait() == -signal.SIGKILL
+    if code:
+        raise SystemExit(f"exit code {code}: braggflux {' '.join(arguments)}; see {log}")
+    return False
+
+
+def stage(name: str, out: Path) -> str:
+    """Name the last stage that the folder has come to; one gone on with may be at an earlier."""
+    return next(text for file, text in STAGES[name] if (out / file).exists() or not file)
+
+
 def difference(folder: Path, other: Path) -> str:
     """Name what differs between two results; empty where nothing does."""
     listed = [{p.relative_to(d).as_posix() for p in d.rglob("*")} for d in (folder, other)]
     if listed[0] != listed[1]:
         return f"files: {', '.join(sorted(listed[0] ^ listed[1]))}"
-    for name in REFLECTIONS:
+    for path in sorted(folder.rglob("*.mtz")):
+        name = path.relative_to(folder)
         a, b = (np.array(gemmi.read_mtz_file(str(d / name))) for d in (folder, other))
         if a.shape != b.shape or not np.array_equal(a, b, equal_nan=True):
-            return name
-    for name in TABLES:
-        if (folder / name).is_file() and (folder / name).read_bytes() != (
-            other / name
-        ).read_bytes():
-            return name
+            return str(name)
+    for path in (p for pattern in TEXTS for p in sorted(folder.glob(pattern))):
+        if path.read_bytes() != (other / path.name).read_bytes():
+            return path.name
+    if any(a != b for a, b in zip(metrics(folder), metrics(other), strict=True)):
+        return "metrics"
     return ""
 
 
-def one_kill(name: str, frames: Path, whole: Path, moment: float) -> str:
-    """Kill after ``moment`` seconds, go on; return what differs from the undisturbed result."""
+def metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """Numbers of each epoch but for times."""
+    for path in sorted(folder.glob("metrics.json*")):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        for line in lines:
+            yield {k: v for k, v in json.loads(line).items() if k != "wall_s"}
+
+
+def run_through(
+    name: str, frames: Path, whole: Path, moments: Iterator[float], n: int
+) -> tuple[list[str], str]:
+    """Kill at most ``n`` times, go on to the end.
+
+    Returns
+    -------
+    stages : list of str
+        In which each kill came.
+    found : str
+        What differs from the undisturbed result, or failed.
+    """
     out, log = whole.with_name(f"{name}-killed"), whole.with_name(f"{name}-killed.log")
     shutil.rmtree(out, ignore_errors=True)
+    stages: list[str] = []
     arguments = command(name, frames, out)
-    process = start(arguments, log)
+    most = min(n, MOST_KILLS)
     try:
-        process.wait(moment)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if name == "merge":
-        # a killed one has no result, or a whole one that at worst lacks its report and Table 1
-        has_result = (out / "merged.mtz").is_file()
-        finished(["report", str(out)] if has_result else arguments, log)
-    else:
-        finished([*arguments, "--resume"], log)
-    return difference(whole, out)
+        while len(stages) < most and killed(arguments, log, next(moments)):
+            stages.append(stage(name, out))
+            arguments = again(name, frames, out)
+        if len(stages) == most:
+            finished(arguments, log)
+    except SystemExit as failed:
+        return stages, str(failed)
+    return stages, difference(whole, out)
 
 
 def main() -> None:
@@ -115,24 +199,21 @@ def main() -> None:
     shutil.rmtree(whole, ignore_errors=True)
     seconds = finished(command(name, frames, whole), log)
     rng = np.random.default_rng(given.seed)
-    wrong = []
-    for k, moment in enumerate(sorted(rng.uniform(0.0, seconds, given.kills))):
-        if found := difference_of(name, frames, whole, moment):
-            wrong.append(f"killed after {moment:.1f} s: {found}")
-        print(f"{k + 1} of {given.kills}, after {moment:.1f} s: {found or 'equal'}", flush=True)
-    n = given.kills
+    moments = iter(lambda: float(rng.uniform(0.0, seconds)), None)
+    counted: Counter[str] = Counter()
+    n_ends = n_wrong = 0
+    while counted.total() < given.kills:
+        stages, found = run_through(name, frames, whole, moments, given.kills - counted.total())
+        counted.update(stages)
+        n_ends, n_wrong = n_ends + 1, n_wrong + bool(found)
+        print(f"end {n_ends}, killed in {', '.join(stages)}: {found or 'equal'}", flush=True)
+        if found and not stages:
+            break  # it fails without a kill
     print(
-        f"{name}: {n} kills in {seconds:.0f} s of work, {n - len(wrong)} equal, {len(wrong)} not"
+        f"{name}: {seconds:.0f} s undisturbed, {counted.total()} kills before {n_ends} ends, "
+        f"{n_ends - n_wrong} equal, {n_wrong} not; kills in each stage: {dict(counted)}"
     )
-    sys.exit(bool(wrong))
-
-
-def difference_of(name: str, frames: Path, whole: Path, moment: float) -> str:
-    """Say what differs, a failed command included."""
-    try:
-        return one_kill(name, frames, whole, moment)
-    except SystemExit as failed:
-        return str(failed)
+    sys.exit(bool(n_wrong))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief
 
+#: What is left of a user's share of a disk, no program can tell.
+_NO_SHARE = "your quota on it is used up: remove files of yours, or ask for a larger one"
+_AGAIN = "give the command again (run, process: with --resume), or choose another --out"
 #: Names of :func:`replacing` for this program's files; a user's `.notes.markdown` is none.
 _TEMPORARY = re.compile(
-    r"\.(latest|.+\.(pt|mtz|h5|csv|jsonl?|yaml|refl|expt|npz|html|txt|tex|cif))\.[a-z0-9_]{8}(\.npz)?"
+    r"\.(latest|.+\.(pt|mtz|h5|csv|jsonl?|yaml|refl|expt|npz|html|txt|tex|cif))\.[a-z0-9_]{8}"
 )
 
 
@@ -38,22 +42,56 @@ def replacing(path: str | Path) -> Iterator[Path]:
         When the folder is missing or not writable, or the disk is full.
     """
     target = Path(path)
-    temporary: Path | None = None
-    try:
+    with writing(target):
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
-        yield temporary
-        os.replace(temporary, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; "
-            "choose a writable folder with enough space"
-        ) from error
-    finally:
-        if temporary is not None:
+        try:
+            temporary.chmod(0o666 & ~_umask())
+            yield temporary
+            os.replace(temporary, target)
+        finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn a failure to write ``path`` into an error of one line.
+
+    Raises
+    ------
+    UserError
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {why_not_written(error, path)}") from error
+
+
+def why_not_written(error: OSError, path: str | Path) -> str:
+    """Return what the system said, the room that there is, and the remedy.
+
+    Parameters
+    ----------
+    error : OSError
+    path : str or Path
+        File that could not be written; what there was of it is removed already.
+    """
+    folder = Path(path).absolute().parent
+    reason = error.strerror or brief(error)
+    if error.errno == errno.EDQUOT:
+        return f"{reason} on the disk of {folder}; {_NO_SHARE}; then {_AGAIN}"
+    if error.errno == errno.ENOSPC:
+        return f"{reason}; it needs more than {_free(folder)}: make room, then {_AGAIN}"
+    return f"{reason}; choose a writable folder with enough space"
+
+
+def _free(folder: Path) -> str:
+    """Return the room on the disk of a folder, for a message."""
+    try:
+        return f"the {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder}"
+    except OSError:
+        return f"{folder} has"
 
 
 def require_room(path: str | Path, n_bytes: float, what: str) -> None:

@@ -12,6 +12,7 @@ braggflux report merged --model model.pdb --reference dials/merged.mtz
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from pathlib import Path
 
@@ -37,6 +38,20 @@ def run(args: argparse.Namespace) -> None:
     from braggflux.pipelines.deposition.files import write_deposition
     from braggflux.pipelines.report.html import write_report_of
 
+    _tidy(args.run_directory)
     page = write_report_of(args.run_directory, args.model, args.reference)
     for path in [page, *write_deposition(args.run_directory, args.reference)]:
         logger.info("wrote %s", path)
+
+
+def _tidy(folder: Path) -> None:
+    """Complete and remove what a killed command has left, unless another is at work there."""
+    from braggflux.integrator.atomic import remove_leftovers
+    from braggflux.integrator.errors import UserError
+    from braggflux.pipelines.workspace.lock import one_writer
+    from braggflux.pipelines.workspace.outputs import complete_merge
+
+    if folder.is_dir():
+        with contextlib.suppress(UserError, OSError), one_writer(folder):
+            remove_leftovers(folder)
+            complete_merge(folder)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braggflux.integrator.atomic import replacing
+from braggflux.integrator.atomic import remove_leftovers, replacing
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.run import DialsConfig
 from braggflux.pipelines.workspace import log
@@ -77,6 +77,7 @@ class DialsChain:
             )
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.folder)
         self.config = config
         self.d_min = d_min
 

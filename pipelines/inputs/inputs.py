@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,9 +33,8 @@ from braggflux.pipelines.inputs.grouping import apply_groups
 from braggflux.pipelines.inputs.reindexing import Dataset, apply_reindex, parse_reindex
 from braggflux.pipelines.inputs.shared_photons import check_paths, check_shared_photons
 from braggflux.pipelines.workspace import log, provenance
+from braggflux.pipelines.workspace.outputs import PROVENANCE, UNFINISHED, move_results
 from braggflux.pipelines.workspace.rundir import write_text
-
-PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -193,15 +191,13 @@ class MergeInputs:
         path = self.unfinished / PROVENANCE
         record = json.loads(path.read_text(encoding="utf-8")) | {"ended": provenance.now()}
         write_text(path, json.dumps(record, indent=2) + "\n")
-        for file in self.unfinished.iterdir():
-            os.replace(file, self.out / file.name)
-        self.unfinished.rmdir()
+        move_results(self.unfinished, self.out)
         return [self.out / file.name for file in written]
 
     @property
     def unfinished(self) -> Path:
         """Folder of the files of a merge that has not ended."""
-        return self.out / ".unfinished"
+        return self.out / UNFINISHED
 
 
 def check_unmerged(paths: Sequence[Path]) -> None:

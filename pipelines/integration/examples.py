@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import (
     DialsFlag,
@@ -62,7 +64,10 @@ def write_examples(trainer: Trainer, path: Path, integrated: Path | None = None)
     arrays["image"] = np.floor(table.metadata.xyz_px[rows, 2].numpy()).astype(int) + 1
     arrays["z_to_mates"] = of_mates[rows]
     arrays["intensity_of_DIALS"] = of_dials[rows]
-    np.savez_compressed(path, **arrays)
+    buffer = io.BytesIO()  # an archive that fails half-way complains once more when it is freed
+    np.savez_compressed(buffer, **arrays)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _fitted(trainer: Trainer, rows: Tensor) -> dict[str, NDArray[np.generic]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -245,11 +244,7 @@ def _finish(
             temporary.write_bytes(own.epoch_mtz(trainer.epoch).read_bytes())
         write_integrated(trainer, reflections, own.integrated_refl, files)
         write_unmerged(trainer, own.unmerged, number, files)
-    with replacing(directory.shoebox_examples) as temporary:
-        # numpy appends .npz to a name that lacks it
-        named = temporary.with_suffix(".npz")
-        write_examples(trainer, named, directory.dials / "integrated.refl")
-        os.replace(named, temporary)
+    write_examples(trainer, directory.shoebox_examples, directory.dials / "integrated.refl")
 
 
 def _save(trainer: Trainer, directory: RunDirectory) -> None:

@@ -30,7 +30,12 @@ from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
 from braggflux.pipelines.merging.unmerged_output import ObservedRows
 from braggflux.pipelines.workspace.device import choose_device
 from braggflux.pipelines.workspace.lock import one_writer
-from braggflux.pipelines.workspace.outputs import IMAGES, MERGE_RESULTS, require_free_folder
+from braggflux.pipelines.workspace.outputs import (
+    IMAGES,
+    MERGE_RESULTS,
+    complete_merge,
+    require_free_folder,
+)
 from braggflux.pipelines.workspace.rundir import write_rows
 
 logger = logging.getLogger(__name__)
@@ -49,9 +54,11 @@ def merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
     UserError
     """
     with one_writer(inputs.out):
+        complete_merge(inputs.out)
         try:
             return inputs.close_folder(_merge(inputs, config))
         finally:
+            complete_merge(inputs.out)  # interrupted while it moved its files
             shutil.rmtree(inputs.unfinished, ignore_errors=True)
 
 

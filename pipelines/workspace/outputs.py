@@ -8,17 +8,22 @@ and `report` rewrite their own tables of the run that they are given.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from braggflux.integrator.errors import UserError
 
+#: How a result was made, and whether its making has ended.
+PROVENANCE = "provenance.json"
+#: Folder, in that of the result, of the files of a merge that has not ended.
+UNFINISHED = ".unfinished"
 #: Scale, B, R and I/sigma of each image of a merge in memory.
 IMAGES = "images.csv"
 #: What `merge` writes, whatever the data sets are called.
 MERGE_RESULTS = (
-    *("config.yaml", "provenance.json", "merged.mtz", "*_merged.mtz"),
+    *("config.yaml", PROVENANCE, "merged.mtz", "*_merged.mtz"),
     *("half_sets.mtz", "*_half_sets.mtz", "unmerged.mtz", "*_unmerged.mtz"),
     "statistics.csv",
     *("metrics.json", "scale_model.pt", "indexing.csv", IMAGES, "report.html"),
@@ -63,9 +68,27 @@ def holds_merge(folder: Path) -> bool:
     return "ended" in _provenance(folder)
 
 
+def move_results(unfinished: Path, folder: Path) -> None:
+    """Move the files of a merge that has ended to their places, its record last.
+
+    Killed in between, it is done again by :func:`complete_merge`.
+    """
+    record = unfinished / PROVENANCE
+    for file in sorted(unfinished.iterdir(), key=lambda path: path == record):
+        os.replace(file, folder / file.name)
+    unfinished.rmdir()
+
+
+def complete_merge(folder: Path) -> None:
+    """Move the files of a merge that was killed while it moved them."""
+    unfinished = folder / UNFINISHED
+    if holds_merge(unfinished):
+        move_results(unfinished, folder)
+
+
 def _provenance(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
