@@ -109,11 +109,33 @@ def finished(arguments: list[str], log: Path) -> float:
     return time.monotonic() - began
 
 
-def killed(arguments: list[str], log: Path, moment: float) -> bool:
-    """Run for ``moment`` seconds and kill; False where the command ended before."""
+class Moments:
+    """Random moments, uniform over the length of a command.
+
+    Parameters
+    ----------
+    seconds : float
+        That it takes undisturbed.
+    rng : numpy.random.Generator
+    """
+
+    def __init__(self, seconds: float, rng: np.random.Generator) -> None:
+        self.seconds, self._rng = seconds, rng
+
+    def draw(self) -> float:
+        """Return seconds after the start."""
+        return float(self._rng.uniform(0.0, self.seconds))
+
+    def ended(self, seconds: float) -> None:
+        """Learn that the command takes no longer now: other programs may have slowed it."""
+        self.seconds = min(self.seconds, seconds)
+
+
+def killed(arguments: list[str], log: Path, moments: Moments) -> bool:
+    """Run until a random moment and kill; False where the command ended before."""
     process = start(arguments, log)
     try:
-        code = process.wait(moment)
+        code = process.wait(moments.draw())
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return process.wait() == -signal.SIGKILL
@@ -154,7 +176,7 @@ def metrics(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def run_through(
-    name: str, frames: Path, whole: Path, moments: Iterator[float], n: int
+    name: str, frames: Path, whole: Path, moments: Moments, n: int
 ) -> tuple[list[str], str]:
     """Kill at most ``n`` times, go on to the end.
 
@@ -169,11 +191,13 @@ def run_through(
     shutil.rmtree(out, ignore_errors=True)
     stages: list[str] = []
     arguments = command(name, frames, out)
-    most = min(n, MOST_KILLS)
+    most, began = min(n, MOST_KILLS), time.monotonic()
     try:
-        while len(stages) < most and killed(arguments, log, next(moments)):
+        while len(stages) < most and killed(arguments, log, moments):
             stages.append(stage(name, out))
             arguments = again(name, frames, out)
+        if not stages:
+            moments.ended(time.monotonic() - began)
         if len(stages) == most:
             finished(arguments, log)
     except SystemExit as failed:
@@ -197,9 +221,8 @@ def main() -> None:
     if name == "merge" and not (out / "photons").is_dir():
         finished(command("run", frames, out / "photons"), log)
     shutil.rmtree(whole, ignore_errors=True)
-    seconds = finished(command(name, frames, whole), log)
     rng = np.random.default_rng(given.seed)
-    moments = iter(lambda: float(rng.uniform(0.0, seconds)), None)
+    moments = Moments(finished(command(name, frames, whole), log), rng)
     counted: Counter[str] = Counter()
     n_ends = n_wrong = 0
     while counted.total() < given.kills:
@@ -210,7 +233,7 @@ def main() -> None:
         if found and not stages:
             break  # it fails without a kill
     print(
-        f"{name}: {seconds:.0f} s undisturbed, {counted.total()} kills before {n_ends} ends, "
+        f"{name}: {moments.seconds:.0f} s undisturbed, {counted.total()} kills, {n_ends} ends: "
         f"{n_ends - n_wrong} equal, {n_wrong} not; kills in each stage: {dict(counted)}"
     )
     sys.exit(bool(n_wrong))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from braggflux.integrator.errors import UserError, brief
 
+#: What the system says of a disk that is full, of a quota that is used up, of a file too large.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: What is left of a user's share of a disk, no program can tell.
 _NO_SHARE = "your quota on it is used up: remove files of yours, or ask for a larger one"
 _AGAIN = "give the command again (run, process: with --resume), or choose another --out"
@@ -78,9 +80,11 @@ def why_not_written(error: OSError, path: str | Path) -> str:
         File that could not be written; what there was of it is removed already.
     """
     folder = Path(path).absolute().parent
-    reason = error.strerror or brief(error)
+    reason = os.strerror(error.errno) if error.errno in FULL else error.strerror or brief(error)
     if error.errno == errno.EDQUOT:
         return f"{reason} on the disk of {folder}; {_NO_SHARE}; then {_AGAIN}"
+    if error.errno == errno.EFBIG:
+        return f"{reason} for that disk or for `ulimit -f`; raise that limit, then {_AGAIN}"
     if error.errno == errno.ENOSPC:
         return f"{reason}; it needs more than {_free(folder)}: make room, then {_AGAIN}"
     return f"{reason}; choose a writable folder with enough space"

@@ -18,6 +18,7 @@ Everything is read and written on this machine: nothing is ever uploaded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -26,6 +27,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from braggflux.integrator.atomic import FULL, why_not_written
 from braggflux.integrator.errors import UserError, brief
 from braggflux.integrator.memory import limit_memory
 from braggflux.pipelines.config import schema
@@ -128,16 +130,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.max_memory is not None:
             limit_memory(args.max_memory)
         args.run(args)
+        sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:
         # The reader (e.g. `head`) has left; the interpreter must not complain while it closes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return 0
     except OSError as error:
-        if error.filename is None:
-            return _fail(f"{error.strerror or error}; check free space and permissions")
-        return _fail(f"{error.filename}: {error.strerror}; check the path, space and permissions")
+        return _fail(_of_system(error))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(_NO_MEMORY, str(error)):
             raise
@@ -151,6 +152,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         log.detach_files()
     return 0
+
+
+def _of_system(error: OSError) -> str:
+    """Say what the operating system has refused, with the remedy."""
+    if error.filename is not None:
+        if error.errno in FULL:
+            return f"cannot write {error.filename}: {why_not_written(error, error.filename)}"
+        return f"{error.filename}: {error.strerror}; check the path, space and permissions"
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        return (
+            f"cannot print or write: {error.strerror or error}; check free space and permissions"
+        )
+    _print_no_more()
+    return f"cannot print: {error.strerror or error}; make room where the output goes"
+
+
+def _print_no_more() -> None:
+    """Let nothing be printed, so that the interpreter does not complain when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

@@ -84,6 +84,7 @@ def write_intensities(
             )
             if name in UNITS:
                 write_attributes(column, {"units": UNITS[name]})
+            handle.require_written()
 
 
 def read_intensities(path: str | Path) -> IntensityTable:

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -53,6 +52,7 @@ from braggflux.integrator.io.hdf5.columns import (
     read_columns,
 )
 from braggflux.integrator.io.hdf5.filters import bitshuffle
+from braggflux.integrator.io.hdf5.new_file import NewFile
 from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
 from braggflux.integrator.io.shoebox_format import (
     FORMAT,
@@ -96,7 +96,7 @@ class ShoeboxWriter:
     """Writes a store row block by row block; made by :func:`writing_store`."""
 
     def __init__(
-        self, handle: h5py.File, n_rows: int, box: tuple[int, int, int], dtype: np.dtype[Any]
+        self, handle: NewFile, n_rows: int, box: tuple[int, int, int], dtype: np.dtype[Any]
     ) -> None:
         self._handle = handle
         shape = (n_rows, *box)
@@ -118,6 +118,7 @@ class ShoeboxWriter:
             )
         self._counts[first : first + len(counts)] = counts
         self._mask[first : first + len(mask)] = mask
+        self._handle.require_written()
 
     def read_boxes(self, first: int, n: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         """Read counts and mask of rows that were written."""

@@ -8,6 +8,7 @@ success means that the expected files are there.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from braggflux.integrator.atomic import remove_leftovers, replacing
+from braggflux.integrator.atomic import FULL, remove_leftovers, replacing, why_not_written
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.run import DialsConfig
 from braggflux.pipelines.workspace import log
@@ -33,6 +34,8 @@ INSTALL_HINT = (
 )
 
 
+#: A program that fails where less is free, in bytes, has filled the disk.
+LEAST_ROOM = 1_000_000
 #: Why a step may take minutes, by its name.
 HINTS = {
     "index": "still searching; a space group or cell that the crystal does not have is the usual "
@@ -178,6 +181,8 @@ class DialsChain:
 
         Raises
         ------
+        UserError
+            The disk is full.
         StepError
             With DIALS' last meaningful line and the path of its log.
         """
@@ -199,10 +204,24 @@ class DialsChain:
         seconds = time.monotonic() - began
         missing = [output for output in outputs if not (self.folder / output).is_file()]
         if status != 0 or missing:
+            self._check_room(command[0], log_file)
             raise StepError(f"{command[0]} failed: {last_message(log_file)}; see {log_file}")
         logger.info("%s: %.0f s", command[0], seconds)
         with replacing(stamp_file) as temporary:
             temporary.write_text(json.dumps(stamp | {"seconds": round(seconds, 1)}, indent=1))
+
+    def _check_room(self, program: str, log_file: Path) -> None:
+        """Tell a step that failed for want of room: the rest of the run would fail too.
+
+        The log of the program may lack its last words, for the same reason.
+        """
+        text = log_file.read_text(errors="replace")
+        said = next((number for number in FULL if os.strerror(number) in text), None)
+        if said is None and shutil.disk_usage(self.folder).free < LEAST_ROOM:
+            said = errno.ENOSPC
+        if said is not None:
+            reason = why_not_written(OSError(said, os.strerror(said)), log_file)
+            raise UserError(f"{program} failed in {self.folder}: {reason}")
 
     @property
     def _nproc(self) -> int:

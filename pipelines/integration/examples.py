@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from braggflux.integrator.atomic import replacing
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.io.arrays import write_arrays
 from braggflux.integrator.io.dials import (
     DialsFlag,
     place_on_scans,
@@ -64,10 +63,7 @@ def write_examples(trainer: Trainer, path: Path, integrated: Path | None = None)
     arrays["image"] = np.floor(table.metadata.xyz_px[rows, 2].numpy()).astype(int) + 1
     arrays["z_to_mates"] = of_mates[rows]
     arrays["intensity_of_DIALS"] = of_dials[rows]
-    buffer = io.BytesIO()  # an archive that fails half-way complains once more when it is freed
-    np.savez_compressed(buffer, **arrays)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_arrays(path, arrays)
 
 
 def _fitted(trainer: Trainer, rows: Tensor) -> dict[str, NDArray[np.generic]]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.atomic import replacing
+from braggflux.integrator.io.arrays import write_arrays
 from braggflux.merge.io.observations import UnmergedData
 from braggflux.merge.io.stores.unmerged_store import write_unmerged_store
 
@@ -59,9 +60,8 @@ def write_stills(
     write_unmerged_store(files.observations, as_unmerged(recorded(), experiment))
     with replacing(files.truth_mtz) as temporary:
         experiment.truth.write_mtz(temporary)
-    with replacing(files.truth_images) as temporary, temporary.open("wb") as file:
-        arrays = {name: np.concatenate(parts) for name, parts in truth.items()}
-        np.savez(file, operators=experiment.operators, **arrays)
+    arrays = {name: np.concatenate(parts) for name, parts in truth.items()}
+    write_arrays(files.truth_images, arrays | {"operators": experiment.operators}, pack=False)
     return files
 
 

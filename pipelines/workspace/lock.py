@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from braggflux.integrator.atomic import writing
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.workspace.provenance import now
 
@@ -79,8 +80,16 @@ def _acquire(path: Path) -> int:
             break
         os.close(handle)
     record = {"host": socket.gethostname(), "pid": os.getpid(), "since": now()}
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(record).encode(), 0)
+    try:
+        with writing(path):
+            os.ftruncate(handle, 0)
+            text = json.dumps(record).encode()
+            while text:  # a full disk takes a part, and refuses the rest
+                text = text[os.write(handle, text) :]
+    except UserError:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        raise
     return handle
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ def attach_file(path: Path) -> None:
     for handler in [h for h in root.handlers if isinstance(h, logging.FileHandler)]:
         if handler.baseFilename == target:
             return
-    handler = logging.FileHandler(target, encoding="utf-8")
+    handler = _LogFile(target, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FILE_FORMAT))
     for early in [h for h in root.handlers if isinstance(h, _Early)]:
         for record in early.records:
@@ -73,9 +73,10 @@ def leave_to_first(processes: Processes) -> None:
 def detach_files() -> None:
     """Close every log file attached by :func:`attach_file`."""
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if type(h) is logging.FileHandler]:
+    for handler in [h for h in root.handlers if isinstance(h, _LogFile)]:
         root.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # said before
+            handler.close()
 
 
 @contextmanager
@@ -154,6 +155,24 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+class _LogFile(logging.FileHandler):
+    """A log whose disk may be full: the terminal is told once, and the work goes on."""
+
+    _has_failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say what a message could not be written for."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_failed:
+            self._has_failed = True
+            sys.stderr.write(
+                f"braggflux: warning: cannot write {self.baseFilename}: "
+                f"{error.strerror or error}; messages stand here alone until there is room\n"
+            )
 
 
 class _Early(logging.Handler):

@@ -8,9 +8,8 @@ fixed length.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,8 @@ from braggflux.integrator.atomic import replacing
 if TYPE_CHECKING:
     import h5py
 
+    from braggflux.integrator.io.hdf5.new_file import NewFile
+
 # h5py is imported by the functions that open a file: 10 MiB that a merge of MTZ files, which
 # imports this module, does without.
 
@@ -29,7 +30,7 @@ CHECKSUM = {"fletcher32": True}
 
 
 @contextmanager
-def writing_checked(path: str | Path) -> Iterator[h5py.File]:
+def writing_checked(path: str | Path) -> Iterator[NewFile]:
     """Write a file that appears under its name only when the block succeeds.
 
     Parameters
@@ -38,7 +39,7 @@ def writing_checked(path: str | Path) -> Iterator[h5py.File]:
 
     Yields
     ------
-    h5py.File
+    NewFile
         Its data sets are to be made with :data:`CHECKSUM`, its text with the functions below.
 
     Raises
@@ -46,27 +47,33 @@ def writing_checked(path: str | Path) -> Iterator[h5py.File]:
     UserError
         The folder is missing or not writable, or the disk is full.
     """
-    import h5py
-
-    with replacing(path) as temporary:
-        handle = h5py.File(temporary, "w", libver="v110")
-        try:
-            yield handle
-            handle.close()
-        except BaseException:
-            _abandon(handle, temporary)
-            raise
+    with replacing(path) as temporary, new_file(temporary, libver="v110") as handle:
+        yield handle
 
 
-def _abandon(handle: h5py.File, path: Path) -> None:
-    """Close a file that is not wanted; a full disk then has the space that it has taken.
+@contextmanager
+def new_file(path: str | Path, **options: Any) -> Iterator[NewFile]:
+    """Write an HDF5 file; where that fails it is closed, and not whole.
 
-    What HDF5 cannot write when it closes a file, it tries again when the program ends, and
-    crashes.
+    Parameters
+    ----------
+    path : str or Path
+    **options
+        Of ``h5py.File``.
+
+    Raises
+    ------
+    OSError
+        The disk is full.
     """
-    os.truncate(path, 0)
-    with suppress(OSError, RuntimeError, ValueError):
-        handle.close()
+    from braggflux.integrator.io.hdf5.new_file import NewFile
+
+    handle = NewFile(path, **options)
+    try:
+        yield handle
+        handle.finish()
+    finally:
+        handle.abandon()
 
 
 def write_attributes(target: h5py.HLObject, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.atomic import writing
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.dataset_split import check_only_one
 from braggflux.merge.io.formats.mtz_datasets import mtz_datasets
@@ -61,8 +62,8 @@ def mtz_chunks(path: Path, folder: Path, rows_at_a_time: int) -> Iterator[Unmerg
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order], prepend=-1))
         for number, part in zip(bucket[order][edges], np.split(order, edges[1:]), strict=True):
-            with (folder / str(number)).open("ab") as file:
-                rows[part].astype(np.float32).tofile(file)
+            with writing(folder / str(number)), (folder / str(number)).open("ab") as file:
+                file.write(np.ascontiguousarray(rows[part], np.float32))
     for number in np.unique(bucket_of_batch):
         values = np.fromfile(folder / str(number), np.float32)
         piece = _header(path)  # anew: one whose indices are the original ones stays so

@@ -78,6 +78,7 @@ def write_unmerged_store(
                 first = chunk.select(np.arange(0))
                 _create(file, chunk)
             _append(file, chunk)
+            file.require_written()
             starts.extend((starts[-1] + chunk.image_starts[1:]).tolist())
             cells.append(chunk.cell.parameters)
             weights.append(chunk.n_images)
