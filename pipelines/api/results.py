@@ -117,7 +117,7 @@ class Run:
     def _state(self) -> str:
         metrics = self.directory.read_metrics()
         epochs = f"epoch {metrics[-1]['epoch']}" if metrics else "no epoch yet"
-        is_done = "ended" in self.directory.read_provenance()["sessions"][-1]
+        is_done = self.directory.read_provenance()["sessions"][-1].get("ended")
         return f"{epochs}, {'finished' if is_done else 'not finished'}"
 
     def _repr_html_(self) -> str:

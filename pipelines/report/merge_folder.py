@@ -29,6 +29,8 @@ def describe(
     record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     found = sorted({*folder.glob("merged.mtz"), *folder.glob("*_merged.mtz")})
+    if not found:
+        raise UserError(f"{folder} holds no merged.mtz; give the merge again, in another --out")
     stems = [path.name.removesuffix("merged.mtz").removesuffix("_") for path in found]
     is_still, model = bool(config.get("stills")), model or _model(record)
     sources = [

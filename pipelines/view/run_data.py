@@ -53,11 +53,11 @@ class RunData:
         session = self.run.read_provenance()["sessions"][-1]
         if not self.run.intensities.is_file():
             # the epochs of a joint run write none: it comes with the end
-            state = "is not finished" if "ended" not in session else "has no intensities.h5"
+            state = "is not finished" if not session.get("ended") else "has no intensities.h5"
             raise UserError(
                 f"{path} {state}: wait for its end, or go on with `braggflux run ... --resume`"
             )
-        if "ended" not in session:
+        if not session.get("ended"):
             raise UserError(
                 f"{path} is not finished: wait for its end, or go on with `braggflux run ... "
                 "--resume`"

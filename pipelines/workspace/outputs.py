@@ -82,7 +82,7 @@ def move_results(unfinished: Path, folder: Path) -> None:
 def complete_merge(folder: Path) -> None:
     """Move the files of a merge that was killed while it moved them."""
     unfinished = folder / UNFINISHED
-    if holds_merge(unfinished):
+    if _provenance(unfinished).get("ended"):
         move_results(unfinished, folder)
 
 

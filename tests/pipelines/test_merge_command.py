@@ -14,6 +14,12 @@ from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
 from braggflux.merge.io.mtz import read_merged_mtz, write_merged_mtz
 from braggflux.pipelines import cli
+from braggflux.pipelines.workspace.outputs import (
+    MERGE_RESULTS,
+    UNFINISHED,
+    complete_merge,
+    require_free_folder,
+)
 
 CELL = gemmi.UnitCell(40, 50, 60, 90, 90, 90)
 SPACE_GROUP = gemmi.SpaceGroup("P 21 21 21")
@@ -310,3 +316,17 @@ def test_a_merge_that_stops_leaves_no_result_and_can_be_repeated(
     assert (out / "merged.mtz").is_file()
     assert not list(out.glob(".*"))
     assert json.loads((out / "provenance.json").read_text())["ended"]
+
+
+def test_a_merge_killed_while_it_moved_its_files_is_completed(tmp_path):
+    """Its record goes last; without an end in it, what is there counts for nothing."""
+    unfinished = tmp_path / UNFINISHED
+    for ended in (None, "now"):
+        unfinished.mkdir(exist_ok=True)
+        (unfinished / "provenance.json").write_text(json.dumps({"ended": ended}))
+        (unfinished / "images.csv").touch()
+        complete_merge(tmp_path)
+        moved = {"provenance.json", "images.csv"} if ended else {UNFINISHED}
+        assert {p.name for p in tmp_path.iterdir()} == moved
+    with pytest.raises(UserError, match="earlier result"):
+        require_free_folder(tmp_path, MERGE_RESULTS)
