@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -52,8 +53,8 @@ from braggflux.integrator.io.hdf5.columns import (
     read_columns,
 )
 from braggflux.integrator.io.hdf5.filters import bitshuffle
-from braggflux.integrator.io.hdf5.new_file import NewFile
 from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
+from braggflux.integrator.io.new_hdf5 import NewFile
 from braggflux.integrator.io.shoebox_format import (
     FORMAT,
     REMEDY,
@@ -128,6 +129,7 @@ class ShoeboxWriter:
         """Copy rows from a store of the same shape."""
         for own in (self._counts, self._mask):
             copy_rows(other[own.name], own, rows)
+        self._handle.require_written()
 
     def write_columns(self, columns: Mapping[str, NDArray[Any]]) -> None:
         """Write the columns of all reflections."""

@@ -20,7 +20,7 @@ from braggflux.integrator.atomic import replacing
 if TYPE_CHECKING:
     import h5py
 
-    from braggflux.integrator.io.hdf5.new_file import NewFile
+    from braggflux.integrator.io.new_hdf5 import NewFile
 
 # h5py is imported by the functions that open a file: 10 MiB that a merge of MTZ files, which
 # imports this module, does without.
@@ -66,7 +66,7 @@ def new_file(path: str | Path, **options: Any) -> Iterator[NewFile]:
     OSError
         The disk is full.
     """
-    from braggflux.integrator.io.hdf5.new_file import NewFile
+    from braggflux.integrator.io.new_hdf5 import NewFile
 
     handle = NewFile(path, **options)
     try:
