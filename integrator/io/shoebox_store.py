@@ -149,15 +149,11 @@ class ShoeboxWriter:
         """Write the background statistic of a sweep."""
         group = self._handle.create_group(f"background/{experiment}")
         group.create_dataset("frame_ratio", data=field.frame_ratio, **CHECKSUM)
-        for panel, (total, count) in enumerate(zip(field.total, field.count, strict=True)):
-            for name, image in (("sum", total), ("count", count)):
-                group.create_dataset(
-                    f"panel_{panel}/{name}",
-                    data=image.astype(np.float32, copy=False),
-                    chunks=True,
-                    **bitshuffle(),
-                    **CHECKSUM,
-                )
+        options = {"chunks": True, **bitshuffle(), **CHECKSUM}
+        for name, images in (("sum", field.total), ("count", field.count)):
+            for panel, image in enumerate(images):
+                data = image.astype(np.float32, copy=False)
+                group.create_dataset(f"panel_{panel}/{name}", data=data, **options)
 
     def write_header(
         self, attributes: Mapping[str, object], experiments: Sequence[dict[str, Any]]
