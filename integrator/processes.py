@@ -167,5 +167,5 @@ def _explained() -> Iterator[None]:
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(
             f"another process of this run has ended ({reason}); look for its message above, then "
-            "go on with the same command and --resume, with any number of processes"
+            "give the same command again (run: with --resume), with any number of processes"
         ) from error

@@ -57,10 +57,10 @@ MAY_IMPORT = {
     "merge.prior": SMALL,
     "merge.scale": DATA,
     "merge.likelihood": (*DATA, "merge.scale.base"),
-    "merge.model": PARTS,
+    "merge.model": (*PARTS, "integrator.processes"),
     "merge.output": MODEL,
     "merge.fit": (*MODEL, "merge.output", "integrator.processes"),
-    "merge.stream": (*MODEL, "merge.output", "merge.fit"),
+    "merge.stream": (*MODEL, "merge.output", "merge.fit", "integrator.processes"),
     "merge.indexing": (*MODEL, "merge.output", "merge.fit", "merge.stream"),
     "merge.indexing.operators": DATA,
     "fixtures": (

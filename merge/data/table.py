@@ -100,7 +100,8 @@ class Batch:
     ``rows`` are those of the observations in the table. ``terms.observation``, ``image`` and
     ``cluster`` count from 0 within the batch; ``cluster`` and ``observation_of_term`` are None
     where every observation is alone in its cluster, or has one term. ``share``, (), is that of the
-    used observations of the table.
+    used observations of the table. ``place``, (n_images,), and ``n_together`` say where its images
+    are among those of all processes, where several share a batch.
     """
 
     observations: Observations
@@ -111,6 +112,8 @@ class Batch:
     cluster: Tensor | None
     observation_of_term: Tensor | None
     share: Tensor
+    place: Tensor | None = None
+    n_together: int = 0
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to a device."""
@@ -206,6 +209,20 @@ class ObservationTable:
         values = {f.name: getattr(terms, f.name) for f in fields(Terms)}
         terms = Terms(**values | {"observation": position})
         return self._batch(self.observations[rows], terms, rows)
+
+    def part(self, groups: Tensor, own: slice) -> Batch | None:
+        """Batch of some of the given exposure groups; None where there is none.
+
+        What is drawn at random for its images is that of the whole batch.
+        """
+        groups = groups.to(self.first_observation.device).sort().values
+        if not len(groups[own]):
+            return None
+        batch = self.batch(groups[own])
+        images = self.observations.image
+        together = torch.unique(images[_ranges(self.first_observation, groups)])
+        place = torch.searchsorted(together, torch.unique(images[batch.rows]))
+        return replace(batch, place=place, n_together=len(together))
 
     def rows(
         self, index: Tensor, measured: Measurement | None = None, is_used: Tensor | None = None

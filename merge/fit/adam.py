@@ -42,6 +42,11 @@ class Adam:
         self._moments: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
         self._n_steps: dict[nn.Parameter, int] = {}
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that it moves."""
+        return [parameter for parameter, _ in self._parameters]
+
     def zero_grad(self) -> None:
         """Clear the gradients."""
         for parameter, _ in self._parameters:

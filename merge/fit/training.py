@@ -15,6 +15,7 @@ from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.fit.adam import Adam
 from braggflux.merge.fit.mates import confirmed_log_ratio
 from braggflux.merge.fit.newton import AmplitudeNewton
+from braggflux.merge.fit.together import add_gradients
 from braggflux.merge.likelihood.expectation import Expectation
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
@@ -253,14 +254,15 @@ def _fit_scales(
     optimizer = make_optimizer(merger, config)
     generator = torch.Generator().manual_seed(config.seed)
     batches = table.unit_batches(config.batch_size, generator)
-    everything = table.everything() if len(batches) == 1 else None
+    only = _part(merger, table) if len(batches) == 1 else None
+    merger.processes.copy_from_first(merger)
     began, elbo = time.monotonic(), math.nan
     for epoch in range(1, epochs + 1):
         elbo = 0.0
-        if everything is None:
+        if only is None:
             batches = table.unit_batches(config.batch_size, generator)
         for k, units in enumerate(batches):
-            batch = table.batch(units) if everything is None else everything
+            batch = only or _part(merger, table, units)
             share = (epoch - 1 + k / len(batches)) / epochs
             with merger.training_mode():
                 elbo += _step(merger, batch, optimizer, amplitudes, share)
@@ -285,36 +287,50 @@ def _fit_amplitudes(
     The scales are computed once.
     """
     merger.count(table)
-    everything, amplitudes, elbo = table.everything(), AmplitudeNewton(merger), math.nan
-    with merger.with_fixed_scale(everything):
+    batch, amplitudes, elbo = _part(merger, table), AmplitudeNewton(merger), math.nan
+    if batch is None:
+        raise ValueError("a process without an image")
+    with merger.with_fixed_scale(batch):
         for epoch in range(1, epochs + 1):
-            elbo = _step(merger, everything, optimizer, amplitudes, (epoch - 1) / epochs)
+            elbo = _step(merger, batch, optimizer, amplitudes, (epoch - 1) / epochs)
             amplitudes.end_pass(DAMPING)
             if observer is not None:
                 observer(epoch, elbo)
     return elbo
 
 
+def _part(merger: Merger, table: ObservationTable, units: Tensor | None = None) -> Batch | None:
+    """Batch of some exposure groups, or all, or what this process computes of them."""
+    if merger.processes.is_alone:
+        return table.everything() if units is None else table.batch(units)
+    chosen = torch.arange(table.n_units) if units is None else units
+    return table.part(chosen, merger.processes.share(len(chosen)))
+
+
 def _step(
     merger: Merger,
-    batch: Batch,
+    batch: Batch | None,
     optimizer: Adam | None,
     amplitudes: AmplitudeNewton,
     share: float,
 ) -> float:
     """Move scales and amplitudes by one batch; returns its part of the ELBO."""
-    terms = merger.loss(batch, merger.inference())
-    value = elbo(terms)
     parameters = [merger.log_spread_step, merger.log_concentration]
-    if optimizer is None:
-        (-value).backward(inputs=parameters)
-    else:
+    if optimizer is not None:
         set_rate(optimizer, share)
         optimizer.zero_grad()
-        (-value).backward()
+        parameters += optimizer.parameters
+    none = torch.zeros_like(merger.log_spread_step)
+    loss, sums = None, [none.new_zeros(()), none.detach(), none.detach().clone()]
+    if batch is not None:
+        terms = merger.loss(batch, merger.inference())
+        loss = -elbo(terms)
+        sums = [-loss.detach().clone(), terms.information, terms.row_weight]
+    add_gradients(merger, loss, parameters, sums)
+    if optimizer is not None:
         optimizer.step()
-    amplitudes.step(terms.information, terms.row_weight, DAMPING)
-    return float(value.detach())
+    amplitudes.step(sums[1], sums[2], DAMPING)
+    return float(sums[0])
 
 
 def make_optimizer(

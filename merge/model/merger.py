@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from braggflux.integrator.distributions.nakagami import Nakagami
+from braggflux.integrator.processes import ALONE
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch, ObservationTable
 from braggflux.merge.likelihood.expectation import Expectation
@@ -76,6 +77,8 @@ class Merger(nn.Module):
         # the data's, of log <F^2> of each row in the last pass of a fit, (R,)
         information = torch.zeros(len(unique), dtype=torch.float64)
         self.register_buffer("information", information, persistent=False)
+        #: Each takes some of the images of a batch.
+        self.processes = ALONE
         # of all observations, where q(F) alone is fitted
         self.fixed_scale: Scale | None = None
         self.count(table)

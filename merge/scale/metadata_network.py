@@ -116,7 +116,10 @@ class MetadataNetwork(nn.Module):
             return torch.cat([described, torch.zeros_like(described[:, :1])], -1)
         own = self.deviation[batch.observations.image]
         if self.training:
-            with_own = torch.rand(batch.n_images, device=own.device) >= IMAGES_WITHOUT
+            drawn = torch.rand(batch.n_together or batch.n_images, device=own.device)
+            if batch.place is not None:
+                drawn = drawn[batch.place]
+            with_own = drawn >= IMAGES_WITHOUT
             has_own = with_own[batch.image, None].to(own.dtype)
         else:
             has_own = (own != 0).any(-1, keepdim=True).to(own.dtype)

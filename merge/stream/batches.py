@@ -25,6 +25,7 @@ from braggflux.integrator.crystal.cell import inv_d2
 from braggflux.integrator.crystal.forms import check_one_crystal_form
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.processes import Processes
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.columns import is_kept
 from braggflux.merge.data.feature_scaling import FeatureScaling
@@ -120,12 +121,25 @@ class ObservationStream:
         """Read one batch; its share is that of the training observations it holds."""
         return self.masked(*self.split(number))
 
+    def part(self, number: int, processes: Processes) -> Batch | None:
+        """Read a batch and take the images that one process computes; None where there is none."""
+        if processes.is_alone:
+            return self.batch(number)
+        table, masks = self.split(number)  # what is held out, is drawn from the whole batch
+        if masks is not None:
+            table = table.with_masks(masks.is_used, masks.is_seen)
+        batch = table.part(torch.arange(table.n_units), processes.share(table.n_units))
+        return None if batch is None else self._with_share(batch)
+
     def masked(self, table: ObservationTable, masks: Split | None) -> Batch:
         """Mark what is held out in a batch."""
         if masks is not None:
             table = table.with_masks(masks.is_used, masks.is_seen)
-        share = table.observations.is_used.sum().double() / max(self.n_used, 1)
-        return replace(table.everything(), share=share)
+        return self._with_share(table.everything())
+
+    def _with_share(self, batch: Batch) -> Batch:
+        used = batch.observations.is_used.sum().double()
+        return replace(batch, share=used / max(self.n_used, 1))
 
     def split(self, number: int) -> tuple[ObservationTable, Split | None]:
         """Read one batch, and what is held out in it if it is a holdout batch."""

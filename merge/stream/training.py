@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import Batch
 from braggflux.merge.fit.held_out import Prediction, observed_and_expected
+from braggflux.merge.fit.together import add_gradients
 from braggflux.merge.fit.training import Observer, make_optimizer, set_rate
 from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
@@ -63,28 +64,35 @@ def fit_stream(
     numbers = stream.numbers(torch.Generator().manual_seed(config.seed))
     pending = [torch.zeros_like(merger.log_concentration) for _ in range(2)]
     began, n_seen = time.monotonic(), 0
-    batches = read_ahead(stream.batch, itertools.islice(numbers, n_steps))
+    together = merger.processes
+    parameters = [merger.log_spread_step, merger.log_concentration, *optimizer.parameters]
+    together.copy_from_first(merger)
+    read = partial(stream.part, processes=together)
+    batches = read_ahead(read, itertools.islice(numbers, n_steps))
     for step, (_, batch) in enumerate(batches):
-        batch = batch.to(merger.device)
         is_row_step = (step + 1) % ROWS_EVERY == 0 or step + 1 == n_steps
         optimizer.zero_grad()
         q = merger.inference()
-        terms = merger.loss(batch, q, with_prior=False)
-        pending = [
-            p + t for p, t in zip(pending, (terms.information, terms.row_weight), strict=True)
-        ]
+        loss = q.spread.new_zeros(())
+        sums = [torch.zeros_like(p) for p in (loss, loss, *pending)]
+        if batch is not None:
+            terms = merger.loss(batch.to(merger.device), q, with_prior=False)
+            loss, sums[0] = -elbo(terms), terms.log_likelihood.detach().clone()
+            sums[1] += len(batch.observations)
+            sums[2:] = [terms.information, terms.row_weight]
+        together.add_up(sums)
+        pending = [p + t for p, t in zip(pending, sums[2:], strict=True)]
         if is_row_step:
-            divergence = (pending[1] * merger.prior.kl(q)).sum()
-            terms = replace(terms, kl_structure_factor=divergence)
-        (-elbo(terms)).backward()
+            loss = loss + (pending[1] * merger.prior.kl(q)).sum() / together.size
+        add_gradients(merger, loss if loss.requires_grad else None, parameters, [])
         set_rate(optimizer, step / n_steps)
         optimizer.step()
         if is_row_step:
             rows.step(pending[0], pending[1])
             pending = [torch.zeros_like(p) for p in pending]
-        n_seen += len(batch.observations)
+        n_seen += int(sums[1])
         if observer is not None:
-            observer(step + 1, float(terms.log_likelihood.detach()))
+            observer(step + 1, float(sums[0]))
     seconds = time.monotonic() - began
     logger.info(
         "trained on %.3g observations (%.2f passes) in %.0f s, %.3g per second",
@@ -100,8 +108,10 @@ def n_training_batches(stream: ObservationStream, config: MergeConfig) -> int:
 
 
 def all_batches(stream: ObservationStream, merger: Merger) -> Iterator[tuple[int, Batch]]:
-    """Every batch with its number, in the order of the file."""
-    for k, batch in read_ahead(stream.batch, np.flatnonzero(stream.filled).tolist()):
+    """Every batch of this process with its number, in the order of the file."""
+    filled = np.flatnonzero(stream.filled)
+    own = filled[merger.processes.share(len(filled))]
+    for k, batch in read_ahead(stream.batch, own.tolist()):
         yield k, batch.to(merger.device)
 
 
@@ -118,6 +128,7 @@ def look_at_all(merger: Merger, stream: ObservationStream, config: MergeConfig) 
     """Gather the sums over all observations that are not held out."""
     began = time.monotonic()
     sums = ObservationSums(merger, config.seed).add(all_batches(stream, merger))
+    merger.processes.add_up([sums.by_half])
     seconds = time.monotonic() - began
     n = float(sums["n"].sum())
     logger.info("looked at %.3g observations, %.3g per second", n, n / max(seconds, 1e-9))

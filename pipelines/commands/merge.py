@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> None:
     from braggflux.pipelines.merging.merge import merge
 
     merged = merge(inputs, config)
+    if not merged:  # one of several processes, of which the first has written
+        return
     written = write_deposition(inputs.out)
     show_table_one(written)
     for path in [*merged, *written]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.errors import UserError
+from braggflux.integrator.processes import ALONE, Processes
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.table import ObservationTable
 from braggflux.merge.fit.flicker import choose_flicker, is_in_doubt
@@ -94,6 +95,13 @@ def check_coupling(unique: UniqueRows, config: MergeConfig) -> None:
         )
 
 
+def _require_images(table: ObservationTable, processes: Processes) -> None:
+    if table.n_units < processes.size:
+        raise UserError(
+            f"{processes.size} processes cannot share {table.n_units} image(s): start fewer"
+        )
+
+
 class MergeFit:
     """One fit.
 
@@ -103,6 +111,8 @@ class MergeFit:
     config : MergeConfig
     known : FixedInputs
     device : torch.device
+    processes : Processes
+        Each takes some of the images of every step, and knows all of them.
     """
 
     def __init__(
@@ -111,8 +121,10 @@ class MergeFit:
         config: MergeConfig,
         known: FixedInputs,
         device: torch.device,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.known, self.device = config, known, device
+        _require_images(problem.table, processes)
         self.masks = split(problem.table, config.held_out, config.stills, config.seed)
         if problem.ambiguity is not None:
             problem = seeded(problem, self.masks, config, known.indexing)
@@ -120,6 +132,7 @@ class MergeFit:
         check_coupling(problem.unique, config)
         merger = Merger(problem.unique, self.training, config, known.f_calc)
         self.merger = merger.to(device)
+        merger.processes = processes
         self.couples = merger.prior.has(DoubleWilson)
         self.tables: dict[str, Sequence[Mapping[str, Any]]] = {}
 
@@ -160,6 +173,7 @@ class MergeFit:
         if self.with_scales:
             fix_gauge(merger, table, config)
         require_finite(merger, None, "end of the fit")
+        merger.processes = ALONE
         return FittedMerge(merger.to("cpu"), self.problem, predictions, self.tables)
 
     def _start(self) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from braggflux.integrator.processes import Processes
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.steps import find_steps, without_rows
 from braggflux.merge.model.saved_scale import FILE_NAME, SavedScale, load_scale, save_scale
@@ -28,6 +31,7 @@ from braggflux.pipelines.merging.outputs import check_free_flags, write_problem
 from braggflux.pipelines.merging.settings import say_what_data_leave_idle, settled
 from braggflux.pipelines.merging.streamed import is_streamed, merge_stores
 from braggflux.pipelines.merging.unmerged_output import ObservedRows
+from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.device import choose_device
 from braggflux.pipelines.workspace.lock import one_writer
 from braggflux.pipelines.workspace.outputs import (
@@ -44,25 +48,39 @@ logger = logging.getLogger(__name__)
 def merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
     """Read, fit, and write.
 
+    Started by ``torchrun``, the processes share the images of every step; the first one writes.
+
     Returns
     -------
     list of Path
-        Merged MTZ files in the order of the datasets.
+        Merged MTZ files in the order of the datasets; none of the other processes.
 
     Raises
     ------
     UserError
     """
-    with one_writer(inputs.out):
+    processes = Processes.of_environment()
+    log.leave_to_first(processes)
+    device = choose_device(config.device, processes)
+    if not processes.is_first:
+        with tempfile.TemporaryDirectory() as out, processes.joined(device):
+            _merge(replace(inputs, out=Path(out)), config, device, processes)
+            processes.wait()
+        return []
+    with one_writer(inputs.out), processes.joined(device):
         complete_merge(inputs.out)
         try:
-            return inputs.close_folder(_merge(inputs, config))
+            written = inputs.close_folder(_merge(inputs, config, device, processes))
         finally:
             complete_merge(inputs.out)  # interrupted while it moved its files
             shutil.rmtree(inputs.unfinished, ignore_errors=True)
+        processes.wait()
+        return written
 
 
-def _merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
+def _merge(
+    inputs: MergeInputs, config: MergeConfig, device: torch.device, processes: Processes
+) -> list[Path]:
     require_free_folder(inputs.out, MERGE_RESULTS)
     inputs.require_files(config)
     config = settled(
@@ -71,15 +89,14 @@ def _merge(inputs: MergeInputs, config: MergeConfig) -> list[Path]:
         has_model=inputs.prior_model is not None,
         has_scales=inputs.freeze_scales is not None,
     )
-    device = choose_device(config.device)
     saved = None
     if inputs.freeze_scales is not None:
         saved = load_scale(inputs.freeze_scales)
         config = saved.configured(config)
     torch.manual_seed(config.seed)
     if is_streamed(inputs.paths, config):
-        return merge_stores(inputs, config, device, saved)
-    return _merge_in_memory(inputs, config, device, saved)
+        return merge_stores(inputs, config, device, saved, processes)
+    return _merge_in_memory(inputs, config, device, saved, processes)
 
 
 def _merge_in_memory(
@@ -87,6 +104,7 @@ def _merge_in_memory(
     config: MergeConfig,
     device: torch.device,
     saved: SavedScale | None,
+    processes: Processes,
 ) -> list[Path]:
     data, out = inputs.read(is_laue=config.laue), inputs.unfinished
     operators = ambiguous_operators(data, config)
@@ -115,7 +133,9 @@ def _merge_in_memory(
     known = FixedInputs(saved, f_calc, wanted_indexing(config, problem, f_calc))
     inputs.open_folder(config)
     _log_size(problem)
-    fitted = MergeFit(problem, config, known, device).run()
+    fitted = MergeFit(problem, config, known, device, processes).run()
+    if not processes.is_first:
+        return []
     merger, problem = fitted.merger, fitted.problem
     for name, rows in fitted.tables.items():
         write_rows(out / f"{name}.csv", rows, rows[0])

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.file_kinds import PHOTON_COUNTS, file_kind
+from braggflux.integrator.processes import ALONE, Processes
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.fit.gauge import fix_gauge
 from braggflux.merge.fit.half_set_correlation import half_set_correlation_of_sums
@@ -64,6 +64,7 @@ def merge_stores(
     config: MergeConfig,
     device: torch.device,
     saved: SavedScale | None = None,
+    processes: Processes = ALONE,
 ) -> list[Path]:
     """Fit scales to a part of the data (or take ``saved`` ones), then amplitudes to all.
 
@@ -94,7 +95,9 @@ def merge_stores(
             *(len(stream), sum(s.n_images for s in stores), stream.n_batches, len(stream.unique)),
             " ".join(stream.feature_scaling.names),
         )
-        merger = _fit_scales(stream, config, device, saved, f_calc)
+        merger = Merger(stream.unique, stream.sample, config, f_calc).to(device)
+        merger.processes = processes
+        _fit_scales(merger, stream, config, saved)
         # From an untrained start the parabola of one look is not good enough.
         for _ in range(1 if saved is None else 2):
             sums = look_at_all(merger, stream, config)
@@ -108,6 +111,9 @@ def merge_stores(
         solve_amplitudes(merger, sums.add(held_out_batches(stream, merger)))
         merger.to("cpu")
         require_finite(merger, None, "end of the fit")
+        if not processes.is_first:
+            return []
+        merger.processes = ALONE
         ambiguity = None if indexing is None else indexing.ambiguity
         write_metrics(inputs.unfinished / "metrics.json", merger, predictions, ambiguity)
         if indexing is not None:
@@ -129,25 +135,22 @@ def _check(config: MergeConfig, stores: Sequence[ObservationStore]) -> None:
 
 
 def _fit_scales(
+    merger: Merger,
     stream: ObservationStream,
     config: MergeConfig,
-    device: torch.device,
     saved: SavedScale | None,
-    f_calc: Tensor | None,
-) -> Merger:
-    merger = Merger(stream.unique, stream.sample, config, f_calc).to(device)
+) -> None:
     merger.scale.forget_images()
-    sample = stream.sample.to(device)
+    sample = stream.sample.to(merger.device)
     if saved is not None:
         saved.load_into(merger)
         start_amplitudes(merger, sample)
-        return merger
+        return
     start(merger, sample)
     n_steps = n_training_batches(stream, config)
     with log.progress("merging") as advance:
         fit_stream(merger, stream, config, lambda step, _: advance(step, n_steps))
     fix_gauge(merger, sample, config)
-    return merger
 
 
 def _choose_sigma_a(merger: Merger, sums: ObservationSums, out: Path) -> None:
