@@ -22,6 +22,8 @@ LENGTH_TOLERANCE = 0.015
 ANGLE_TOLERANCE = 1.5
 #: Phosphorus, sulfur and everything heavier scatters anomalously at usual wavelengths.
 LIGHTEST_SITE = 15
+#: Coordinate or length of a cell [A], B factor [A^2] or occupancy that no model has.
+LARGEST = 1e5
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def read_model(path: str | Path) -> gemmi.Structure:
     Raises
     ------
     UserError
-        It does not exist, cannot be read, or has no atoms, cell or space group.
+        It does not exist, cannot be read, has no atoms, cell or space group, or atoms that are
+        nowhere.
     """
     if not Path(path).is_file():
         raise UserError(f"model {path} does not exist; give a PDB or mmCIF file")
@@ -67,14 +70,34 @@ def read_model(path: str | Path) -> gemmi.Structure:
         ) from error
     if len(structure) == 0 or structure[0].count_atom_sites() == 0:
         raise UserError(f"model {path} has no atoms; give a PDB or mmCIF file with coordinates")
-    if not structure.cell.is_crystal() or structure.find_spacegroup() is None:
+    cell_is_finite = all(x < LARGEST for x in structure.cell.parameters)  # NaN is not
+    if (
+        not structure.cell.is_crystal()
+        or not cell_is_finite
+        or structure.find_spacegroup() is None
+    ):
         raise UserError(
             f"model {path} has no unit cell or no known space group (cell "
             f"{_cell_text(structure.cell)}, space group {structure.spacegroup_hm!r}); "
             "add its CRYST1 record"
         )
+    _require_finite_atoms(structure, path)
     structure.setup_entities()
     return structure
+
+
+def _require_finite_atoms(structure: gemmi.Structure, path: str | Path) -> None:
+    """Refuse a model of which a number would make all structure factors NaN."""
+    for found in structure[0].all():
+        atom = found.atom
+        numbers = [*atom.pos.tolist(), atom.b_iso, atom.occ, *atom.aniso.elements_pdb()]
+        if not all(abs(number) < LARGEST for number in numbers):  # NaN neither
+            place = f"{found.chain.name}/{found.residue.name}{found.residue.seqid}:{atom.name}"
+            raise UserError(
+                f"model {path}: atom {place} has the position, B factor or occupancy "
+                f"{', '.join(f'{number:g}' for number in numbers[:5])}; all must be numbers below "
+                f"{LARGEST:g}: correct the file or give another"
+            )
 
 
 def check_same_crystal(

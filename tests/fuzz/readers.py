@@ -157,7 +157,9 @@ class Table(Reader):
         return wrong + possible.unmerged(read_table([paths[0], experiments]))
 
 
-class _Bytes(Reader):
+class BytesReader(Reader):
+    """Any file: bytes of it."""
+
     def edits(self, rng: np.random.Generator) -> list[Edit]:
         return byte_edits(rng, self.path.stat().st_size, n_edits(rng))
 
@@ -165,7 +167,7 @@ class _Bytes(Reader):
         return edited_bytes(self.path.read_bytes(), edits)
 
 
-class Mtz(_Bytes):
+class Mtz(BytesReader):
     """Unmerged MTZ: numbers of the rows, words of the header, bytes of both."""
 
     name, seed = "mtz", "a.mtz"
@@ -206,7 +208,9 @@ class Mtz(_Bytes):
         return wrong
 
 
-class _Text(Reader):
+class TextReader(Reader):
+    """Observations as text: words, lines and bytes of it."""
+
     def edits(self, rng: np.random.Generator) -> list[Edit]:
         if rng.random() < 0.15:
             return [["bytes of file", byte_edits(rng, self.path.stat().st_size, n_edits(rng))]]
@@ -221,19 +225,19 @@ class _Text(Reader):
         return possible.unmerged(read_table(paths, space_group=seeds.GROUP, cell=seeds.CELL))
 
 
-class Stream(_Text):
+class Stream(TextReader):
     """CrystFEL stream."""
 
     name, seed = "stream", "a.stream"
 
 
-class Xds(_Text):
+class Xds(TextReader):
     """XDS_ASCII.HKL."""
 
     name, seed = "xds", "a.HKL"
 
 
-class Settings(_Text):
+class Settings(TextReader):
     """YAML or JSON of options."""
 
     name, seed = "yaml", "config.yaml"
@@ -261,11 +265,14 @@ class Settings(_Text):
 @cache
 def readers() -> tuple[Reader, ...]:
     """All of them."""
+    import format_readers as formats
     import hdf5_readers as hdf5
     import parameters
 
     kinds = (ExperimentList, SweepOfList, Table, Mtz, Stream, Xds, Settings)
+    texts = (formats.Integrate, formats.Scalepack, formats.ReflectionCif)
+    others = (formats.Model, formats.ModelCif, formats.Mask, formats.GainMap)
     frames = (hdf5.Master, hdf5.FrameData, hdf5.BloscFrames, hdf5.Tiles)
     stores = (hdf5.Shoeboxes, hdf5.ShoeboxesOfRun, hdf5.PhotonCounts, hdf5.Unmerged)
     trained = (parameters.Checkpoint, parameters.ScaleModel, parameters.TrainedIntegrator)
-    return tuple(kind() for kind in (*kinds, *frames, *stores, *trained))
+    return tuple(kind() for kind in (*kinds, *texts, *others, *frames, *stores, *trained))

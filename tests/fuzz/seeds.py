@@ -14,6 +14,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 import torch
+from format_seeds import write_formats
 
 from braggflux.fixtures.simulate import simulate
 from braggflux.integrator.distributions.shifted_poisson import ShiftedPoisson
@@ -49,6 +50,7 @@ def folder() -> Path:
     _write_intensities(path)
     _write_mtz(path)
     _write_other_packings(path)
+    write_formats(path)
     (path / "a.stream").write_text(STREAM)
     (path / "a.HKL").write_text(xds_text())
     (path / "config.yaml").write_text((path_of_reference()).read_text())

@@ -18,7 +18,10 @@ from readers import Reader, readers
 
 REGRESSIONS = Path(__file__).with_name("regressions")
 #: What the slowest readers can do in the time of a test.
-N_CASES = {"shoeboxes": 60, "shoeboxes-run": 12, "checkpoint": 30, "unmerged": 50}
+N_CASES = {
+    **{"shoeboxes": 60, "shoeboxes-run": 12, "checkpoint": 30, "unmerged": 50},
+    **{"nxmx-blosc": 100, "nxmx-tiles": 100},
+}
 
 
 @pytest.fixture(params=readers(), ids=lambda reader: reader.name)
@@ -32,7 +35,7 @@ def faults(outcomes: list[Outcome]) -> list[str]:
 
 @pytest.mark.slow
 def test_damaged_files_are_read_or_refused(reader):
-    outcomes = list(run_cases(reader, range(N_CASES.get(reader.name, 100))))
+    outcomes = list(run_cases(reader, range(N_CASES.get(reader.name, 200))))
     assert not faults(outcomes)
     kinds = {outcome.kind for outcome in outcomes}
     assert kinds == {"read", "refused"}, "damage that is always or never noticed tests nothing"
