@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from braggflux.integrator.config import IntegratorConfig
@@ -16,14 +18,21 @@ from braggflux.integrator.model.saved_integrator import SavedIntegrator
 from braggflux.integrator.model.start import (
     MIN_PHOTONS,
     spot_brightness,
+    stands_alone,
     start_local_shape,
     start_profile,
 )
 from braggflux.integrator.prediction.rocking import RockingWidth
 from braggflux.integrator.shoebox.background import mean_image
-from braggflux.integrator.types import Flag
+from braggflux.integrator.types import Flag, ShoeboxBatch
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 4096
+MIN_ALONE = 50
+"""Strong spots that stand alone, without which all are taken."""
+NOTABLE = 0.1
+"""Share of strong spots with something else in their boxes that no sound sweep has."""
 
 
 def build_integrator(
@@ -102,6 +111,23 @@ def start_from_strong_spots(
     bright = bright[brightness[bright].argsort(descending=True)][: max(len(bright) // 2, 50)]
     order = torch.randperm(len(bright), generator=torch.Generator().manual_seed(seed))
     rows = bright[order[:n_used]].sort().values
+    strong = _undisturbed(integrator, store.read(rows))
     start = start_local_shape if has_profile else start_profile
-    start(integrator, store.read(rows))
-    return len(rows)
+    start(integrator, strong)
+    return len(strong)
+
+
+def _undisturbed(integrator: Integrator, strong: ShoeboxBatch) -> ShoeboxBatch:
+    """Leave out the strong spots with photons beside them that nobody predicted."""
+    is_alone = stands_alone(integrator, strong)
+    n_alone = int(is_alone.sum())
+    if n_alone < len(strong) * (1 - NOTABLE):
+        logger.warning(
+            "%d of %d strong spots have photons of something else in their boxes: look for a "
+            "second lattice (dials.index max_lattices=2; give an EXPT with both), salt or ice",
+            len(strong) - n_alone,
+            len(strong),
+        )
+    if n_alone == len(strong) or n_alone < min(MIN_ALONE, len(strong)):
+        return strong
+    return strong[torch.nonzero(is_alone)[:, 0]]

@@ -24,6 +24,8 @@ from braggflux.integrator.types import ShoeboxBatch
 MIN_PHOTONS = 50.0  # a fainter spot is not strong: its background says more than its profile
 SHAPE_ROUNDS = range(3, 12, 2)  # rounds before which offsets and widths are fitted
 DIFFERENCE = 0.05  # step of the central differences, in sigmas and in the logarithm of the width
+FOREIGN_SHARE = 0.25  # of a spot's photons beside it, above what the spots of the sweep have
+BESIDE = 1e-3  # of the profile's peak: voxels below it are beside the spot
 MIN_SIGNIFICANCE = 6.0  # over a whole box the background's noise alone can pass MIN_PHOTONS
 
 
@@ -36,6 +38,28 @@ def spot_brightness(integrator: Integrator, batch: ShoeboxBatch) -> Tensor:
     background = (integrator.mean_background(batch.metadata) * batch.is_valid).sum((1, 2, 3))
     excess = batch.counts.sum((1, 2, 3)) - background
     return torch.where(excess > MIN_SIGNIFICANCE * background.sqrt(), excess, 0.0)
+
+
+@torch.no_grad()
+def stands_alone(integrator: Integrator, strong: ShoeboxBatch, chunk: int = 512) -> Tensor:
+    """Say which strong spots, (B,) bool, have no photons in their boxes that nobody predicted.
+
+    Spots of an unknown lattice, salt or ice would widen the profile of all spots. How much lies
+    beside sound spots, in their tails, is what the lower quarter of them has.
+    """
+    share, is_significant = [], []
+    for i in range(0, len(strong), chunk):
+        batch = strong[slice(i, i + chunk)]
+        spots = _expected_spots(integrator, batch, integrator.profile.node_weights())
+        peak = spots.profile.amax((1, 2, 3), keepdim=True)
+        beside = spots.valid * (spots.profile < BESIDE * peak)
+        expected = (beside * (spots.rate - spots.scale * spots.profile)).sum((1, 2, 3))
+        excess = (beside * batch.counts).sum((1, 2, 3)) - expected
+        share.append(excess / spots.scale[:, 0, 0, 0])
+        is_significant.append(excess > MIN_SIGNIFICANCE * expected.clamp_min(1.0).sqrt())
+    found = torch.cat(share)
+    usual = found.quantile(0.25).clamp_min(0.0)
+    return ~((found > usual + FOREIGN_SHARE) & torch.cat(is_significant))
 
 
 @torch.no_grad()

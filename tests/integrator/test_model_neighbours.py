@@ -19,7 +19,7 @@ from braggflux.fixtures.simulate import simulate
 from braggflux.integrator.config import IntegratorConfig
 from braggflux.integrator.io.dials import read_experiments
 from braggflux.integrator.model.build import build_integrator, start_from_strong_spots
-from braggflux.integrator.model.start import start_profile
+from braggflux.integrator.model.start import stands_alone, start_profile
 from braggflux.integrator.shoebox.extent import SpotExtent
 from braggflux.integrator.shoebox.extraction import run_extraction
 from braggflux.integrator.types import Flag, Neighbours
@@ -110,6 +110,18 @@ def test_the_split_costs_information(integrator):
     assert robust_spread((mode - 200) / sigma) == pytest.approx(1.0, abs=0.13)
     _, apart = estimates(integrator, overlapping(200, 200, OFFSETS["3 sigma"]))
     assert sigma.mean() > 1.4 * apart.variance(torch.full((N,), 200.0)).sqrt().mean()
+
+
+def test_strong_spots_beside_something_unknown_do_not_stand_alone():
+    """Half of them with a spot that nobody predicted: they would widen the profile of all."""
+    stranger = np.where(np.arange(N) % 2, 1500.0, 0.0)[:, None, None, None]
+    batch = replace(overlapping(3000, stranger, (3.0, -3.0, 0.0)), neighbours=None)
+    model = make_integrator(batch.metadata, SPOT, LEVEL)
+    is_alone = stands_alone(model, batch).numpy()
+    assert is_alone[::2].all()
+    assert not is_alone[1::2].any()
+    sound = replace(overlapping(3000, 0, (3.0, -3.0, 0.0)), neighbours=None)
+    assert stands_alone(model, sound).all()
 
 
 def test_empty_places_change_nothing(integrator):
