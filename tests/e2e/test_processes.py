@@ -15,6 +15,7 @@ import gemmi
 import numpy as np
 import pytest
 import torch
+from ranks import in_ranks
 
 from braggflux.integrator import processes
 from braggflux.integrator.errors import UserError
@@ -120,6 +121,35 @@ def test_two_processes_end_where_one_does(straight, configure, tmp_path, monkeyp
         columns = (np.array(m.column_with_label(label)) for m in (ours, theirs))
         np.testing.assert_allclose(*columns, rtol=1e-3, atol=1e-3, err_msg=label)
     assert len(directory.read_provenance()["sessions"]) == 3
+
+
+@pytest.mark.slow
+def test_staged_coupling_by_two_processes(configure, tmp_path, monkeypatch):
+    """The table goes through a file, which the first writes and all read."""
+    elbos, amplitudes = [], []
+    for n in (1, 2):
+        out = tmp_path / str(n)
+        few = {"training__epochs": 1, "training__merge_steps": 10, "extraction__d_min": 4.0}
+        config = configure(out, training__coupling="staged", **few)
+        run_epoch = Trainer.run_epoch
+
+        def watched(self, progress=None, run_epoch=run_epoch, out=out):
+            result = run_epoch(self, progress)
+            steps = [*self.step_elbos, result.metrics["merge_elbo"]]
+            (out / f"elbos_{self.processes.rank}.json").write_text(json.dumps(steps))
+            return result
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "run_epoch", watched)
+            in_ranks(n, lambda here, config=config: run(config))
+        written = [json.loads(p.read_text()) for p in sorted(out.glob("elbos_*.json"))]
+        assert len(written) == n
+        elbos += written
+        mtz = gemmi.read_mtz_file(str(out / "merged.mtz"))
+        amplitudes.append([np.array(mtz.column_with_label(k)) for k in ("F", "SIGF", "DANO")])
+    for other in elbos[1:]:
+        np.testing.assert_allclose(other, elbos[0], rtol=1e-5)
+    np.testing.assert_allclose(*amplitudes, rtol=1e-3, atol=1e-3)
 
 
 def test_process_is_one_process(monkeypatch, tmp_path, capsys):

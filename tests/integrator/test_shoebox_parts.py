@@ -9,6 +9,16 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
+from made_frames import (
+    EXTENT,
+    N_IMAGES,
+    ArrayFrames,
+    make_experiment,
+    make_frames,
+    make_prediction,
+)
+from ranks import in_ranks
 
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io import shoebox_store
@@ -18,14 +28,6 @@ from braggflux.integrator.shoebox.extract import extract_shoeboxes
 from braggflux.integrator.shoebox.mask import MaskSettings
 from braggflux.integrator.shoebox.sweep import Sweep
 from braggflux.integrator.workers import run_workers
-from tests.integrator.test_shoebox_extract import (
-    EXTENT,
-    N_IMAGES,
-    ArrayFrames,
-    make_experiment,
-    make_frames,
-    make_prediction,
-)
 
 
 def made_sweeps(kind=ArrayFrames):
@@ -79,6 +81,22 @@ def test_any_number_of_workers_gives_the_same_store(tmp_path, small_chunks, find
         assert found == expected, n
     assert len(expected["boxes/counts"][0]) > 8 * 2 * np.prod(EXTENT.box)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.h5", "2.h5", "3.h5", "5.h5"]
+
+
+def test_processes_of_torchrun_give_the_same_store(tmp_path, small_chunks):
+    alone, together = tmp_path / "alone.h5", tmp_path / "together.h5"
+    extract_shoeboxes(made_sweeps(), EXTENT, alone).close()
+
+    def work(here):
+        with here.joined(torch.device("cpu")):
+            store = extract_shoeboxes(
+                made_sweeps(), EXTENT, together, workforce=Workforce(processes=here)
+            )
+            assert len(store) == 205
+
+    in_ranks(2, work)
+    assert contents(together) == contents(alone)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone.h5", "together.h5"]
 
 
 def test_many_boxes_on_a_frame_stay_apart(tmp_path, monkeypatch):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import in_ranks
 
 from braggflux.fixtures.stills import stills
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.processes import ALONE, Processes
-from braggflux.integrator.workers import run_workers
 from braggflux.merge.fit import training
 from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.merge.stream import training as stream_training
@@ -22,7 +20,7 @@ from braggflux.pipelines.merging.in_memory import _require_images
 from braggflux.pipelines.simulate.stills_store import write_stills
 
 OPTIONS = (
-    *("--stills", "--anomalous", "--d-min", "6", "--epochs", "3", "--batch-size", "1000"),
+    *("--stills", "--anomalous", "--d-min", "6", "--epochs", "2", "--batch-size", "1000"),
     *("--set", "network_width=8", "--seed", "3"),
 )
 STREAMED = ("--set", "stream_above=0", "--set", "stream_training=6000")
@@ -54,17 +52,11 @@ def merge(folder: Path, rank: int, arguments: list[str], monkeypatch) -> int:
 def merge_in(n: int, folder: Path, arguments: list[str], monkeypatch) -> None:
     """Merge in ``n`` processes, as ``torchrun`` starts them."""
     folder.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
 
-    def work(rank, tick):
-        where = {"RANK": rank, "WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in where.items()})
-        if merge(folder, rank, arguments, monkeypatch):
-            raise UserError(f"rank {rank} has failed")
+    def work(here):
+        assert merge(folder, here.rank, arguments, monkeypatch) == 0
 
-    run_workers(n, work, lambda: None)
+    in_ranks(n, work)
 
 
 def losses_of(folder: Path) -> np.ndarray:
