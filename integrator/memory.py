@@ -33,7 +33,7 @@ def limit_memory(gigabytes: float) -> None:
 
 
 def available_bytes() -> float:
-    """Memory that is left [bytes]: of the machine, of its container, of :func:`limit_memory`.
+    """Memory that is left [bytes]: of the machine, of its container, of the process' limits.
 
     Infinite where the system does not say.
     """
@@ -46,8 +46,10 @@ def available_bytes() -> float:
         group = Path("/sys/fs/cgroup")
         most = float((group / "memory.max").read_text())
         left.append(most - float((group / "memory.current").read_text()))
-    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft != resource.RLIM_INFINITY:
-        with suppress(OSError, ValueError, IndexError):
-            left.append(soft - float(Path("/proc/self/statm").read_text().split()[5]) * _PAGE)
+    for limit, column in ((resource.RLIMIT_DATA, 5), (resource.RLIMIT_AS, 0)):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            with suppress(OSError, ValueError, IndexError):
+                pages = Path("/proc/self/statm").read_text().split()[column]
+                left.append(soft - float(pages) * _PAGE)
     return max(min(left), 0.0)

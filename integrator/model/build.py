@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import torch
 
 from braggflux.integrator.config import IntegratorConfig
@@ -28,7 +29,8 @@ from braggflux.integrator.types import Flag, ShoeboxBatch
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 4096
+CHUNK, MAX_CHUNKS = 4096, 64
+"""Boxes read at a time, and how often, to find strong spots: a quarter of a million is enough."""
 MIN_ALONE = 50
 """Strong spots that stand alone, without which all are taken."""
 NOTABLE = 0.1
@@ -92,12 +94,12 @@ def start_from_strong_spots(
     UserError
         No spot is bright enough to show a profile.
     """
-    brightness = torch.cat(
-        [
-            spot_brightness(integrator, store.read(slice(i, i + CHUNK)))
-            for i in range(0, len(store), CHUNK)
-        ]
-    )
+    brightness = torch.zeros(len(store))
+    chunks = range(0, len(store), CHUNK)
+    # of a long scan, parts from all over it
+    for k in np.unique(np.linspace(0, len(chunks) - 1, MAX_CHUNKS).astype(int)):
+        rows = slice(chunks[k], chunks[k] + CHUNK)
+        brightness[rows] = spot_brightness(integrator, store.read(rows))
     brightness[(store.flags & (Flag.REJECTED | Flag.MASKED_CORE | Flag.PARTIAL_EDGE)) > 0] = 0.0
     bright = torch.nonzero(brightness > MIN_PHOTONS)[:, 0]
     if not len(bright):

@@ -9,7 +9,7 @@ could heal would be healed twice, hence the damping.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from braggflux.merge.model.merger import Merger
 from braggflux.merge.model.objective import elbo
 
 DAMPING = 0.6
+#: Observations whose graph is held at a time, of 1 kB each.
+PART_ROWS = 1 << 18
 #: Standard deviations from the expected intensity beyond which an observation is doubted.
 DOUBTED = 4.0
 
@@ -61,13 +63,20 @@ class FullBatchFit:
         for k in range(n):
             set_rate(self.optimizer, done(k))
             merger.zero_grad(set_to_none=True)
-            terms = merger.loss(batch, merger.inference())
-            (-elbo(terms)).backward()
-            together.add_up_gradients(parameters, [terms.information, terms.row_weight])
-            merger.information = terms.information
-            merger.scale.newton_step(batch, terms.observation_information, together.add_up)
-            amplitudes.move(terms.information, terms.row_weight, DAMPING)
+            found = [self._add_gradients(part) for part in _parts(table, batch)]
+            of_rows, weights, of_observations = zip(*found, strict=True)
+            information, row_weight = torch.stack(of_rows).sum(0), torch.stack(weights).sum(0)
+            together.add_up_gradients(parameters, [information, row_weight])
+            merger.information = information
+            merger.scale.newton_step(batch, torch.cat(of_observations), together.add_up)
+            amplitudes.move(information, row_weight, DAMPING)
             self.optimizer.step()
+
+    def _add_gradients(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the gradients of a part; its information, by rows and observations, and weights."""
+        terms = self.merger.loss(batch, self.merger.inference())
+        (-elbo(terms)).backward()
+        return terms.information, terms.row_weight, terms.observation_information
 
     def _own(self, table: ObservationTable) -> Batch:
         """All observations, or those that this process computes."""
@@ -83,6 +92,16 @@ class FullBatchFit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint."""
         self.optimizer.load_state_dict(state)
+
+
+def _parts(table: ObservationTable, batch: Batch) -> Iterator[Batch]:
+    """Cut a batch in parts; the ELBO is a sum over observations, and so are its gradients."""
+    n = len(batch.observations)
+    if n <= PART_ROWS or table.has_clusters or table.has_harmonics:
+        yield batch
+        return
+    for rows in batch.rows.split(PART_ROWS):
+        yield table.rows(rows)
 
 
 @torch.no_grad()

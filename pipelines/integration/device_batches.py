@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from braggflux.integrator.io.boxes_in_memory import BoxesInMemory
+from braggflux.integrator.memory import available_bytes
 from braggflux.integrator.processes import ALONE, Processes
 from braggflux.integrator.shoebox.dataset import ShoeboxDataset
 from braggflux.integrator.types import ShoeboxBatch
@@ -22,7 +23,7 @@ from braggflux.merge.stream.prefetch import read_ahead
 
 #: Share of a GPU's free memory that boxes may take.
 RESIDENT_SHARE = 0.5
-#: Boxes that are held in the host's memory in any case [bytes].
+#: Boxes that are held in the host's memory where they fit in half of what is free [bytes].
 HOST_BYTES = 4 << 30
 #: Gives one epoch: batches of a size, shuffled by a generator or in the order of the store.
 Batches = Callable[..., Iterator[ShoeboxBatch]]
@@ -58,11 +59,12 @@ def byte_limit(device: torch.device) -> int:
 
     On the host, and for a GPU what it can hold, as far as the host can hand it over.
     """
+    at_hand = min(HOST_BYTES, available_bytes() / 2)
     if device.type != "cuda":
-        return HOST_BYTES
+        return int(at_hand)
     free, _ = torch.cuda.mem_get_info(device)
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(HOST_BYTES, int(RESIDENT_SHARE * min(free, host)))
+    return max(int(at_hand), int(RESIDENT_SHARE * min(free, host)))
 
 
 def _fits(boxes: BoxesInMemory, device: torch.device) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from simulated_merge import fit, simulate
 
+from braggflux.merge.fit import full_batch as full_batch_module
 from braggflux.merge.fit.full_batch import FullBatchFit, grouped_median, restart_doubted
 from braggflux.merge.fit.training import start
 from braggflux.merge.model.objective import elbo
@@ -107,6 +108,26 @@ def test_adam_alone_does_not_get_further(scored):
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) > values[-1] - 0.05
+
+
+def test_observations_in_parts_are_the_same_step(monkeypatch):
+    """Of a large table only the graph of a part is held at a time."""
+    merging = simulate(photons=400.0, d_min=6.0, seed=5).merging(n_correlation_shells=2)
+    ends, sizes = [], []
+    for part_rows in (1 << 18, 100):
+        monkeypatch.setattr(full_batch_module, "PART_ROWS", part_rows)
+        own = deepcopy(merging)
+        loss = own.merger.loss
+        own.merger.loss = lambda batch, q, loss=loss: (
+            sizes.append(len(batch.rows)) or loss(batch, q)
+        )
+        FullBatchFit(own.merger, own.config).steps(own.table, 3, lambda k: 0.0)
+        ends.append([p.detach().clone() for p in own.merger.parameters()])
+        if part_rows == 100:
+            assert max(sizes[3:]) == 100
+            assert sum(sizes[3:]) == sum(sizes[:3]) == 3 * len(own.table.observations)
+    for whole, parts in zip(*ends, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
 
 
 def test_a_fit_that_is_resumed_is_the_same_fit():
