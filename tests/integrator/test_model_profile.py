@@ -16,6 +16,7 @@ from helpers import (
 )
 from scipy import integrate
 
+from braggflux.integrator.model import build
 from braggflux.integrator.model.profile import ProfileGrid, ProfileModel, SpotShape, hat_integral
 from braggflux.integrator.model.start import spot_brightness, start_profile
 
@@ -268,3 +269,32 @@ def test_brightness_is_the_sum_above_background():
     batch = poisson_boxes(rate + 0.5, data, rng, is_valid)
     excess = spot_brightness(make_integrator(data, SPOT, 0.5), batch).numpy()
     assert_within_se(excess - (rate * is_valid).sum((1, 2, 3)), 0.0)
+
+
+class BrightSpots:
+    """What the start of a profile asks of a store; takes note of what is read."""
+
+    def __init__(self, batch):
+        self.batch, self.asked = batch, []
+        self.flags = torch.zeros(len(batch), dtype=torch.int64)
+
+    def __len__(self):
+        return len(self.batch)
+
+    def read(self, rows):
+        self.asked.append(rows)
+        return self.batch[rows]
+
+
+def test_start_of_a_long_scan_looks_at_parts_from_all_over_it(monkeypatch):
+    rng = np.random.default_rng(0)
+    data = spot_metadata(100, rng, SPOT)
+    batch = poisson_boxes(500 * gaussian_voxels(data, SPOT) + 0.3, data, rng)
+    store = BrightSpots(batch)
+    monkeypatch.setattr(build, "CHUNK", 10)
+    monkeypatch.setattr(build, "MAX_CHUNKS", 4)
+    n_used = build.start_from_strong_spots(make_integrator(data, SPOT, 0.3), store, seed=0)
+    *looks, rows = store.asked
+    assert looks == [slice(first, first + 10) for first in (0, 30, 60, 90)]
+    assert len(rows) == n_used == 40
+    assert set((rows // 10).tolist()) == {0, 3, 6, 9}
