@@ -257,7 +257,10 @@ class DialsChain:
     def _is_done(self, stamp_file: Path, stamp: dict[str, Any], outputs: list[str]) -> bool:
         if not stamp_file.is_file():
             return False
-        before = json.loads(stamp_file.read_text())
+        try:
+            before = dict(json.loads(stamp_file.read_text()))
+        except (ValueError, TypeError):  # damaged: the step is done again
+            return False
         return all(before.get(key) == value for key, value in stamp.items()) and all(
             (self.folder / output).is_file() for output in outputs
         )

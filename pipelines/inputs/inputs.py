@@ -33,6 +33,7 @@ from braggflux.pipelines.inputs.grouping import apply_groups
 from braggflux.pipelines.inputs.reindexing import Dataset, apply_reindex, parse_reindex
 from braggflux.pipelines.inputs.shared_photons import check_paths, check_shared_photons
 from braggflux.pipelines.workspace import log, provenance
+from braggflux.pipelines.workspace.file_sums import KEY, sums_of
 from braggflux.pipelines.workspace.outputs import PROVENANCE, UNFINISHED, move_results
 from braggflux.pipelines.workspace.rundir import write_text
 
@@ -190,6 +191,7 @@ class MergeInputs:
         """
         path = self.unfinished / PROVENANCE
         record = json.loads(path.read_text(encoding="utf-8")) | {"ended": provenance.now()}
+        record[KEY] = sums_of(self.unfinished)
         write_text(path, json.dumps(record, indent=2) + "\n")
         move_results(self.unfinished, self.out)
         return [self.out / file.name for file in written]

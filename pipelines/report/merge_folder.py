@@ -10,6 +10,7 @@ import yaml
 
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.report.sources import DataSource
+from braggflux.pipelines.workspace.file_sums import check_sums
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 
@@ -27,6 +28,7 @@ def describe(
         if path is not None and not path.is_file():
             raise UserError(f"{option} {path} does not exist")
     record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    check_sums(folder, record)
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     found = sorted({*folder.glob("merged.mtz"), *folder.glob("*_merged.mtz")})
     if not found:

@@ -35,10 +35,11 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 from braggflux.integrator.atomic import remove_leftovers, replacing
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.pipelines.config import schema
 from braggflux.pipelines.config.run import INTEGRATOR_FILE, RunConfig
 from braggflux.pipelines.workspace import log, provenance
+from braggflux.pipelines.workspace.file_sums import KEY, check_sums, sums_of
 from braggflux.pipelines.workspace.lock import LOCK
 from braggflux.pipelines.workspace.outputs import holds_merge
 from braggflux.pipelines.workspace.stage_times import COLUMNS as STAGE_COLUMNS
@@ -51,6 +52,7 @@ PEAK_COLUMNS = (
     *("peak_sigma", "difference", "peak_sigma_own"),
 )
 REFERENCE = "DIALS"
+REMEDY = "take it from a copy, or start anew in another --out"
 #: What `process` may leave in a run directory before training starts.
 _PREPARED = {"dials", "run.log", LOCK}
 #: A resumed run may differ in these: none changes what it computes (beyond rounding).
@@ -145,6 +147,8 @@ class RunDirectory:
         inputs = provenance.input_records(config.input_files())
         sessions: list[dict[str, Any]] = []
         if run.config_file.is_file() and run.provenance_file.is_file():
+            record = run.read_provenance()
+            check_sums(run.path, record)
             if change := run._change(config, inputs):
                 if run.latest_file.is_file():
                     raise UserError(
@@ -152,7 +156,9 @@ class RunDirectory:
                     )
                 run._clear()
             else:
-                sessions = run.read_provenance()["sessions"]
+                sessions = record["sessions"]
+                if record.pop(KEY, None):  # what follows changes the files
+                    run._write_provenance(record)
         for folder in (run.path, run.checkpoints, run.mtz_folder):
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
@@ -168,6 +174,8 @@ class RunDirectory:
         run = cls(path)
         if not run.config_file.is_file():
             raise UserError(f"{path} is not a run directory of braggflux: it has no config.yaml")
+        if run.provenance_file.is_file():
+            check_sums(run.path, run.read_provenance())
         return run
 
     def check_free(self, *, resume: bool) -> None:
@@ -290,7 +298,8 @@ class RunDirectory:
 
     def read_provenance(self) -> dict[str, Any]:
         """Sessions, input digests and notes."""
-        return json.loads(self.provenance_file.read_text(encoding="utf-8"))
+        with reading(self.provenance_file, REMEDY):
+            return dict(json.loads(self.provenance_file.read_text(encoding="utf-8")))
 
     def note(self, key: str, text: str) -> None:
         """Keep a remark, e.g. why the reference is missing; tables and the report show it."""
@@ -302,6 +311,7 @@ class RunDirectory:
         """Record the end of this session."""
         record = self.read_provenance()
         record["sessions"][-1]["ended"] = provenance.now()
+        record[KEY] = sums_of(self.path)
         self._write_provenance(record)
 
     def _change(self, config: RunConfig, inputs: dict[str, dict[str, Any]]) -> str:

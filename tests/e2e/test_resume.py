@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import gemmi
 import numpy as np
 import pytest
@@ -104,3 +106,21 @@ def test_another_seed_differs_but_agrees(straight, configure, tmp_path):
 def test_more_epochs_on_resume_are_another_configuration(straight, configure):
     with pytest.raises(UserError, match=r"another configuration .*training\.epochs"):
         run(configure(straight.path, training__epochs=5), resume=True)
+
+
+def test_a_run_goes_on_once_there_is_room(straight, configure, tmp_path):
+    """Files may not be as large as the checkpoint of the first epoch, with its optimizer."""
+    sizes = [straight.checkpoint(epoch).stat().st_size for epoch in (0, 1)]
+    assert sizes[0] < sizes[1]
+    config = configure(tmp_path / "run")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sum(sizes) // 2, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(UserError, match=r"epoch_0001.pt: File too large .* with --resume"):
+            run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    assert not list((tmp_path / "run").rglob(".*.pt.*"))
+    directory = finish(run(config, resume=True))
+    assert_equal_runs(directory, straight)
+    names = [{p.relative_to(d.path) for p in d.path.rglob("*")} for d in (directory, straight)]
+    assert names[0] == names[1]
