@@ -23,8 +23,10 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from braggflux.integrator.atomic import FULL, why_not_written
@@ -52,9 +54,31 @@ COMMANDS = (
 EXIT_USER_ERROR = 2
 #: What torch says, whose error is of no kind of its own on the CPU.
 _NO_MEMORY = r"can't allocate memory|out of memory"
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 logger = logging.getLogger(__name__)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, of a queue or of ``torchrun``: what Ctrl-C cleans up, this does too."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a block as Ctrl-C does, unless the caller has a use for it."""
+    is_free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if not is_free or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raise_it(number: int, frame: object) -> NoReturn:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, raise_it)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 on success, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C.
+        0 on success, 2 for a mistake of the user (one line on stderr), 130 after Ctrl-C, 143
+        after SIGTERM.
     """
     try:
         tune_process()
@@ -129,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.configure(verbose=args.verbose)
         if args.max_memory is not None:
             limit_memory(args.max_memory)
-        args.run(args)
+        with _terminable():
+            args.run(args)
         sys.stdout.flush()
     except UserError as error:
         return _fail(str(error))
@@ -146,9 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"out of memory ({brief(error)}); end other programs, take a smaller "
             "--set training.batch_size= (run) or --set stream_above= (merge), or another machine"
         )
-    except KeyboardInterrupt:
-        _fail("interrupted; give the same command with --resume to go on (run, process)")
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        is_terminated = isinstance(error, Terminated)
+        what = "terminated" if is_terminated else "interrupted"
+        _fail(f"{what}; give the same command with --resume to go on (run, process)")
+        return EXIT_TERMINATED if is_terminated else EXIT_INTERRUPTED
     finally:
         log.detach_files()
     return 0

@@ -22,10 +22,12 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.processes import ALONE, Processes
 from braggflux.pipelines import cli
+from braggflux.pipelines.config import schema
 from braggflux.pipelines.integration.epoch_outputs import EpochWriter
 from braggflux.pipelines.integration.problem import build
 from braggflux.pipelines.integration.run import restore, run
 from braggflux.pipelines.integration.trainer import Trainer
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 SCRIPT = Path(__file__).with_name("one_of_several.py")
 SECONDS = 300
@@ -150,6 +152,32 @@ def test_staged_coupling_by_two_processes(configure, tmp_path, monkeypatch):
     for other in elbos[1:]:
         np.testing.assert_allclose(other, elbos[0], rtol=1e-5)
     np.testing.assert_allclose(*amplitudes, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all(configure, tmp_path, monkeypatch, capfd):
+    config = configure(tmp_path / "run", training__merge_steps=5, extraction__d_min=5.0)
+    run_epoch = Trainer.run_epoch
+
+    def hit(self, progress=None):
+        if self.processes.rank == 1 and self.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_epoch(self, progress)
+
+    def work(here):
+        found = cli.main(["run", "--config", str(tmp_path / "config.yaml")])
+        (tmp_path / f"code_{here.rank}").write_text(str(found))
+
+    (tmp_path / "config.yaml").write_text(schema.annotated_yaml(config))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "run_epoch", hit)
+        in_ranks(2, work)
+    assert [int((tmp_path / f"code_{rank}").read_text()) for rank in (0, 1)] == [2, 143]
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("braggflux: error:")]
+    assert len(lines) == 2
+    assert any("another process of this run has ended" in line for line in lines)
+    assert any("give the same command with --resume" in line for line in lines)
+    assert RunDirectory(config.out).latest_checkpoint().name == "epoch_0001.pt"
 
 
 def test_process_is_one_process(monkeypatch, tmp_path, capsys):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import hdf5plugin  # noqa: F401 - the frames are compressed with bitshuffle
@@ -282,15 +283,22 @@ def test_a_full_disk_is_one_line(before, message, shared, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing(shared, tmp_path):
-    run = command(shared, tmp_path / "s.h5", "--d-min", "2.5")
+@pytest.mark.parametrize(
+    ("end", "code", "n"), [("SIGINT", 130, "1"), ("SIGINT", 130, "2"), ("SIGTERM", 143, "2")]
+)
+def test_a_signal_leaves_nothing(shared, tmp_path, end, code, n):
+    run = command(shared, tmp_path / "s.h5", "--d-min", "2.5", "--processes", n)
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
-    while not any(tmp_path.iterdir()) and process.poll() is None:
-        time.sleep(0.05)  # until the store is being written
-    os.kill(process.pid, signal.SIGINT)
+    written = "*.h5.*/*" if n == "2" else "*"  # the workers' parts of the store, or itself
+    while not any(tmp_path.glob(written)) and process.poll() is None:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2 or n == "1"
+    os.kill(process.pid, getattr(signal, end))
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in stderr
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,6 +31,7 @@ from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
 def main() -> None:
     """Serve until nobody asks any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks decides when it is the end
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody asks any more
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for request in _lines():
         child = os.fork()
