@@ -124,6 +124,35 @@ def test_strong_spots_beside_something_unknown_do_not_stand_alone():
     assert stands_alone(model, sound).all()
 
 
+class Boxes:
+    """What the start asks of a store."""
+
+    def __init__(self, batch) -> None:
+        self._batch, self.flags = batch, torch.zeros(len(batch), dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    def read(self, rows):
+        return self._batch[rows]
+
+
+def test_a_second_lattice_that_nobody_indexed_is_named(caplog):
+    """Its spots widen no profile: the share beyond three pixels is that of sound boxes."""
+    width = {}
+    for share in (0, 0.3):
+        has_stranger = np.arange(N) % 10 < 10 * share
+        beside = np.where(has_stranger, 2500.0, 0.0)[:, None, None, None]
+        batch = replace(overlapping(3000, beside, (3.0, -3.0, 0.0)), neighbours=None)
+        model = make_integrator(batch.metadata, SPOT, LEVEL)
+        n_used = start_from_strong_spots(model, Boxes(batch), 0)
+        assert ("dials.index max_lattices=2" in caplog.text) == (share > 0)
+        weights = model.profile.node_weights()[0].sum(0).detach().numpy()
+        width[share] = weights[[0, -1]].sum() + weights[:, [0, -1]].sum()
+        assert n_used <= (1 - share) * N
+    assert width[0.3] == pytest.approx(width[0], abs=0.005)
+
+
 def test_empty_places_change_nothing(integrator):
     """A batch is padded to its fullest box: a box is the same in any company."""
     batch = overlapping(60, 800, OFFSETS["3 sigma"], n=20)
