@@ -36,8 +36,14 @@ def result(folder: Path, value: float, peaks: str) -> Path:
 def test_every_kind_of_difference_is_named(kills, tmp_path):
     whole = result(tmp_path / "whole", 1.0, "a")
     assert kills.difference(whole, result(tmp_path / "same", 1.0, "a")) == ""
-    assert kills.difference(whole, result(tmp_path / "other", 1.0000001, "a")) == "merged.mtz"
+    assert kills.difference(whole, result(tmp_path / "other", 1.0000001, "a")) == "half_sets.mtz"
     assert kills.difference(whole, result(tmp_path / "peaks", 1.0, "b")) == "peaks.csv"
+    for folder, wall_s, elbo in ((whole, 1, 2), (tmp_path / "same", 3, 2)):
+        (folder / "metrics.jsonl").write_text(f'{{"wall_s": {wall_s}, "elbo": {elbo}}}\n')
+    assert kills.difference(whole, tmp_path / "same") == "", "times differ"
+    (tmp_path / "same" / "metrics.jsonl").write_text('{"wall_s": 1, "elbo": 3}\n')
+    assert kills.difference(whole, tmp_path / "same") == "metrics"
+    (whole / "metrics.jsonl").unlink()
     left = result(tmp_path / "left", 1.0, "a")
     (left / ".merged.mtz.xyz").touch()
     assert kills.difference(whole, left) == "files: .merged.mtz.xyz"
