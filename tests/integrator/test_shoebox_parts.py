@@ -1,5 +1,6 @@
 """Extraction by several processes: the store of one, or one line and nothing left."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -97,6 +98,32 @@ def test_processes_of_torchrun_give_the_same_store(tmp_path, small_chunks):
     in_ranks(2, work)
     assert contents(together) == contents(alone)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone.h5", "together.h5"]
+
+
+def test_one_of_torchrun_that_fails_ends_the_others(tmp_path, monkeypatch):
+    """The disk of the second is full; the first says that another has ended, and tidies up."""
+    said = tmp_path / "said"
+    said.mkdir()
+    create = h5py.Group.create_group
+
+    def full(self, name, *rest):
+        if name == "sweep_1":  # the second process writes it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return create(self, name, *rest)
+
+    def work(here):
+        monkeypatch.setattr(h5py.Group, "create_group", full)
+        try:
+            with here.joined(torch.device("cpu")):
+                how = Workforce(processes=here)
+                extract_shoeboxes(made_sweeps(), EXTENT, tmp_path / "s.h5", workforce=how)
+        except UserError as error:
+            (said / str(here.rank)).write_text(str(error))
+
+    in_ranks(2, work)
+    assert "another process of this run has ended" in (said / "0").read_text()
+    assert "No space left on device" in (said / "1").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["said"]
 
 
 def test_many_boxes_on_a_frame_stay_apart(tmp_path, monkeypatch):
