@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import read_intensities
 from braggflux.pipelines.api.optional import needed
 from braggflux.pipelines.maps.anomalous_peaks import SitePeak
-from braggflux.pipelines.workspace.rundir import read_rows
+from braggflux.pipelines.workspace.records.readers import read_metrics, read_rows
 
 if TYPE_CHECKING:
     import pandas
@@ -59,7 +58,7 @@ def metrics_table(path: Path) -> pandas.DataFrame:
     """Read metrics.jsonl, one row per epoch."""
     if not path.is_file():
         raise UserError(f"{path} is not there: the run has no epoch yet")
-    return table([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    return table(read_metrics(path))
 
 
 def peak_table(peaks: Sequence[SitePeak]) -> pandas.DataFrame:

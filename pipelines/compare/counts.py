@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.dials import DialsFlag, ReflectionTable
 from braggflux.integrator.io.intensity_file import read_intensities
 from braggflux.integrator.types import Flag, IntensityTable
@@ -84,7 +84,10 @@ def compare_true_counts(
     if len(np.unique(ours["id"])) > 1:
         reason = "the true photons are of one sweep, the run has several"
         return [missing_row(STRENGTH, "rms error", OURS, reason)]
-    with np.load(path, allow_pickle=False) as file:
+    with (
+        reading(path, "copy it again"),
+        np.load(path, allow_pickle=False) as file,
+    ):
         if absent := {"miller_index", "xyz_px", "photons"} - set(file):
             raise UserError(f"{path} lacks the arrays {', '.join(sorted(absent))}")
         hkl, xyz, photons = (file[k] for k in ("miller_index", "xyz_px", "photons"))

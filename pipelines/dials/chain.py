@@ -24,6 +24,7 @@ from braggflux.integrator.atomic import FULL, remove_leftovers, replacing, why_n
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.config.run import DialsConfig
 from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.records.readers import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -255,11 +256,9 @@ class DialsChain:
         return state
 
     def _is_done(self, stamp_file: Path, stamp: dict[str, Any], outputs: list[str]) -> bool:
-        if not stamp_file.is_file():
-            return False
         try:
-            before = dict(json.loads(stamp_file.read_text()))
-        except (ValueError, TypeError):  # damaged: the step is done again
+            before = read_json(stamp_file)
+        except UserError:  # none, or damaged: the step is done again
             return False
         return all(before.get(key) == value for key, value in stamp.items()) and all(
             (self.folder / output).is_file() for output in outputs

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import reading
 from braggflux.pipelines.report.figures.panels import numbers
 
 MAX_SHOEBOXES = 36
@@ -31,11 +30,14 @@ def examples(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
+    with reading(path, "delete it to go without it"):
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to go without it") from error
+        return _boxes(arrays)
+
+
+def _boxes(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Boxes of each kind of the arrays of a file."""
     counts, rate = arrays.pop("counts"), arrays.pop("rate", None)
     is_valid = arrays.pop("is_valid", np.ones(counts.shape, bool)).astype(bool)
     kinds = arrays.pop("kind", np.full(len(counts), "sample"))

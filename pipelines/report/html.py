@@ -27,7 +27,8 @@ from braggflux.pipelines.report.table_one import formatted, score, table_one
 from braggflux.pipelines.report.verdict import summary, verdict
 from braggflux.pipelines.workspace import provenance
 from braggflux.pipelines.workspace.outputs import holds_merge
-from braggflux.pipelines.workspace.rundir import RunDirectory, read_rows
+from braggflux.pipelines.workspace.records.readers import read_table
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 HERE = Path(__file__).parent
 #: Where `braggflux view RUN_DIR` shows a reflection, by its row in intensities.h5.
@@ -124,7 +125,7 @@ def _of_run(run: RunDirectory) -> dict[str, Any]:
         DataSource(own, own.dataset, False, config.model, config.reference, notes)
         for own in run.data_sets()
     ]
-    compared = read_rows(run.compare_file)
+    compared = read_table(run.compare_file, ("comparison", "bin", "metric", "subject", "value"))
     head = {
         "title": run.path.absolute().name,
         "kind": "run",

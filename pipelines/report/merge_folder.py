@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from braggflux.integrator.errors import UserError
+from braggflux.pipelines.config.schema import load_mapping
 from braggflux.pipelines.report.sources import DataSource
 from braggflux.pipelines.workspace.file_sums import check_sums
+from braggflux.pipelines.workspace.outputs import PROVENANCE
+from braggflux.pipelines.workspace.records.readers import MergeRecord, read_json
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
 
@@ -27,9 +27,9 @@ def describe(
     for option, path in (("--model", model), ("--reference", reference)):
         if path is not None and not path.is_file():
             raise UserError(f"{option} {path} does not exist")
-    record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    record = read_json(folder / PROVENANCE, MergeRecord)
     check_sums(folder, record)
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    config = load_mapping(folder / "config.yaml")
     found = sorted({*folder.glob("merged.mtz"), *folder.glob("*_merged.mtz")})
     if not found:
         raise UserError(f"{folder} holds no merged.mtz; give the merge again, in another --out")

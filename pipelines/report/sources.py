@@ -22,7 +22,8 @@ from braggflux.merge.io.formats.dials import MIN_PARTIALITY
 from braggflux.merge.io.formats.unmerged_mtz import read_unmerged_mtz
 from braggflux.merge.io.mtz import MergedMtz, read_merged_mtz
 from braggflux.pipelines.maps.anomalous_peaks import AnomalousModel
-from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, read_rows
+from braggflux.pipelines.workspace.records.readers import read_table
+from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 if TYPE_CHECKING:
     from braggflux.integrator.types import IntensityTable
@@ -209,7 +210,7 @@ class DataSource:
 
     def statistics(self) -> list[dict[str, str]]:
         """Rows of statistics.csv, of all last."""
-        rows = read_rows(self.files.statistics_file)
+        rows = read_table(self.files.statistics_file, ("shell",))
         if not rows:
             raise NoDataError("statistics.csv is not there yet")
         return rows

@@ -30,7 +30,8 @@ from braggflux.pipelines.report.html import VIEWER
 from braggflux.pipelines.report.terminal import peaks_table
 from braggflux.pipelines.view.query import FLAGS, ORDERS, PAGE, Query, number
 from braggflux.pipelines.view.run_data import RunData
-from braggflux.pipelines.workspace.rundir import REFERENCE, read_rows
+from braggflux.pipelines.workspace.records.readers import read_table
+from braggflux.pipelines.workspace.rundir import REFERENCE
 
 HERE = Path(__file__).parent
 HOSTS = ("127.0.0.1", "localhost")
@@ -170,7 +171,9 @@ class Pages:
                 }
                 for chain, seqid, residue, atom in sites
             ]
-            statistics = [r for r in read_rows(own.statistics_file) if r["shell"] == "overall"]
+            statistics = [
+                r for r in read_table(own.statistics_file, ("shell",)) if r["shell"] == "overall"
+            ]
             shown = {"name": own.dataset, "sites": rows, "reason": reason}
             sets.append(shown | {"statistics": statistics, "notes": peaks_table(own)[2][:1]})
         return self._page(

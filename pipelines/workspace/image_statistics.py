@@ -10,7 +10,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.pipelines.workspace.rundir import read_rows, write_rows
+from braggflux.integrator.errors import reading
+from braggflux.pipelines.workspace.records.readers import REMEDY, read_table
+from braggflux.pipelines.workspace.rundir import write_rows
 
 Array = NDArray[np.float64]
 
@@ -113,9 +115,11 @@ def write_image_statistics(
 
 def read_image_statistics(path: Path, dataset: str = "") -> ImageStatistics | None:
     """Read the images of a dataset (of all without); None where there are none."""
-    rows = [row for row in read_rows(path) if not dataset or row["dataset"] == dataset]
+    found = read_table(path, COLUMNS)
+    rows = [row for row in found if not dataset or row["dataset"] == dataset]
     if not rows:
         return None
     columns = [np.array([float(row[name] or "nan") for row in rows]) for name in COLUMNS[3:]]
-    image, n_obs = (np.array([int(row[name]) for row in rows]) for name in ("image", "n_obs"))
+    with reading(path, REMEDY):
+        image, n_obs = (np.array([int(row[name]) for row in rows]) for name in ("image", "n_obs"))
     return ImageStatistics(image, n_obs, *columns)

@@ -7,13 +7,13 @@ and `report` rewrite their own tables of the run that they are given.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from braggflux.integrator.errors import UserError
+from braggflux.pipelines.workspace.records.readers import read_json
 
 #: How a result was made, and whether its making has ended.
 PROVENANCE = "provenance.json"
@@ -87,8 +87,5 @@ def complete_merge(folder: Path) -> None:
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    path = folder / PROVENANCE
+    return read_json(path) if path.is_file() else {}

@@ -42,6 +42,13 @@ from braggflux.pipelines.workspace import log, provenance
 from braggflux.pipelines.workspace.file_sums import KEY, check_sums, sums_of
 from braggflux.pipelines.workspace.lock import LOCK
 from braggflux.pipelines.workspace.outputs import holds_merge
+from braggflux.pipelines.workspace.records.readers import (
+    REMEDY,
+    RunRecord,
+    read_json,
+    read_metrics,
+    read_table,
+)
 from braggflux.pipelines.workspace.stage_times import COLUMNS as STAGE_COLUMNS
 
 if TYPE_CHECKING:
@@ -52,7 +59,6 @@ PEAK_COLUMNS = (
     *("peak_sigma", "difference", "peak_sigma_own"),
 )
 REFERENCE = "DIALS"
-REMEDY = "take it from a copy, or start anew in another --out"
 #: What `process` may leave in a run directory before training starts.
 _PREPARED = {"dials", "run.log", LOCK}
 #: A resumed run may differ in these: none changes what it computes (beyond rounding).
@@ -78,14 +84,6 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[
         writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, or an empty list when there is none."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 class RunDirectory:
@@ -224,8 +222,10 @@ class RunDirectory:
         """Checkpoint to resume from, or None before the first."""
         if not self.latest_file.is_file():
             return None
-        path = self.checkpoints / self.latest_file.read_text(encoding="utf-8").strip()
-        if not path.is_file():
+        with reading(self.latest_file, "write the name of a file of checkpoints into it"):
+            path = self.checkpoints / self.latest_file.read_text(encoding="utf-8").strip()
+            is_there = path.is_file()
+        if not is_there:
             raise UserError(
                 f"{self.latest_file} names {path.name}, which is not in {self.checkpoints}; "
                 "write the name of a file that is there into it, or start anew in another --out"
@@ -247,10 +247,7 @@ class RunDirectory:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl in order of epoch."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line]
+        return read_metrics(self.metrics_file)
 
     def write_stage_times(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace stage_times.csv."""
@@ -261,7 +258,7 @@ class RunDirectory:
         numbers = ("wall_s", "cpu_s")
         return [
             row | {name: float(row[name]) for name in numbers}
-            for row in read_rows(self.stage_times)
+            for row in read_table(self.stage_times, STAGE_COLUMNS)
         ]
 
     def write_peaks(self, epoch: int | str, peaks: Iterable[SitePeak]) -> None:
@@ -278,9 +275,10 @@ class RunDirectory:
         Files of earlier versions have the heights of the own differences alone.
         """
         rows = []
-        for row in read_rows(self.peaks_file):
+        for row in read_table(self.peaks_file, PEAK_COLUMNS[:6]):
             row = {"difference": "own", "peak_sigma_own": row["peak_sigma"]} | row
-            epoch = row["epoch"] if row["epoch"] == REFERENCE else int(row["epoch"])
+            with reading(self.peaks_file, REMEDY):
+                epoch = row["epoch"] if row["epoch"] == REFERENCE else int(row["epoch"])
             names = ("peak_sigma", "peak_sigma_own")
             heights = {name: float(row[name]) if row[name] else None for name in names}
             rows.append(row | heights | {"epoch": epoch})
@@ -298,8 +296,7 @@ class RunDirectory:
 
     def read_provenance(self) -> dict[str, Any]:
         """Sessions, input digests and notes."""
-        with reading(self.provenance_file, REMEDY):
-            return dict(json.loads(self.provenance_file.read_text(encoding="utf-8")))
+        return read_json(self.provenance_file, RunRecord)
 
     def note(self, key: str, text: str) -> None:
         """Keep a remark, e.g. why the reference is missing; tables and the report show it."""

@@ -14,7 +14,7 @@ from braggflux.integrator.io.intensity_file import read_experiment_records, read
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.pipelines import cli
 from braggflux.pipelines.workspace.matching import match_observations
-from braggflux.pipelines.workspace.rundir import read_rows
+from braggflux.pipelines.workspace.records.readers import read_rows
 
 EPOCHS = 3
 #: Column of merged.mtz -> MTZ type, the contract with other programs.

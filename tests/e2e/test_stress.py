@@ -22,7 +22,7 @@ from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.config.schema import updated
 from braggflux.pipelines.integration.run import run
 from braggflux.pipelines.workspace.matching import match_observations
-from braggflux.pipelines.workspace.rundir import read_rows
+from braggflux.pipelines.workspace.records.readers import read_rows
 
 pytestmark = pytest.mark.slow
 

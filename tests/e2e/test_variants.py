@@ -22,7 +22,7 @@ from braggflux.pipelines import cli
 from braggflux.pipelines.config.schema import updated
 from braggflux.pipelines.dials.process import finish
 from braggflux.pipelines.integration.run import run
-from braggflux.pipelines.workspace.rundir import read_rows
+from braggflux.pipelines.workspace.records.readers import read_rows
 
 pytestmark = pytest.mark.slow
 

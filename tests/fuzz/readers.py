@@ -268,6 +268,7 @@ def readers() -> tuple[Reader, ...]:
     import format_readers as formats
     import hdf5_readers as hdf5
     import parameters
+    import run_readers
 
     kinds = (ExperimentList, SweepOfList, Table, Mtz, Stream, Xds, Settings)
     texts = (formats.Integrate, formats.Scalepack, formats.ReflectionCif)
@@ -275,4 +276,7 @@ def readers() -> tuple[Reader, ...]:
     frames = (hdf5.Master, hdf5.FrameData, hdf5.BloscFrames, hdf5.Tiles)
     stores = (hdf5.Shoeboxes, hdf5.ShoeboxesOfRun, hdf5.PhotonCounts, hdf5.Unmerged)
     trained = (parameters.Checkpoint, parameters.ScaleModel, parameters.TrainedIntegrator)
-    return tuple(kind() for kind in (*kinds, *texts, *others, *frames, *stores, *trained))
+    return tuple(
+        kind()
+        for kind in (*kinds, *texts, *others, *frames, *stores, *trained, run_readers.RunOnDisk)
+    )

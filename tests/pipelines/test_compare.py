@@ -27,7 +27,8 @@ from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.maps.anomalous_peaks import SitePeak
 from braggflux.pipelines.workspace import log
 from braggflux.pipelines.workspace.matching import match_observations
-from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, read_rows
+from braggflux.pipelines.workspace.records.readers import read_rows
+from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from braggflux.pipelines.report.epochs import published_table, show_peaks
 from braggflux.pipelines.report.html import write_report
 from braggflux.pipelines.report.terminal import peaks_table, plain_table
 from braggflux.pipelines.workspace import log
-from braggflux.pipelines.workspace.rundir import RunDirectory, read_rows
+from braggflux.pipelines.workspace.records.readers import read_rows
+from braggflux.pipelines.workspace.rundir import RunDirectory
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Records of a result, read back against their schemas."""
