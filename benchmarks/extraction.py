@@ -166,7 +166,10 @@ def main() -> None:
             )
             if strong and n == int(args.frames.split(",")[0]):
                 options = ["nproc=1", f"prediction.d_min={args.d_min}"]
-                options += [f"output.{x}={out}/i.{x[:4]}" for x in ("reflections", "experiments")]
+                options += [
+                    f"output.{x}={out}/i.{end}"
+                    for x, end in (("reflections", "refl"), ("experiments", "expt"))
+                ]
                 integrate = ["dials.integrate", expt, strong, *options]
                 dials = measured(integrate, one)
                 print(

@@ -7,7 +7,7 @@ frame, until a store holds so many gigabytes of counts and masks. A process whos
 (as by ``--max-memory``) opens it, builds the models, and takes so many training steps, steps
 of integration and steps of the merge. The same steps from the boxes before they were repeated,
 held in memory, are what its speed is compared with. Prints boxes per second of wall and CPU time,
-memory, and what a reflection takes of it. Needs a sixth of the gigabytes on the disk.
+memory, and what a reflection takes of it. Needs a tenth of the gigabytes on the disk.
 """
 
 from __future__ import annotations
