@@ -112,8 +112,8 @@ def start_from_strong_spots(
     # the upper half by brightness, thinned at random: the very brightest lie at low angle only
     bright = bright[brightness[bright].argsort(descending=True)][: max(len(bright) // 2, 50)]
     order = torch.randperm(len(bright), generator=torch.Generator().manual_seed(seed))
-    rows = bright[order[:n_used]].sort().values
-    strong = _undisturbed(integrator, store.read(rows))
+    chosen = bright[order[:n_used]].sort().values
+    strong = _undisturbed(integrator, store.read(chosen))
     start = start_local_shape if has_profile else start_profile
     start(integrator, strong)
     return len(strong)

@@ -167,7 +167,8 @@ class ProfileGrid(nn.Module):
 
     def weights_between(self, edges: tuple[Tensor, Tensor, Tensor]) -> VoxelWeights:
         """Integrate the hat functions between given voxel edges (:meth:`voxel_edges`)."""
-        return VoxelWeights(*(self.axis_weights(k, e) for k, e in enumerate(edges)), edges)
+        rotation, slow, fast = (self.axis_weights(k, e) for k, e in enumerate(edges))
+        return VoxelWeights(rotation, slow, fast, edges)
 
     def axis_weights(self, axis: int, edges: Tensor) -> Tensor:
         """Integrate the hat functions along one of :data:`AXES`, (B, n_edges - 1, n_nodes)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from braggflux.integrator.model.integrator import Integrator, first_intensities
 from braggflux.integrator.model.local_shape import LocalShape
 from braggflux.integrator.model.neighbours import neighbour_profiles
-from braggflux.integrator.model.profile import AXES, ProfileGrid, VoxelWeights
+from braggflux.integrator.model.profile import ProfileGrid, VoxelWeights
 from braggflux.integrator.types import ShoeboxBatch
 
 MIN_PHOTONS = 50.0  # a fainter spot is not strong: its background says more than its profile
@@ -212,6 +212,8 @@ def slopes_of_profile(
         else:
             moved = [edges * math.exp(-step) for step in (low, high)]
         before, after = (grid.axis_weights(axis, e) for e in moved)
-        change = {AXES[axis]: (after - before) / (high - low)}
-        slopes.append(replace(weights, **change).project(node_weights))
+        along = [weights.rotation, weights.slow, weights.fast]
+        along[axis] = (after - before) / (high - low)
+        rotation, slow, fast = along
+        slopes.append(VoxelWeights(rotation, slow, fast, weights.edges).project(node_weights))
     return slopes

@@ -77,7 +77,14 @@ class Apart:
         if array is not None and not answer:
             if size != array.nbytes:
                 raise OSError(f"it has {size} bytes, not {array.nbytes}")
-            source.readinto(array.reshape(-1).view(np.uint8))
+            frame = array.reshape(-1).view(np.uint8).data
+            n_read = 0
+            while n_read < size:
+                part = source.read(size - n_read)
+                if not part:
+                    raise OSError(f"it ends after {n_read} of {size} bytes")
+                frame[n_read : n_read + len(part)] = part
+                n_read += len(part)
         return answer
 
 

@@ -17,7 +17,6 @@ import json
 import os
 import resource
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,4 +114,4 @@ def _allow(seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
