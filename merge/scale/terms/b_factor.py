@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from braggflux.merge.config import MergeConfig
 from braggflux.merge.data.sweeps import SweepTable
 from braggflux.merge.data.table import Batch, ObservationTable
-from braggflux.merge.hat_functions import hat_design
+from braggflux.merge.hat_functions import hat_places
 from braggflux.merge.scale.term import ScaleTerm, parts
 
 B_SD = 3.0  # prior standard deviation of B [A^2]
@@ -35,18 +35,26 @@ class BFactor(ScaleTerm):
 
     centre: Tensor
     centre_inv_d2: Tensor
-    design: Tensor
+    knot: Tensor
+    next_share: Tensor
+    falloff: Tensor
 
     def __init__(self, sweeps: SweepTable, spacing_deg: float = 10.0) -> None:
         super().__init__()
         self.sweeps, self.n_knots = sweeps, sweeps.knots_along(spacing_deg)
         self.b_factor = nn.Parameter(torch.zeros(sum(self.n_knots), dtype=torch.float64))
         self.log_b_bend = nn.Parameter(torch.tensor(np.log(START_BEND), dtype=torch.float64))
-        along, inv_d2 = self._along_sweeps(), sweeps.d.double() ** -2
+        knot, share = self._places()
+        inv_d2 = sweeps.d.double() ** -2
+        sums = torch.zeros_like(self.b_factor.detach())
+        sums.index_add_(0, knot, 1 - share).index_add_(0, knot + 1, share)
         # what the term is centred by is part of the meaning of B: saved with it
-        self.register_buffer("centre", along.mean(0))
+        self.register_buffer("centre", sums / len(knot))
         self.register_buffer("centre_inv_d2", inv_d2.mean())
-        self.register_buffer("design", self._design(along, inv_d2), persistent=False)
+        # few numbers an observation: there are millions of them, and dozens of knots
+        self.register_buffer("knot", knot.int(), persistent=False)
+        self.register_buffer("next_share", share.float(), persistent=False)
+        self.register_buffer("falloff", self._falloff(), persistent=False)
 
     @classmethod
     def of(cls, table: ObservationTable, config: MergeConfig) -> Self | None:
@@ -54,8 +62,14 @@ class BFactor(ScaleTerm):
         return None if table.sweeps is None else cls(table.sweeps, config.b_factor_spacing_deg)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Part of log K, (T,)."""
-        return self.design[batch.term_rows].double() @ self.b_factor
+        """Part of log K, (T,).
+
+        Centred: otherwise every change of B needs all frame scales and all F to follow.
+        """
+        rows = batch.term_rows
+        knot, share = self.knot[rows].long(), self.next_share[rows].double()
+        along = torch.lerp(self.b_factor[knot], self.b_factor[knot + 1], share)
+        return (along - self.centre @ self.b_factor) * self.falloff[rows].double()
 
     def penalty(self) -> Tensor:
         """Minus the log-prior, () [nats]."""
@@ -79,28 +93,20 @@ class BFactor(ScaleTerm):
     @torch.no_grad()
     def restore(self) -> None:
         """Centre the observations by what was loaded."""
-        self.design.copy_(self._design(self._along_sweeps(), self.sweeps.d.double() ** -2))
+        self.falloff.copy_(self._falloff())
 
-    def _along_sweeps(self) -> Tensor:
-        """Interpolation on the knots of every sweep, (N, sum of n_knots)."""
-        s = self.sweeps
-        return b_design(s.angle_deg, s.experiment, s.spans_deg, self.n_knots)
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Knot before each observation, counted over all sweeps, and the weight of the next."""
+        s, angle, first = self.sweeps, self.sweeps.angle_deg, 0
+        knot, share = torch.zeros_like(angle, dtype=torch.int64), torch.zeros_like(angle)
+        for k, (span, n) in enumerate(zip(s.spans_deg, self.n_knots, strict=True)):
+            rows = s.experiment == k
+            knots = torch.linspace(0, span, n, dtype=torch.float64)
+            left, share[rows] = hat_places(angle[rows], knots)
+            knot[rows], first = first + left, first + n
+        return knot, share
 
-    def _design(self, along: Tensor, inv_d2: Tensor) -> Tensor:
-        """Log K for a unit of each knot's B, (N, sum of n_knots), to single precision.
-
-        Centred: otherwise every change of B needs all frame scales and all F to follow.
-        """
-        centre, centre_inv_d2 = self.centre.cpu(), self.centre_inv_d2.cpu()
-        return ((along - centre) * (-0.5 * (inv_d2 - centre_inv_d2))[:, None]).float()
-
-
-def b_design(
-    angle: Tensor, experiment: Tensor, spans: tuple[float, ...], n_knots: tuple[int, ...]
-) -> Tensor:
-    """Interpolation of a rotation angle on the knots of every sweep, (N, sum of n_knots)."""
-    blocks = []
-    for k, (span, n) in enumerate(zip(spans, n_knots, strict=True)):
-        knots = torch.linspace(0, span, n, dtype=torch.float64)
-        blocks.append(torch.where((experiment == k)[:, None], hat_design(angle, knots), 0.0))
-    return torch.cat(blocks, 1)
+    def _falloff(self) -> Tensor:
+        """Log K for a unit of B, (N,), to single precision."""
+        inv_d2 = self.sweeps.d.double() ** -2
+        return (-0.5 * (inv_d2 - self.centre_inv_d2.cpu())).float()
