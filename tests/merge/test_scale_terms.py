@@ -93,6 +93,9 @@ def test_b_factor_is_piecewise_linear_with_mean_zero():
     inv_d2 = sweeps.d.numpy() ** -2
     expected = -0.5 * (along - along.mean()) * (inv_d2 - inv_d2.mean())
     np.testing.assert_allclose(found, expected, atol=1e-7)
+    # an observation is few numbers, however many knots there are
+    held = [v for v in term.buffers() if len(v.shape) and len(v) == len(sweeps)]
+    assert sum(v.element_size() for v in held) == 12
     # at the start of the first sweep the crystal is fresh
     model = ScaleModel({"b_factor": term})
     fresh = model.fresh_crystal_factor(torch.tensor([0.0, 0.1, 0.25]))
