@@ -315,30 +315,28 @@ class ShoeboxStore:
         """Bits of ``braggflux.integrator.types.Flag``, (N,) int64."""
         return torch.from_numpy(self._columns["flags"].astype(np.int64, copy=False))
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of all boxes in memory: counts in 16 bits where they allow it, and masks."""
+        return len(self) * int(np.prod(self.box)) * (3 if self._fits_16 else 5)
+
+    @property
+    def _fits_16(self) -> bool:
+        return int(self.attributes["max_count"]) <= np.iinfo(np.uint16).max
+
     def cache_in_memory(self, byte_limit: int = 4 << 30) -> bool:
-        """Hold all boxes in memory, if they fit.
-
-        Counts are kept as 16-bit integers where they allow it.
-
-        Returns
-        -------
-        bool
-            Whether they are held now.
-        """
+        """Hold all boxes in memory, if they fit; returns whether they are held now."""
         if self.is_cached:
             return True
-        fits_16 = int(self.attributes["max_count"]) <= np.iinfo(np.uint16).max
-        dtype = np.uint16 if fits_16 else np.int32
-        voxels = len(self) * int(np.prod(self.box))
-        if voxels * (np.dtype(dtype).itemsize + 1) > byte_limit:
+        if self.n_bytes > byte_limit:
             return False
-        counts = np.empty(self._counts.shape, dtype)
+        counts = np.empty(self._counts.shape, np.uint16 if self._fits_16 else np.int32)
         mask = np.empty(self._mask.shape, np.uint8)
         for start in range(0, len(self), 32 * self.chunk_rows):
             part = slice(start, start + 32 * self.chunk_rows)
             counts[part], mask[part] = self._read_rows(part)
         # torch indexes signed integers only, in all versions
-        counts = counts.view(np.int16) if fits_16 else counts
+        counts = counts.view(np.int16) if self._fits_16 else counts
         boxes = torch.from_numpy(counts), torch.from_numpy(mask)
         self.in_memory = BoxesInMemory(*boxes, self._metadata, self.pairs)
         return True

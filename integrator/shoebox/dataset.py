@@ -17,7 +17,10 @@ from braggflux.integrator.processes import ALONE, Processes
 from braggflux.integrator.types import Flag, ShoeboxBatch
 
 POOL_CHUNKS = 32
-"""Chunks of the file that are shuffled together when the store does not fit in memory."""
+"""Chunks of the file that are shuffled together in a large store."""
+POOLED_BYTES = 1 << 30
+"""Size of a large store. Not whether it is held in memory: all processes of a run, and one that
+resumes it beside other programs, must take the same order."""
 
 
 class ShoeboxDataset:
@@ -80,7 +83,7 @@ class ShoeboxDataset:
         return [rows[processes.share(len(rows))] for rows in order.split(batch_size)]
 
     def _shuffled(self, generator: torch.Generator) -> Tensor:
-        if self.store.is_cached:
+        if self.store.n_bytes <= POOLED_BYTES:
             return self.rows[torch.randperm(len(self.rows), generator=generator)]
         # From disk, rows of a chunk cost one read together: chunks are shuffled, then rows inside
         # pools of chunks.
