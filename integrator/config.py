@@ -25,6 +25,8 @@ class IntegratorConfig:
     background_level_sd: float = 0.1
     # Prior standard deviation of the relative background slope across half a box.
     background_slope_sd: float = 0.1
+    # Curved surface for boxes whose background contradicts its prior (salt, reflexes).
+    curved_background: bool = False
     # Standard deviation, in pixels, of the smoothing of the mean background image.
     background_smoothing_px: float = 2.0
     # Step of the networks, and of the profile's mean and directions, at the first epoch.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,31 @@ torch.set_num_threads(1)
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+
+
+FRESH = "BRAGGFLUX_TEST_IN_FRESH_PROCESS"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked ``fresh_process`` in an interpreter of its own.
+
+    It forks processes that take gradients, and autograd's threads do not survive a fork: the
+    parent must not have taken any.
+    """
+    if pyfuncitem.get_closest_marker("fresh_process") is None or os.environ.get(FRESH):
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, pyfuncitem.nodeid],
+        cwd=pyfuncitem.config.rootpath,
+        env=os.environ | {FRESH: "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return True
 
 
 def _missing(what: str) -> None:

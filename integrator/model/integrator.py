@@ -189,7 +189,7 @@ class Integrator(nn.Module):
             mean_background,
             start,
             neighbours,
-            may_curve=not sample,
+            may_curve=self.config.curved_background and not sample,
         )
         reference = choose_reference(fit, expected)
         likelihood = shifted_poisson_from_pixels(

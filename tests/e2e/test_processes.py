@@ -125,6 +125,7 @@ def test_two_processes_end_where_one_does(straight, configure, tmp_path, monkeyp
     assert len(directory.read_provenance()["sessions"]) == 3
 
 
+@pytest.mark.fresh_process
 @pytest.mark.slow
 def test_staged_coupling_by_two_processes(configure, tmp_path, monkeypatch):
     """The table goes through a file, which the first writes and all read."""
@@ -154,6 +155,7 @@ def test_staged_coupling_by_two_processes(configure, tmp_path, monkeypatch):
     np.testing.assert_allclose(*amplitudes, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.fresh_process
 @pytest.mark.slow
 def test_a_signal_to_one_process_ends_all(configure, tmp_path, monkeypatch, capfd):
     config = configure(tmp_path / "run", training__merge_steps=5, extraction__d_min=5.0)

@@ -12,7 +12,7 @@ import gemmi
 import numpy as np
 import pytest
 
-from braggflux.fixtures.presets import EFFECTS, effect_overrides
+from braggflux.fixtures.presets import effect_overrides
 from braggflux.fixtures.simulate import simulate
 from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.dials import DialsFlag, read_reflections
@@ -26,6 +26,7 @@ from braggflux.pipelines.workspace.records.readers import read_rows
 
 pytestmark = pytest.mark.slow
 
+SPOILING = ("ice", "hot-pixel", "shadow", "zinger")
 ICE = (3.90, 3.67, 3.44, 2.67, 2.25)
 SHORT = {"training.epochs": 3, "training.batch_size": 512, "training.device": "cpu"}
 
@@ -36,7 +37,7 @@ def frames(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spoilt")
     # few frames: more of what strikes few reflections
     many = {"artefacts.zingers": 25.0, "artefacts.hot_pixels": 50}
-    return simulate(folder, preset="tiny", seed=0, overrides=effect_overrides(EFFECTS) | many)
+    return simulate(folder, preset="tiny", seed=0, overrides=effect_overrides(SPOILING) | many)
 
 
 def configuration(frames, out, **options) -> RunConfig:

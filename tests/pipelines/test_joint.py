@@ -133,10 +133,12 @@ def freeze_detached_parts(model, batch, monkeypatch) -> None:
     freeze_inputs(integrator, model, batch, monkeypatch)
     fits = []
     fit, inference = integrator.background.fit, integrator.inference
-    monkeypatch.setattr(integrator.background, "fit", lambda *a: fits.append(fit(*a)) or fits[-1])
+    monkeypatch.setattr(
+        integrator.background, "fit", lambda *a, **k: fits.append(fit(*a, **k)) or fits[-1]
+    )
     expected = model.expected(batch.metadata.refl_row)
     fraction = inference(batch, expected).information_fraction
-    monkeypatch.setattr(integrator.background, "fit", lambda *a: fits[0])
+    monkeypatch.setattr(integrator.background, "fit", lambda *a, **k: fits[0])
     monkeypatch.setattr(model, "expected", lambda rows: expected)
     monkeypatch.setattr(
         integrator,

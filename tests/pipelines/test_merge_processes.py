@@ -65,6 +65,7 @@ def losses_of(folder: Path) -> np.ndarray:
     return np.sum(parts, axis=0)
 
 
+@pytest.mark.fresh_process
 @pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_two_processes_are_one(store, tmp_path, monkeypatch, streamed):
