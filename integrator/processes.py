@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief
 
 #: The first process may cut boxes, or write files, for so long while the others wait.
 PATIENCE = timedelta(hours=24)
@@ -164,7 +164,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = brief(error)
         raise UserError(
             f"another process of this run has ended ({reason}); look for its message above, then "
             "give the same command again (run: with --resume), with any number of processes"

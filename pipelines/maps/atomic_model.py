@@ -10,7 +10,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief
 
 Array = NDArray[np.float64]
 
@@ -64,18 +64,18 @@ def read_model(path: str | Path) -> gemmi.Structure:
     try:
         structure = gemmi.read_structure(str(path))
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = brief(error)
         raise UserError(
             f"model {path} cannot be read ({reason}); give a PDB or mmCIF file"
         ) from error
     if len(structure) == 0 or structure[0].count_atom_sites() == 0:
         raise UserError(f"model {path} has no atoms; give a PDB or mmCIF file with coordinates")
-    cell_is_finite = all(x < LARGEST for x in structure.cell.parameters)  # NaN is not
-    if (
-        not structure.cell.is_crystal()
-        or not cell_is_finite
-        or structure.find_spacegroup() is None
-    ):
+    *sides, alpha, beta, gamma = structure.cell.parameters
+    # NaN is neither
+    is_cell = all(1 <= side < LARGEST for side in sides) and all(
+        0 < angle < 180 for angle in (alpha, beta, gamma)
+    )
+    if not is_cell or not structure.cell.is_crystal() or structure.find_spacegroup() is None:
         raise UserError(
             f"model {path} has no unit cell or no known space group (cell "
             f"{_cell_text(structure.cell)}, space group {structure.spacegroup_hm!r}); "

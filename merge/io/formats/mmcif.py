@@ -15,7 +15,7 @@ import numpy as np
 from gemmi import cif
 from numpy.typing import NDArray
 
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief
 from braggflux.merge.io.dataset_split import split_sets
 from braggflux.merge.io.formats.text_files import stem_of
 from braggflux.merge.io.formats.unmerged_mtz import offsets_of
@@ -105,7 +105,7 @@ def read_mmcif(
         document = cif.read(str(path))
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is not a readable CIF file ({str(error).splitlines()[0]}); give another"
+            f"{path} is not a readable CIF file ({brief(error)}); give another"
         ) from error
     found = [(b, c) for b in document for c in CATEGORIES if b.find_values(f"{c}index_h")]
     if not found:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.atomic import writing
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, brief
 from braggflux.merge.io.dataset_split import check_only_one
 from braggflux.merge.io.formats.mtz_datasets import mtz_datasets
 from braggflux.merge.io.formats.mtz_observations import (
@@ -77,8 +77,7 @@ def _header(path: Path) -> gemmi.Mtz:
         mtz = gemmi.read_mtz_file(str(path), with_data=False)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"{path} is not a complete MTZ file ({str(error).splitlines()[0]}); write it again or "
-            "give another"
+            f"{path} is not a complete MTZ file ({brief(error)}); write it again or give another"
         ) from error
     check_complete(mtz, path)
     return mtz

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.crystal.geometry import Crystal, Experiment
 from braggflux.integrator.crystal.symmetry import to_asu
-from braggflux.integrator.errors import UserError, reading
+from braggflux.integrator.errors import UserError, brief, reading
 from braggflux.merge.io.dataset_labels import DatasetLabels, DatasetNames
 
 Array = NDArray[np.float64]
@@ -86,7 +86,7 @@ def load_mtz(path: str | Path) -> gemmi.Mtz:
     try:
         mtz = gemmi.read_mtz_file(os.fspath(path))
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = brief(error)
         raise UserError(
             f"{path} is not a complete MTZ file ({reason}); write it again or give another"
         ) from error
