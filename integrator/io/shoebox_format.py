@@ -109,6 +109,21 @@ def check_rows(columns: Mapping[str, NDArray[Any]], n_panels: Sequence[int]) -> 
         raise ValueError(f"rows of panel {panel.max()}, sweeps have {max(n_panels)}")
 
 
+def held(name: str, values: NDArray[Any]) -> NDArray[Any]:
+    """Give a column as it is held: numbers that are no integers in single precision.
+
+    Raises
+    ------
+    ValueError
+        They have become integers.
+    """
+    if name not in SINGLE:
+        return values
+    if values.dtype.kind != "f":
+        raise ValueError(f"column {name} holds integers ({values.dtype})")
+    return values.astype(np.float32)
+
+
 def metadata_of(columns: Mapping[str, NDArray[Any]], dtype: torch.dtype) -> ReflectionMetadata:
     """Give the columns of a store as tensors, numbers that are no integers of type ``dtype``."""
 

@@ -59,11 +59,11 @@ from braggflux.integrator.io.shoebox_format import (
     FORMAT,
     REMEDY,
     RIGHT_FROM_IMAGE_1,
-    SINGLE,
     UNITS,
     VERSION,
     check_boxes,
     check_rows,
+    held,
     metadata_of,
     open_checked,
 )
@@ -232,7 +232,7 @@ class ShoeboxStore:
         check_boxes(self._counts, self._mask, self.attributes["n_rows"])
         # one after the other: all in double precision would be twice what is kept
         self._columns = {
-            name: values.astype(np.float32) if name in SINGLE else values
+            name: held(name, values)
             for name, values in each_column(self._handle["reflections"], len(self._counts))
         }
         if "flags" not in self._columns:
