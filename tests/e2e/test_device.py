@@ -33,9 +33,8 @@ EPOCHS, MERGE_STEPS = 3, 5
 #: gradients and Adam's loop over the parameters, 1,514 a merge step.
 MOST_OPERATORS = {"training": 2900, "merge": 1700}
 #: Bytes that the operators make for a box of 7 x 9 x 11 voxels, seen 2026-11-30: 978,000 with
-#: gradients, 1,123,000 without (757,000 before a device solved curved backgrounds for all boxes,
-#: not to be waited for; not in training).
-MOST_BYTES = {"training": 1_080_000, "inference": 1_240_000}
+#: gradients, 757,000 without.
+MOST_BYTES = {"training": 1_080_000, "inference": 840_000}
 
 
 @pytest.fixture(scope="module")
@@ -133,8 +132,8 @@ def test_a_run_keeps_to_its_device(device_run, make_trainer):
     on_cpu.run_epoch()
     found = estimates(device_run.trainer.table)
     for name, values in estimates(on_cpu.table).items():
-        # a box with a curved background is solved among others on a device: 3e-4 off
-        torch.testing.assert_close(found[name], values, rtol=5e-4, atol=1e-4)
+        # batches of another size round otherwise: one number in 1,309 was 1.3e-4 off on 2026-11-30
+        torch.testing.assert_close(found[name], values, rtol=2e-4, atol=1e-4)
     [expected] = merge_epoch(on_cpu)
     for name, values in vars(expected.table).items():
         if isinstance(values, np.ndarray):
