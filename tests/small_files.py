@@ -15,6 +15,7 @@ from braggflux.integrator.io.intensity_file import (
     read_intensities,
     write_intensities,
 )
+from braggflux.integrator.io.shoebox_format import INTEGER_COLUMNS
 from braggflux.integrator.io.shoebox_store import BackgroundField, ShoeboxStore, writing_store
 from braggflux.integrator.torch_file import load_torch, save_torch
 from braggflux.integrator.types import ReflectionMetadata
@@ -29,7 +30,9 @@ def write_shoeboxes(path: Path) -> None:
     rng = np.random.default_rng(0)
     vectors = {"miller_index", "corner", "xyz_px", "xyz_mm", "s1", "s0_crystal", "s1_crystal"}
     columns = {
-        f.name: rng.integers(0, 9, (N, 3) if f.name in vectors else N)
+        f.name: rng.integers(0, 9, (N, 3) if f.name in vectors else N).astype(
+            np.int64 if f.name in INTEGER_COLUMNS else np.float64
+        )
         for f in fields(ReflectionMetadata)
     }
     with writing_store(path, N, BOX, np.dtype(np.uint16)) as writer:
