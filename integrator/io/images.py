@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.geometry import Experiment, ImageFiles, Panel
 from braggflux.integrator.errors import UserError, reading
-from braggflux.integrator.io.decoding.apart import require_readable
+from braggflux.integrator.io.decoding.apart import opened_apart
 from braggflux.integrator.io.dials.lookup import LookupMaps, read_lookup
 from braggflux.integrator.io.dxtbx_frames import DxtbxFrames
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
@@ -135,8 +135,8 @@ def _open(experiment: Experiment, images: ImageFiles, transient: bool) -> Experi
                 "for one image each; give the master file of them to dials.import"
             )
         names = [panel.name for panel in experiment.panels]
-        require_readable(images.paths[0], names, shapes, indices)
-        raw: RawFrames = NxmxFrames(images.paths[0], names, shapes, needed=indices)
+        good = opened_apart(images.paths[0], names, shapes, indices)
+        raw: RawFrames = NxmxFrames(images.paths[0], names, shapes, needed=indices, good=good)
         numbers: Sequence[int] = indices
     else:
         raw, numbers = DxtbxFrames(images, indices, shapes), range(len(indices))

@@ -1,21 +1,21 @@
 """HDF5 files of others, read in a process whose crash is harmless.
 
 The HDF5 library and some decoders crash, or never end, on some damage. So a file is read once as
-far as opening it goes (structure, masks, places of the frames) by a process of its own, before
-this one does the same; and frames whose packing cannot be checked first are decoded there, each
-time.
+far as opening it goes (structure, mask, places of the frames) by a process of its own, before
+this one opens it, with the mask that the other has decoded; and frames whose packing cannot be
+checked first are decoded there, each time.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
-from os import getpid
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ class Apart:
     def __init__(self) -> None:
         # -P: no module of the current folder is imported
         command = [sys.executable, "-P", "-m", "braggflux.integrator.io.decoding.server"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # it forks, which is safe without threads, and multiplies nothing
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
         self._close = weakref.finalize(self, _end, self._process)
 
     def ask(self, request: Any, array: NDArray[Any] | None = None) -> dict[str, Any]:
@@ -48,13 +52,14 @@ class Apart:
         request : any
             Becomes a line of JSON.
         array : ndarray, optional
-            Filled with the frame that is asked for.
+            Filled with the bytes of the answer.
 
         Returns
         -------
         dict
-            Without content where all is well. ``end`` says how the process that worked on the
-            request has crashed, ``error`` what was wrong.
+            Empty where all is well, but for ``content``: the bytes of the answer where no array
+            was given for them. ``end`` says how the process that worked on the request has
+            crashed, ``error`` what was wrong.
         """
         try:
             return self._ask(request, array)
@@ -73,17 +78,19 @@ class Apart:
             code = self._process.wait()
             raise OSError(f"the process that reads HDF5 files has ended (exit code {code})")
         answer: dict[str, Any] = json.loads(line)
-        size = answer.pop("bytes", 0)
-        if array is not None and not answer:
+        size = answer.pop("bytes", None)
+        if size is not None:
+            if array is None:
+                array = answer["content"] = np.empty(size, np.uint8)
             if size != array.nbytes:
                 raise OSError(f"it has {size} bytes, not {array.nbytes}")
-            frame = array.reshape(-1).view(np.uint8).data
+            content = array.reshape(-1).view(np.uint8).data
             n_read = 0
             while n_read < size:
                 part = source.read(size - n_read)
                 if not part:
                     raise OSError(f"it ends after {n_read} of {size} bytes")
-                frame[n_read : n_read + len(part)] = part
+                content[n_read : n_read + len(part)] = part
                 n_read += len(part)
         return answer
 
@@ -96,12 +103,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def require_readable(
+def opened_apart(
     path: str | Path,
     panel_names: Sequence[str],
     panel_shapes: Sequence[tuple[int, int]],
     needed: Sequence[int],
-) -> None:
+) -> NDArray[np.bool_] | None:
     """Let another process open the frames of a master file first.
 
     Parameters
@@ -109,27 +116,54 @@ def require_readable(
     path, panel_names, panel_shapes, needed
         As of :class:`braggflux.integrator.io.hdf5.nxmx.NxmxFrames`.
 
+    Returns
+    -------
+    ndarray, (pixels,) bool, or None
+        Good pixels of a frame, for that class; None where they are not those of every frame, or
+        something is wrong that this process will find itself.
+
     Raises
     ------
     UserError
-        That has crashed, or did not end. What else is wrong this process will find itself.
+        That has crashed, or did not end.
+    """
+    request = {
+        "open": str(path),
+        "names": list(panel_names),
+        "shapes": list(panel_shapes),
+        "needed": list(needed),
+    }
+    answer = asked_apart(request, f"{path} or a file that it names")
+    good: NDArray[np.uint8] | None = answer.get("content")
+    return None if good is None else good.view(np.bool_)
+
+
+def asked_apart(request: dict[str, Any], source: object) -> dict[str, Any]:
+    """Ask another process something about a file.
+
+    Parameters
+    ----------
+    request : dict
+        A line of the table in ``server.py``.
+    source : object
+        The file, in words.
+
+    Returns
+    -------
+    dict
+        The answer.
+
+    Raises
+    ------
+    UserError
+        That has crashed, or did not end.
     """
     apart = _taken()
-    answer = apart.ask(
-        {
-            "open": str(path),
-            "names": list(panel_names),
-            "shapes": list(panel_shapes),
-            "needed": list(needed),
-            "seconds": CPU_SECONDS,
-        }
-    )
+    answer = apart.ask(request | {"seconds": CPU_SECONDS})
     _give_back(apart)
     if "end" in answer:
-        raise UserError(
-            f"{path} or a file that it names is damaged: reading it {answer['end']}; copy the "
-            "images again"
-        )
+        raise UserError(f"{source} is damaged: reading it {answer['end']}; copy it again")
+    return answer
 
 
 class FramesApart:
@@ -189,9 +223,9 @@ _idle: dict[int, list[Apart]] = {}
 
 def _taken() -> Apart:
     """Take a process that has nothing to do; a forked program has none of its parent's."""
-    waiting = _idle.setdefault(getpid(), [])
+    waiting = _idle.setdefault(os.getpid(), [])
     return waiting.pop() if waiting else Apart()
 
 
 def _give_back(apart: Apart) -> None:
-    _idle.setdefault(getpid(), []).append(apart)
+    _idle.setdefault(os.getpid(), []).append(apart)

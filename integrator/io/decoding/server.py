@@ -4,7 +4,8 @@ It takes requests as lines of JSON. Each is worked on by a process that it forks
 with a line of JSON, empty where all is well; when that process crashes, this one says how.
 
 ==============================================  ================================================
-``{"open": PATH, "names", "shapes", "needed"}``  open frames, decode the masks
+``{"kind": PATH}``                               name the kind of the file
+``{"open": PATH, "names", "shapes", "needed"}``  open frames, send which pixels are good
 ``{"stack": PATH, "needed"}``                    open frames; then, for each line with a number,
                                                  answer, and send the bytes of that frame; the end
                                                  at a line with ``null``
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.io.file_kinds import hdf5_kind
 from braggflux.integrator.io.hdf5.frames import FrameStack
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
 
@@ -58,11 +60,11 @@ def _lines() -> Iterator[Any]:
             line = b""
 
 
-def _answer(answer: dict[str, str], frame: NDArray[np.uint8] | None = None) -> None:
-    if frame is None:
+def _answer(answer: dict[str, str | None], content: NDArray[np.uint8] | None = None) -> None:
+    if content is None:
         parts = [memoryview(json.dumps(answer).encode() + b"\n")]
     else:
-        parts = [memoryview(json.dumps({"bytes": frame.nbytes}).encode() + b"\n"), frame.data]
+        parts = [memoryview(json.dumps({"bytes": content.nbytes}).encode() + b"\n"), content.data]
     for part in parts:
         while part:
             part = part[os.write(1, part) :]
@@ -72,6 +74,9 @@ def _work(request: dict[str, Any]) -> None:
     """Do what is asked for."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # last words of a crash
     _allow(request["seconds"])
+    if "kind" in request:
+        _answer({"kind": hdf5_kind(request["kind"])})
+        return
     needed = request["needed"]
     if "open" in request:
         shapes = [(slow, fast) for slow, fast in request["shapes"]]
@@ -79,10 +84,10 @@ def _work(request: dict[str, Any]) -> None:
             with NxmxFrames(
                 request["open"], request["names"], shapes, needed, may_crash=True
             ) as frames:
-                frames.pixel_mask()
+                good = frames.good_pixels()
         except Exception:  # noqa: BLE001 - whoever asks will meet the same, and say it
-            pass
-        _answer({})
+            good = None
+        _answer({}, None if good is None else good.reshape(-1).view(np.uint8))
         return
     try:
         stack = FrameStack(request["stack"], needed, may_crash=True)

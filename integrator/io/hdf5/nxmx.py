@@ -43,6 +43,8 @@ class NxmxFrames:
         Frame numbers that will be read; see :class:`FrameStack`.
     may_crash : bool
         See :class:`FrameStack`.
+    good : ndarray, (pixels,) bool, optional
+        What :meth:`good_pixels` of another process has returned; else the mask is decoded here.
 
     Attributes
     ----------
@@ -62,9 +64,10 @@ class NxmxFrames:
         needed: Sequence[int] | None = None,
         *,
         may_crash: bool = False,
+        good: NDArray[np.bool_] | None = None,
     ) -> None:
         self._stack = FrameStack(path, needed, may_crash=may_crash)
-        self._may_crash = may_crash
+        self._may_crash, self._good = may_crash, good
         try:
             self.n_images = self._stack.n_images
             self._needed = range(self.n_images) if needed is None else needed
@@ -138,19 +141,26 @@ class NxmxFrames:
         """
         return [self._masks[0][panel] for panel in self._panels]
 
+    def good_pixels(self) -> NDArray[np.bool_] | None:
+        """Return whether pixels of the whole frame are good; None where images differ in that."""
+        good, by_image = self._masks
+        return good if by_image is None else None
+
     @cached_property
     def _masks(self) -> tuple[NDArray[np.bool_], h5py.Dataset | None]:
         """Good pixels of the frame array, and the masks by frame number where they differ."""
+        shape = self._stack.shape
+        if self._good is not None:
+            return self._good.reshape(shape), None
         mask = self._member("pixel_mask")
         if mask is None:
             mask = self._member("detectorSpecific/pixel_mask")
-        shape = self._stack.shape
         if not isinstance(mask, h5py.Dataset) or mask.size < 2:
             return np.ones(shape, dtype=bool), None
         if not self._may_crash:
             require_decodable(mask)
         if mask.size == np.prod(shape):
-            return mask[()].reshape(shape) == 0, None
+            return _zeros(mask).reshape(shape), None
         if mask.shape[1:] != shape or len(mask) <= max(self._needed):
             raise UserError(
                 f"{self._stack.path}: the pixel mask is {mask.shape}, the frames are "
@@ -256,3 +266,11 @@ class NxmxFrames:
                 if value > 0:
                     return value
         return None
+
+
+def _zeros(mask: h5py.Dataset) -> NDArray[np.bool_]:
+    """Whether the numbers of a data set are zero; read in rows of chunks, for less new memory."""
+    depth = mask.chunks[0] if mask.chunks else len(mask)
+    step = -(-128 // depth) * depth
+    parts = [mask[first : first + step] == 0 for first in range(0, len(mask), step)]
+    return np.concatenate(parts)
