@@ -1,22 +1,24 @@
 """Frozen dataclasses as options: from YAML, JSON and flags, with checked types, and back.
 
 Works on any dataclass of plain fields and nested dataclasses; the comment above a field is its
-help. Types are checked here, ranges by the dataclass's own ``__post_init__`` (a ``ValueError``
-there becomes a one-line :class:`UserError` that names the section). Files are plain YAML, of which
-JSON is a subset; no object tags.
+help. Types are checked by msgspec, ranges by the dataclass's own ``__post_init__`` (a
+``ValueError`` there becomes a one-line :class:`UserError` that names the section). Files are plain
+YAML, of which JSON is a subset; no object tags.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
+import operator
 import types
 from collections.abc import Iterable
 from dataclasses import Field, fields, is_dataclass
-from functools import cache
 from pathlib import Path
 from typing import (
+    Annotated,
     Any,
     ClassVar,
     Literal,
@@ -28,6 +30,7 @@ from typing import (
     get_type_hints,
 )
 
+import msgspec
 import yaml
 
 from braggflux.integrator.errors import UserError
@@ -35,7 +38,8 @@ from braggflux.pipelines.config.renamed import refuse_renamed
 
 #: Of numbers: more is nobody's setting.
 LARGEST = 10**9
-_TRUE, _FALSE, _NONE = {"true", "yes", "on"}, {"false", "no", "off"}, {"none", "null", ""}
+_NONE = {"none", "null", ""}
+_YES_OR_NO = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class Dataclass(Protocol):
@@ -140,7 +144,7 @@ def find_option(cls: type, key: str) -> tuple[Any, str]:
     return get_type_hints(cls)[name], field_help(cls)[name]
 
 
-@cache
+@functools.cache
 def field_help(cls: type) -> dict[str, str]:
     """Comment above each field of a dataclass on one line; a group of fields shares one.
 
@@ -176,9 +180,10 @@ def load_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file of options into nested plain values."""
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        repr(mapping)  # an error of Python where a number has more digits than can be printed
     except OSError as error:
         raise UserError(f"cannot read configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"configuration {path} is not plain YAML or JSON: {reason}") from error
     if mapping is None:
@@ -213,19 +218,10 @@ def nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 def coerce(value: Any, hint: Any, key: str) -> Any:
     """Turn ``value`` (plain or text) into the declared type or raise :class:`UserError`."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return _coerce_optional(value, hint, key)
-    if origin is Literal:
-        if value in get_args(hint):
-            return value
-        raise _wrong(key, value, hint)
-    if origin is tuple:
-        return _coerce_tuple(value, hint, key)
-    scalar = {bool: _to_bool, int: _to_int, float: _to_float, Path: _to_path}
+    kind = _bounded(hint)
     try:
-        return scalar.get(hint, _to_str)(value)
-    except (TypeError, ValueError, OverflowError):
+        return msgspec.convert(_words(value, hint), kind, strict=False, dec_hook=_made)
+    except msgspec.ValidationError:
         raise _wrong(key, value, hint) from None
 
 
@@ -245,66 +241,41 @@ def type_name(hint: Any) -> str:
     return names.get(hint, "text")
 
 
-def _coerce_optional(value: Any, hint: Any, key: str) -> Any:
-    if value is None or (isinstance(value, str) and value.lower() in _NONE):
-        return None
-    inner = [a for a in get_args(hint) if a is not types.NoneType]
-    try:
-        return coerce(value, inner[0], key)
-    except UserError:
-        raise _wrong(key, value, hint) from None
+@functools.cache
+def _bounded(hint: Any) -> Any:
+    """Return a declared type for msgspec, with numbers no larger than the largest."""
+    args = tuple(a if a is Ellipsis else _bounded(a) for a in get_args(hint))
+    if hint in (int, float):
+        return Annotated[hint, msgspec.Meta(ge=-LARGEST, le=LARGEST)]
+    if get_origin(hint) in (Union, types.UnionType):
+        return functools.reduce(operator.or_, args)
+    if get_origin(hint) is tuple:
+        return types.GenericAlias(tuple, args)
+    return str if hint is CommandLine else hint
 
 
-def _coerce_tuple(value: Any, hint: Any, key: str) -> tuple[Any, ...]:
-    args = get_args(hint)
-    if isinstance(value, str) and args[0] is CommandLine:
-        value = [value] if value.strip() else []
-    elif isinstance(value, str):
-        value = [part for part in value.replace(",", " ").split() if part]
-    if not isinstance(value, list | tuple):
-        raise _wrong(key, value, hint)
-    if args[-1] is Ellipsis:
-        args = (args[0],) * len(value)
-    if len(args) != len(value):
-        raise _wrong(key, value, hint)
-    try:
-        return tuple(coerce(v, a, key) for v, a in zip(value, args, strict=True))
-    except UserError:
-        raise _wrong(key, value, hint) from None
+def _words(value: Any, hint: Any) -> Any:
+    """Value with numbers as text, of which msgspec makes any type, and lists split at commas."""
+    if get_origin(hint) in (Union, types.UnionType):
+        if isinstance(value, str) and value.lower() in _NONE:
+            return None
+        hint = get_args(hint)[0]
+    if get_origin(hint) is tuple:
+        part = get_args(hint)[0]
+        if isinstance(value, str) and part is CommandLine:
+            value = [value] if value.strip() else []
+        elif isinstance(value, str):
+            value = value.replace(",", " ").split()
+        return [_words(v, part) for v in value] if isinstance(value, list | tuple) else value
+    if hint is bool and isinstance(value, str):
+        return _YES_OR_NO.get(value.lower(), value.lower())
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else value
 
 
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).lower()
-    if text not in _TRUE | _FALSE:
-        raise ValueError
-    return text in _TRUE
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-        raise ValueError
-    if abs(number := int(value)) > LARGEST:
-        raise ValueError
-    return number
-
-
-def _to_float(value: Any) -> float:
-    # YAML 1.1 reads 1e-3 (no dot) as text, so text that is a number counts as one.
-    if isinstance(value, bool) or not abs(number := float(value)) <= LARGEST:  # NaN neither
-        raise ValueError
-    return number
-
-
-def _to_str(value: Any) -> str:
-    if isinstance(value, list | tuple | dict | bool) or value is None:
-        raise TypeError
-    return str(value)
-
-
-def _to_path(value: Any) -> Path:
-    if not isinstance(value, str | Path) or not str(value):
+def _made(kind: type, value: Any) -> Path:
+    """Make the one type that msgspec does not know."""
+    if kind is not Path or not isinstance(value, str | Path) or not str(value):
         raise TypeError
     return Path(value).expanduser()
 

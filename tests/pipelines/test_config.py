@@ -101,6 +101,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
         ({"training": {"device": "gpu"}}, "`device` must be auto, cpu, cuda or cuda:N"),
         ({"training": 5}, "section training must be a mapping"),
         ({"extraction": {"d_min": "nan"}}, "extraction.d_min must be a number, or null"),
+        ({"extraction": {"d_min": 1e10}}, "extraction.d_min must be a number, or null"),
         ({"extraction": {"d_min": -1}}, "extraction: `d_min` must be positive, got -1"),
         ({"extraction": {"box": [3, 4, 5]}}, "`box` must be three odd positive numbers"),
         ({"extraction": {"box": [3, 5]}}, "extraction.box must be 3 values, each a whole number"),
@@ -149,6 +150,9 @@ def test_remedies_name_options_that_exist():
     ("text", "message"),
     [
         ("a: [", "is not plain YAML or JSON"),
+        ("[" * 3000, "is not plain YAML or JSON"),
+        ("training: {epochs: " + "9" * 5000 + "}", "is not plain YAML or JSON"),
+        ("training: {epochs: 0x" + "f" * 5000 + "}", "is not plain YAML or JSON"),
         ("- 1\n- 2\n", "must be a mapping"),
         ("model: !!python/object/apply:os.getcwd []\n", "is not plain YAML or JSON"),
     ],
