@@ -238,6 +238,29 @@ def closed_form(
     geometry: DiffractionGeometry, hkl: Tensor, root: Tensor, phi: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Root of the Ewald condition with everything as it is at ``phi``: (phi, reach)."""
+    middle, half, reach = both_roots(geometry, hkl, phi)
+    return middle + root * half, reach
+
+
+def both_roots(
+    geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both crossings of the Ewald sphere with everything as it is at some rotation angles.
+
+    Parameters
+    ----------
+    geometry : DiffractionGeometry
+    hkl : Tensor, (N, 3)
+    phi : Tensor, (N,) or (1,)
+        [rad]
+
+    Returns
+    -------
+    middle, half : Tensor, (N,)
+        The crossings are at ``middle + half`` and ``middle - half`` [rad].
+    reach : Tensor, (N,)
+        As of :func:`solve_ewald`.
+    """
     w = _before_rotation(geometry, geometry.at(geometry.A, phi), hkl)
     s = apply(geometry.at(geometry.setting, phi).mT, geometry.at(geometry.s0, phi))
     along, s_along = w @ geometry.axis, s @ geometry.axis
@@ -245,7 +268,7 @@ def closed_form(
     b = (w * torch.linalg.cross(s, geometry.axis.expand_as(s))).sum(1)  # s . (e x w)
     c = -0.5 * (w * w).sum(1) - along * s_along
     reach = c / torch.hypot(a, b).clamp_min(1e-300)
-    return torch.atan2(b, a) + root * torch.arccos(reach.clamp(-1, 1)), reach
+    return torch.atan2(b, a), torch.arccos(reach.clamp(-1, 1)), reach
 
 
 def scattering_vector(geometry: DiffractionGeometry, hkl: Tensor, phi: Tensor) -> Tensor:

@@ -277,9 +277,10 @@ def _crossings(
     margin = SCAN_MARGIN if varying else 0.0
     n_turns = math.ceil(float(half_scan + margin) / (2 * math.pi) - 0.5) if half_scan > 0 else 0
     found: list[tuple[Tensor, Tensor]] = []
+    between, half, reach = diffraction.both_roots(geometry, hkl, middle[None])
     for sign in (1.0, -1.0):
         root = torch.full((len(hkl),), sign).to(hkl)
-        near, reach = diffraction.closed_form(geometry, hkl, root, middle.expand(len(hkl)))
+        near = between + root * half
         near = near + 2 * math.pi * torch.round((middle - near) / (2 * math.pi))
         on_sphere = reach.abs() <= 1 + (REACH_MARGIN if varying else 0.0)
         for turn in range(-n_turns - 1, n_turns + 2):

@@ -26,7 +26,11 @@ from braggflux.integrator.shoebox.defects import (
     flaring_pixels,
     hot_pixels,
 )
-from braggflux.integrator.shoebox.kernels.frames import add_background, count_unseen
+from braggflux.integrator.shoebox.kernels.frames import (
+    add_background,
+    count_in_tiles,
+    count_unseen,
+)
 from braggflux.integrator.shoebox.kernels.smoothing import (
     cut_to_surroundings,
     gaussian_average,
@@ -105,9 +109,9 @@ class BackgroundAccumulator:
                 )
             ]
         )
-        self._watched_pixels = np.concatenate(
-            [self._tile_sums(canvas.panel_view(self._is_watched, p)) for p in range(len(parts))]
-        )
+        self._watched_pixels = np.zeros(n_tiles)
+        for place, part in zip(self._places, parts, strict=True):
+            count_in_tiles(self._is_watched, place, self._watched_pixels[part])
 
     def add(self, frame: int, hidden: NDArray[np.int64]) -> None:
         """Add a frame's pixels where recorded, but for ``hidden`` ones (flat indices, unique)."""
@@ -147,12 +151,6 @@ class BackgroundAccumulator:
         self._unseen += sums["unseen"]
         self._frame_total[rows], self._frame_count[rows] = sums["frame_total"], sums["frame_count"]
         self._n_frames += len(frames)
-
-    def _tile_sums(self, image: NDArray[Any]) -> NDArray[np.float64]:
-        """Sum an image of a panel over square tiles, (n_tiles of the panel,)."""
-        rows, columns = (np.arange(0, n, self._side) for n in image.shape)
-        partial = np.add.reduceat(image, rows, axis=0, dtype=np.float64)
-        return np.add.reduceat(partial, columns, axis=1).ravel()
 
     def _sums(self, panel: int, rows: slice) -> tuple[NDArray[np.float64], ...]:
         """Give sums of counts and of their squares of some rows, and the frames they are from."""
@@ -238,21 +236,29 @@ class BackgroundAccumulator:
         return total, count
 
 
-def pixel_inv_d(
-    experiment: Experiment, panel: int, rows: slice = slice(None)
-) -> NDArray[np.float64]:
-    """1/d at the pixel centres of a panel, or of some of its rows, (slow, fast) [1/A].
+def within_resolution(
+    experiment: Experiment, panel: int, d_min: float, rows: slice = slice(None)
+) -> NDArray[np.bool_]:
+    """Whether d at the pixel centres of a panel, or of some of its rows, is larger than ``d_min``.
 
     ``1/d^2 = 2 |s0|^2 (1 - cos 2theta)``, cosine and distance being polynomials in x and y.
+
+    Returns
+    -------
+    ndarray, (slow, fast) bool
     """
     geometry, s0 = experiment.panels[panel], experiment.beam.s0
     x = (np.arange(geometry.image_size[0]) + 0.5) * geometry.pixel_size[0]
     y = (np.arange(geometry.image_size[1])[rows, None] + 0.5) * geometry.pixel_size[1]
     gram = geometry.d_matrix.T @ geometry.d_matrix
-    along = x * (geometry.fast_axis @ s0) + y * (geometry.slow_axis @ s0) + geometry.origin @ s0
-    distance2 = x * x + y * y + 2 * (x * gram[0, 2] + y * gram[1, 2]) + gram[2, 2]
-    cos = along / np.sqrt(distance2 * (s0 @ s0))
-    return np.sqrt(2 * (s0 @ s0) * (1 - cos).clip(0))
+    along = x * (geometry.fast_axis @ s0) + (y * (geometry.slow_axis @ s0) + geometry.origin @ s0)
+    # the least cosine goes into the polynomial: few passes over a large panel
+    least = 1 - 1 / (2 * (s0 @ s0) * d_min**2)
+    of_slow = y * y + 2 * y * gram[1, 2] + gram[2, 2]
+    distance = (x * x + 2 * x * gram[0, 2]) * (s0 @ s0) + of_slow * (s0 @ s0)
+    np.sqrt(distance, out=distance)
+    distance *= least
+    return along > distance
 
 
 def where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
@@ -264,7 +270,7 @@ def where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
         image = np.empty(geometry.shape, dtype=bool)
         for first in range(0, len(image), INV_D_ROWS):
             rows = slice(first, first + INV_D_ROWS)
-            image[rows] = pixel_inv_d(sweep.experiment, panel, rows) < 0.97 / d_min
+            image[rows] = within_resolution(sweep.experiment, panel, d_min / 0.97, rows)
         images.append(image)
     return images
 

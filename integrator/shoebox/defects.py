@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.special import pdtrc
 
 from braggflux.integrator.io.shoebox_store import ShoeboxWriter
 from braggflux.integrator.shoebox.canvas import FrameCanvas
-from braggflux.integrator.shoebox.kernels.defects import third_largest_around
+from braggflux.integrator.shoebox.kernels.defects import flaring, standing_out
 from braggflux.integrator.shoebox.mask import MaskBit, MaskSettings
 from braggflux.integrator.types import Flag
 
@@ -36,6 +35,8 @@ HOT_RATIO = 5.0
 HOT_REACH = 2
 """Pixels on each side that are looked at."""
 HOT_CHANCE = 1e-9
+LEAST_HOT = float(np.argmax(pdtrc(np.arange(100.0), 3.0) < HOT_CHANCE) + 1)
+"""Fewer counts have a larger chance even where the surroundings have none: at most 3 are due."""
 HOT_DISPERSION = 3.0
 """Variance over mean of its counts, 1 for a steady rate."""
 HOT_SEEN = 0.6
@@ -132,19 +133,21 @@ def hot_pixels(total: Array, squares: Array, count: Array) -> Bools:
     total, squares, count : ndarray, (slow, fast)
         Sums of background counts and of their squares, and the frames that they are from.
     """
-    frames = np.maximum(count, 1)
-    around = third_largest_around(total / frames, HOT_RATIO)
+    is_hot = np.zeros(total.shape, dtype=bool)
+    index, around = standing_out(total, count, HOT_RATIO, LEAST_HOT)
+    if not len(index):
+        return is_hot
     is_seen = count > 0
     usual = np.median(count[is_seen]) if is_seen.any() else 0.0
-    least = ndimage.minimum_filter(np.where(is_seen, count, np.inf), 3)
-    at = np.nonzero((around >= 0) & (least >= HOT_SEEN * usual))
-    around, total, squares, count = around[at], total[at], squares[at], count[at]
+    least = _least_around(np.where(is_seen, count, np.inf), index)
+    kept = least >= HOT_SEEN * usual
+    at, around = tuple(index[kept].T), around[kept]
+    total, squares, count = total[at], squares[at], count[at]
     _, dispersion = _moments(total, squares, count)
     # the surroundings' own rate may be larger than what they counted
     expected = 2 * around * count
     upper = expected + 3 * np.sqrt(expected) + 3
     chance = pdtrc(np.maximum(total - 1.0, 0.0), upper)
-    is_hot = np.zeros(frames.shape, dtype=bool)
     is_hot[at] = (chance < HOT_CHANCE) & (dispersion < HOT_DISPERSION)
     return is_hot
 
@@ -160,10 +163,15 @@ def flaring_pixels(total: Array, squares: Array, count: Array) -> Bools:
     total, squares, count : ndarray, (slow, fast)
         As for :func:`hot_pixels`.
     """
-    at = np.nonzero(squares > FLARE_SHARE * total**2)
-    is_flaring = np.zeros(total.shape, dtype=bool)
-    is_flaring[at] = _moments(total[at], squares[at], count[at])[1] > FLARE_DISPERSION
-    return is_flaring
+    return flaring(total, squares, count, FLARE_SHARE, FLARE_DISPERSION)
+
+
+def _least_around(values: Array, index: NDArray[np.int64]) -> Array:
+    """Least of the 3 x 3 pixels around some (K, 2) that are on the panel, (K,)."""
+    step = np.array([-1, 0, 1])
+    last = np.array(values.shape) - 1
+    slow, fast = ((index[:, k, None] + step).clip(0, last[k]) for k in range(2))
+    return values[slow[:, :, None], fast[:, None, :]].min(axis=(1, 2))
 
 
 def _moments(total: Array, squares: Array, count: Array) -> tuple[Array, Array]:

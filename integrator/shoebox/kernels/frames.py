@@ -93,6 +93,30 @@ def _words_with(bits: int, itemsize: int) -> np.uint64:
 
 
 @compiled
+def count_in_tiles(
+    flags: Bools, place: tuple[int, int, int, int, int], of_tiles: NDArray[np.float64]
+) -> None:
+    """Add up the flags of one panel by tile.
+
+    Parameters
+    ----------
+    flags : ndarray, (size,)
+    place : (base, stride, slow, fast, side)
+        As for :func:`add_background`.
+    of_tiles : ndarray, (n_tiles of the panel,)
+    """
+    base, stride, slow, fast, side = place
+    columns = (fast + side - 1) // side
+    for y in range(slow):
+        first = base + y * stride
+        for column in range(columns):
+            n = 0
+            for x in range(column * side, min((column + 1) * side, fast)):
+                n += flags[first + x]
+            of_tiles[(y // side) * columns + column] += n
+
+
+@compiled
 def count_unseen(
     pixels: Index,
     panels: Index,
