@@ -226,6 +226,10 @@ def format_of(path: Path) -> Format:
     UserError
         It is missing, or of no format that is known.
     """
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder; give a file of unmerged reflections, of a run its intensities.h5"
+        )
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a file of unmerged reflections")
     head = head_of(path)

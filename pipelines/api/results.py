@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.api import figures, tables
 from braggflux.pipelines.api.amplitudes import Amplitudes, PathLike, facts_html
-from braggflux.pipelines.workspace.outputs import holds_merge
+from braggflux.pipelines.workspace.file_sums import check_sums
+from braggflux.pipelines.workspace.outputs import PROVENANCE, holds_merge
+from braggflux.pipelines.workspace.records.readers import MergeRecord, read_json
 from braggflux.pipelines.workspace.rundir import PEAK_COLUMNS, RunDirectory
 
 if TYPE_CHECKING:
@@ -161,6 +163,7 @@ class Merge:
         self.path = Path(path)
         if not holds_merge(self.path):
             raise UserError(f"{path} holds no finished result of braggflux merge")
+        check_sums(self.path, read_json(self.path / PROVENANCE, MergeRecord))
         names = sorted(self.path.glob("*merged.mtz"))
         self._files = [p for p in names if p.name == "merged.mtz" or p.stem.endswith("_merged")]
 

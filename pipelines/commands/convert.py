@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         parse_space_group,
         parse_unit_cell,
     )
+    from braggflux.pipelines.workspace.file_sums import tell_changed
     from braggflux.pipelines.workspace.outputs import require_free_file
 
     if args.out.suffix != SUFFIX:
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     group, cell = parse_space_group(args.space_group), parse_unit_cell(args.unit_cell)
     require_free_file(args.out)
     check_unmerged([args.input])
+    tell_changed([args.input])
     convert_to_store(args.input, args.out, space_group=group, cell=cell)
     with UnmergedStore(args.out) as store:
         logger.info("%d observations on %d images", len(store), store.n_images)

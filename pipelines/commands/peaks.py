@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> None:
 
     from braggflux.pipelines.maps.anomalous_peaks import peak_heights_from_mtz
     from braggflux.pipelines.report.terminal import write_csv
+    from braggflux.pipelines.workspace.file_sums import tell_changed
 
+    tell_changed([args.mtz])
     peaks = peak_heights_from_mtz(args.mtz, args.model, d_min=d_min, elements=elements or None)
     columns = ("chain", "seqid", "residue", "atom", "peak_sigma", "difference", "peak_sigma_own")
     rows = [[getattr(peak, column) for column in columns] for peak in peaks]

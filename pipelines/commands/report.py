@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> None:
     """Write report.html, table1.* and deposition.cif."""
     from braggflux.pipelines.deposition.files import write_deposition
     from braggflux.pipelines.report.html import write_report_of
+    from braggflux.pipelines.workspace.file_sums import tell_changed
 
+    tell_changed([args.reference])
     _tidy(args.run_directory)
     page = write_report_of(args.run_directory, args.model, args.reference)
     for path in [page, *write_deposition(args.run_directory, args.reference)]:

@@ -39,6 +39,7 @@ from braggflux.pipelines.compare.rows import (
     missing_row,
 )
 from braggflux.pipelines.report.terminal import write_note, write_table
+from braggflux.pipelines.workspace.file_sums import tell_changed
 from braggflux.pipelines.workspace.matching import match_observations
 from braggflux.pipelines.workspace.rundir import REFERENCE, RunDirectory, write_rows
 
@@ -91,6 +92,7 @@ def compare(
     for path in (integrated, merged, truth, true_counts, full):
         if path is not None and not path.is_file():
             raise UserError(f"{path} does not exist; give a file, or leave the option out")
+    tell_changed((integrated, merged, truth, true_counts, full))
     dials_missing = run.read_provenance()["notes"].get("reference", "not given")
     rows = _compare_observations(run, integrated, true_counts, dials_missing)
     rows += compare_merged(run, merged, truth, full, dials_missing)

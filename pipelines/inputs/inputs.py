@@ -33,7 +33,7 @@ from braggflux.pipelines.inputs.grouping import apply_groups
 from braggflux.pipelines.inputs.reindexing import Dataset, apply_reindex, parse_reindex
 from braggflux.pipelines.inputs.shared_photons import check_paths, check_shared_photons
 from braggflux.pipelines.workspace import log, provenance
-from braggflux.pipelines.workspace.file_sums import KEY, sums_of
+from braggflux.pipelines.workspace.file_sums import KEY, sums_of, tell_changed
 from braggflux.pipelines.workspace.outputs import PROVENANCE, UNFINISHED, move_results
 from braggflux.pipelines.workspace.rundir import write_text
 
@@ -151,6 +151,7 @@ class MergeInputs:
         for what, path in named.items():
             if path is not None and not path.is_file():
                 raise UserError(f"{what}: {path} does not exist; correct the path")
+        tell_changed([*self.paths, *named.values()])
 
     def open_folder(self, config: MergeConfig) -> None:
         """Begin to write: the settings, the versions and inputs, and the log.

@@ -33,6 +33,7 @@ from braggflux.pipelines.config.run import INTEGRATOR_FILE, DialsConfig, RunConf
 from braggflux.pipelines.integration.data_sets import read_sweeps
 from braggflux.pipelines.maps.atomic_model import check_same_crystal, read_model
 from braggflux.pipelines.maps.reference_amplitudes import check_reference
+from braggflux.pipelines.workspace.file_sums import tell_changed
 
 #: Largest relative difference of cell edges between sweeps that are merged into one crystal form.
 CELL_TOLERANCE = 0.03
@@ -55,6 +56,7 @@ def check_input(config: RunConfig) -> None:
         another crystal.
     """
     config.require("expt", "refl", "out")
+    tell_changed(config.input_files().values())
     for files in config.data_sets:
         check_pair(files.expt, files.refl)
     check_parents_of_run(config)

@@ -14,6 +14,8 @@ from braggflux.integrator.errors import UserError
 from braggflux.integrator.io.intensity_file import read_intensities
 from braggflux.integrator.io.shoebox_store import ShoeboxStore
 from braggflux.integrator.torch_file import load_torch
+from braggflux.pipelines import cli
+from braggflux.pipelines.integration.run import run
 from braggflux.pipelines.report.html import write_report_of
 from braggflux.pipelines.workspace.rundir import RunDirectory
 
@@ -66,6 +68,21 @@ def test_every_file_of_a_run(straight, tmp_path):
     # of HDF5 files, what lies between the data sets is stored nowhere else
     assert {name for name in accepted if not name.endswith(".h5")} == set()
     RunDirectory.open(folder)
+
+
+def test_commands_given_a_damaged_run(straight, configure, tiny, tmp_path, capsys, caplog):
+    """The folder is refused; a file by its own name is read, with a warning."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight.path, folder)
+    merged = bytearray((folder / "merged.mtz").read_bytes())
+    merged[len(merged) // 2] ^= 1
+    (folder / "merged.mtz").write_bytes(merged)
+    with pytest.raises(UserError, match=r"merged.mtz has changed since"):
+        run(configure(folder), resume=True)
+    assert cli.main(["merge", str(folder), "--out", str(tmp_path / "merge")]) == 2
+    assert f"{folder} is a folder; give a file" in capsys.readouterr().err
+    assert cli.main(["peaks", str(folder / "merged.mtz"), str(tiny.model)]) == 0
+    assert "is not as its result was left" in caplog.text
 
 
 def test_a_damaged_record_of_a_run_is_one_line(straight, tmp_path):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 from simulated_run import write_run
 
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines import cli
+from braggflux.pipelines.api.results import Merge
+from braggflux.pipelines.workspace.file_sums import KEY, sums_of, tell_changed
 from braggflux.pipelines.workspace.records.readers import (
     MergeRecord,
     read_json,
@@ -49,6 +52,50 @@ def test_commands_name_the_file(run, capsys, command, damage):
     name, content = DAMAGE[damage]
     (run.path / name).write_text(content)
     assert name in refused(capsys, command, run.path)
+
+
+@pytest.mark.parametrize("command", ["view", "report", "compare"])
+def test_commands_refuse_a_folder_with_a_changed_file(run, capsys, command):
+    run.merged.write_bytes(b"MTZ 1")
+    run.finish()
+    run.merged.write_bytes(b"MTZ 2")
+    assert "merged.mtz has changed since" in refused(capsys, command, run.path)
+
+
+def test_a_changed_file_given_by_its_name_is_a_warning(run, caplog):
+    """It may have been edited; one beside which nothing is recorded is passed by."""
+    epoch = run.epoch_mtz(1)
+    epoch.parent.mkdir()
+    for path in (run.merged, epoch):
+        path.write_bytes(b"MTZ 1")
+    run.finish()
+    other = run.path / "other.mtz"
+    other.write_bytes(b"MTZ 1")
+    with caplog.at_level(logging.WARNING):
+        tell_changed([run.merged, epoch, other, None, run.path / "none.mtz"])
+        assert not caplog.messages
+        for path in (run.merged, epoch):
+            path.write_bytes(b"MTZ 2")
+        tell_changed([run.merged, epoch, other])
+        assert [message.partition(" is not as")[0] for message in caplog.messages] == [
+            str(run.merged),
+            str(epoch),
+        ]
+        assert "it was edited, or is damaged" in caplog.messages[0]
+        run.provenance_file.write_text("of another program")
+        tell_changed([run.merged])
+        assert len(caplog.messages) == 2
+
+
+def test_a_merge_with_a_changed_file_is_refused(tmp_path):
+    (tmp_path / "merged.mtz").write_bytes(b"MTZ 1")
+    session = {"started": "2026-11-30T01:00:00", "ended": "2026-11-30T02:00:00", "inputs": {}}
+    record = tmp_path / "provenance.json"
+    record.write_text(json.dumps(session | {KEY: sums_of(tmp_path)}))
+    assert len(Merge(tmp_path)) == 1
+    (tmp_path / "merged.mtz").write_bytes(b"MTZ 2")
+    with pytest.raises(UserError, match=r"merged.mtz has changed since"):
+        Merge(tmp_path)
 
 
 @pytest.mark.parametrize(
