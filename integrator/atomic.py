@@ -126,16 +126,18 @@ def require_room(path: str | Path, n_bytes: float, what: str) -> None:
         )
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, name: str = "") -> None:
     """Remove what a killed process has left under temporary names of :func:`replacing`.
 
     Parameters
     ----------
     folder : Path
         One that only this program writes into, and no other process now.
+    name : str, optional
+        Only those of this file, of any folder, that no other process writes now.
     """
     for path in folder.glob(".*"):
-        if not _TEMPORARY.fullmatch(path.name):
+        if not _TEMPORARY.fullmatch(path.name) or (name and path.name[1:-9] != name):
             continue
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # the parts of a store

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         parse_unit_cell,
     )
     from braggflux.pipelines.workspace.file_sums import tell_changed
+    from braggflux.pipelines.workspace.lock import one_writer_of_file
     from braggflux.pipelines.workspace.outputs import require_free_file
 
     if args.out.suffix != SUFFIX:
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     require_free_file(args.out)
     check_unmerged([args.input])
     tell_changed([args.input])
-    convert_to_store(args.input, args.out, space_group=group, cell=cell)
+    with one_writer_of_file(args.out):
+        convert_to_store(args.input, args.out, space_group=group, cell=cell)
     with UnmergedStore(args.out) as store:
         logger.info("%d observations on %d images", len(store), store.n_images)
     logger.info("wrote %s", args.out)

@@ -13,6 +13,7 @@ braggflux extract refined.expt refined.refl --out shoeboxes.h5 --processes 8
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from pathlib import Path
 
@@ -50,12 +51,14 @@ def run(args: argparse.Namespace) -> None:
     from braggflux.integrator.processes import Processes
     from braggflux.pipelines.integration.checks import check_pair
     from braggflux.pipelines.integration.extraction import extract
+    from braggflux.pipelines.workspace.lock import one_writer_of_file
     from braggflux.pipelines.workspace.outputs import require_free_file
 
     require_free_file(args.out)
     check_pair(expt, refl)
     processes = Processes.of_environment()
     log.leave_to_first(processes)
-    with processes.joined(torch.device("cpu")):
+    alone = one_writer_of_file(args.out) if processes.is_first else contextlib.nullcontext()
+    with alone, processes.joined(torch.device("cpu")):
         extract(config, args.out, processes)
     logger.info("wrote %s", args.out)

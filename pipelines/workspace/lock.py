@@ -1,4 +1,4 @@
-"""One writer at a time in a folder of results."""
+"""One writer at a time of a folder of results, or of a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from braggflux.integrator.atomic import writing
+from braggflux.integrator.atomic import remove_leftovers, writing
 from braggflux.integrator.errors import UserError
 from braggflux.pipelines.workspace.provenance import now
 
@@ -48,24 +48,51 @@ def one_writer(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder} is a file; --out must name a folder")
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
     try:
-        handle = _acquire(path)
-        _held.add(folder)
-        try:
-            yield
-        finally:
-            _held.discard(folder)
-            # unlinked while held: who has opened it meanwhile sees in _acquire that it is gone
-            path.unlink(missing_ok=True)
-            os.close(handle)
+        with _locked(folder / LOCK, folder):
+            _held.add(folder)
+            try:
+                yield
+            finally:
+                _held.discard(folder)
     finally:
         for made in missing:
             with contextlib.suppress(OSError):  # it holds results
                 made.rmdir()
 
 
-def _acquire(path: Path) -> int:
+@contextmanager
+def one_writer_of_file(path: Path) -> Iterator[None]:
+    """Hold the name of a file that a command writes, and remove what a killed one has left.
+
+    Parameters
+    ----------
+    path : Path
+        Its folder is there.
+
+    Raises
+    ------
+    UserError
+        Another process is writing it.
+    """
+    with _locked(path.with_name(f".{path.name}{LOCK}"), path):
+        remove_leftovers(path.parent, path.name)
+        yield
+
+
+@contextmanager
+def _locked(path: Path, target: Path) -> Iterator[None]:
+    """Hold the lock file of a folder or a file."""
+    handle = _acquire(path, target)
+    try:
+        yield
+    finally:
+        # unlinked while held: who has opened it meanwhile sees in _acquire that it is gone
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _acquire(path: Path, target: Path) -> int:
     """Open and lock; the descriptor."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -75,7 +102,7 @@ def _acquire(path: Path) -> int:
             record = _holder(handle)
             if error.errno not in _NO_LOCKS or _is_alive(record):
                 os.close(handle)
-                raise UserError(_refusal(path, record)) from error
+                raise UserError(_refusal(path, target, record)) from error
         if _is_still(handle, path):
             break
         os.close(handle)
@@ -117,11 +144,11 @@ def _is_alive(record: dict[str, object]) -> bool:
     return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
 
 
-def _refusal(path: Path, record: dict[str, object]) -> str:
+def _refusal(path: Path, target: Path, record: dict[str, object]) -> str:
     who = "another process"
     if record:
         who = f"process {record.get('pid')} on {record.get('host')}, since {record.get('since')},"
     return (
-        f"{who} is writing into {path.parent}; wait until it ends, choose another --out, or "
+        f"{who} is writing {target}; wait until it ends, choose another --out, or "
         f"(where that process is gone) remove {path}"
     )

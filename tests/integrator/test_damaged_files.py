@@ -73,5 +73,9 @@ def test_only_files_of_the_program_are_leftovers(tmp_path: Path) -> None:
     theirs, ours = (".paper.markdown", ".git", "notes"), (".latest.ab12_xyz", ".a.mtz.q1w2e3r4")
     for name in (*theirs, *ours):
         (tmp_path / name).touch()
+    remove_leftovers(tmp_path, "a.h5")
+    assert len(list(tmp_path.iterdir())) == 5
+    remove_leftovers(tmp_path, "a.mtz")
+    assert not (tmp_path / ours[1]).exists()
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(theirs)

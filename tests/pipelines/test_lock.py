@@ -34,7 +34,7 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused_with_the_name_of_the_first(holder, tmp_path):
-    says = f"process {holder.pid} on {socket.gethostname()}.* is writing into"
+    says = f"process {holder.pid} on {socket.gethostname()}.* is writing"
     with pytest.raises(UserError, match=says), one_writer(tmp_path / "run"):
         pass
     assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == holder.pid

@@ -50,7 +50,9 @@ def convert_to_store(
         As the readers; or an MTZ file holds partials, or a file several datasets.
     """
     given = Given(space_group, cell)
-    with tempfile.TemporaryDirectory(dir=Path(target).parent) as folder:
+    target = Path(target)
+    # named as what `replacing` makes, so that it is known as a leftover
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         chunks = read_chunks(Path(source), given, Path(folder), rows_at_a_time)
         write_unmerged_store(target, map(screened, _in_group(chunks, space_group)))
 
