@@ -245,14 +245,26 @@ class ExperimentFrames:
         """
         if self._mask is None:
             with reading(self._name, REMEDY):
-                masks = [mask.copy() for mask in self._raw.pixel_mask()]
-            for mask, panel in zip(masks, self._panels, strict=True):
-                for fast0, slow0, fast1, slow1 in panel.mask:
-                    mask[max(slow0, 0) : max(slow1, 0), max(fast0, 0) : max(fast1, 0)] = False
-            for mask, external, scale in zip(masks, self._external, self._scales, strict=True):
-                mask &= external & scale.is_calibrated
-            self._mask = masks
+                masks = self._raw.pixel_mask()
+            parts = zip(masks, self._panels, self._external, self._scales, strict=True)
+            self._mask = [
+                self._usable(mask, panel, external & scale.is_calibrated)
+                for mask, panel, external, scale in parts
+            ]
         return self._mask
+
+    @staticmethod
+    def _usable(
+        mask: NDArray[np.bool_], panel: Panel, good: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Pixels of a panel that its own rectangles and what else is known leave of a mask."""
+        if not good.all():
+            mask = mask & good
+        elif panel.mask:
+            mask = mask.copy()
+        for fast0, slow0, fast1, slow1 in panel.mask:
+            mask[max(slow0, 0) : max(slow1, 0), max(fast0, 0) : max(fast1, 0)] = False
+        return mask
 
     def read(self, frame: int) -> list[Photons]:
         """Return the photons of one frame; several threads may read at a time.

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.io.shoebox_store import BackgroundField
@@ -208,6 +207,10 @@ class BackgroundAccumulator:
     def _with_margin(self, is_shaded: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Add the tiles and frames beside: the shadow's edge lies in one of them."""
         result = is_shaded.copy()
+        if not result.any():  # most scans do without loading what follows
+            return result
+        from scipy import ndimage
+
         for part, shape in tiles_of_panels(self._grids):
             grid = is_shaded[:, part].reshape(-1, *shape)
             result[:, part] = ndimage.binary_dilation(grid, TOUCHING).reshape(len(grid), -1)

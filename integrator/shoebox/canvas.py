@@ -5,7 +5,6 @@ Padding around each panel lets a window reach over the edge: what lies outside r
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,9 +20,9 @@ if TYPE_CHECKING:
 
 INVALID = -1
 """In place of the photons of a pixel that was not recorded, is masked or overloaded."""
+SPIKE = -2
+"""In place of those of a zinger that is taken out."""
 
-MAX_READERS = 2
-"""Threads that read frames; more would wait for HDF5."""
 WORD = 8
 """The buffer is a whole number of words of so many bytes, whatever the type of its counts."""
 
@@ -127,6 +126,21 @@ class FrameCanvas:
         stride = self.stride[panel]
         return self.base[panel] + slow * stride + fast, stride
 
+    def flags_at(self, flags: Sequence[NDArray[np.bool_]], index: IntArray) -> NDArray[np.bool_]:
+        """Give flags of the panels' pixels, (slow, fast) each, at flat indices; False beyond."""
+        found = np.zeros(index.shape, dtype=bool)
+        of_panel = np.searchsorted(self._start, index, side="right") - 1
+        for panel in np.unique(of_panel):
+            here = of_panel == panel
+            slow, fast = np.divmod(index[here] - self._start[panel], self.stride[panel])
+            slow, fast = slow - self.margin, fast - self.margin
+            rows, columns = self.panel_shapes[panel]
+            inside = (slow >= 0) & (slow < rows) & (fast >= 0) & (fast < columns)
+            own = np.zeros(len(slow), dtype=bool)
+            own[inside] = flags[panel][slow[inside], fast[inside]]
+            found[here] = own
+        return found
+
     def around(self, index: IntArray) -> IntArray:
         """Flat indices of the 3 x 3 pixels around pixels of the panels, (K, 9).
 
@@ -140,10 +154,10 @@ class FrameCanvas:
 def read_ahead(
     frames: Frames, numbers: Iterable[int], canvas: FrameCanvas, *, keep: int = 1
 ) -> Generator[tuple[int, Counts], None, None]:
-    """Read frames onto buffers of a canvas' layout, the next ones in threads meanwhile.
+    """Read frames onto buffers of a canvas' layout, the next one in a thread meanwhile.
 
-    HDF5 decompresses one frame at a time; all else is done in as many threads as there are cores,
-    two at most, beside the caller's.
+    A second thread would mostly wait, as HDF5 decompresses one frame at a time, and needs buffers
+    of its own: new memory costs more time than all else that is done with a frame.
 
     Parameters
     ----------
@@ -161,13 +175,12 @@ def read_ahead(
     counts : ndarray, (canvas.size,)
         As :attr:`FrameCanvas.counts`.
     """
-    n_threads = min(len(os.sched_getaffinity(0)), MAX_READERS)
-    usable = frames.static_mask()  # before the threads ask for it
-    spare: deque[Counts] = deque(canvas.empty() for _ in range(keep + n_threads))
+    usable = frames.static_mask()  # before the thread asks for it
+    spare: deque[Counts] = deque(canvas.empty() for _ in range(keep + 1))
     held: deque[Counts] = deque()
     coming: deque[tuple[int, Future[Counts]]] = deque()
     waiting = iter(numbers)
-    pool = ThreadPoolExecutor(n_threads, thread_name_prefix="frames")
+    pool = ThreadPoolExecutor(1, thread_name_prefix="frames")
     try:
         while True:
             while spare and (number := next(waiting, None)) is not None:

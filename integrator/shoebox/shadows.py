@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.special import betainc
 
 Array = NDArray[np.float64]
@@ -214,6 +213,10 @@ def _base(level: Array, grids: Sequence[tuple[int, int]]) -> Array:
 def _connected(refused: Bools, doubtful: Bools, grids: Sequence[tuple[int, int]]) -> Bools:
     """Refused tiles that touch enough others, grown to those that are doubtful."""
     found = np.zeros_like(refused)
+    if not refused.any():  # most scans do without loading what follows
+        return found
+    from scipy import ndimage
+
     for part, shape in tiles_of_panels(grids):
         core = refused[:, part].reshape(-1, *shape)
         labels, n = ndimage.label(core, TOUCHING)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import erf, pdtrc
 
-from braggflux.integrator.shoebox.canvas import INVALID, Counts, FrameCanvas, read_ahead
+from braggflux.integrator.shoebox.canvas import INVALID, SPIKE, Counts, FrameCanvas, read_ahead
 from braggflux.integrator.shoebox.kernels.frames import sharp_candidates
 
 if TYPE_CHECKING:
@@ -80,11 +80,8 @@ class SharpCounts:
         usable: Sequence[NDArray[np.bool_]],
         sigma: tuple[float, float, float],
     ) -> None:
-        self._canvas = canvas
+        self._canvas, self._usable = canvas, usable
         self._ratios, self.across = peak_ratios(sigma)
-        self._static = np.zeros(canvas.size, dtype=bool)
-        for panel, good in enumerate(usable):
-            canvas.panel_view(self._static, panel)[...] = good
 
     def find(self, now: Counts) -> tuple[Index, Index]:
         """Flat indices of the sharp counts of a frame (canvas.size,), and of the odd ones.
@@ -103,10 +100,6 @@ class SharpCounts:
         index = np.concatenate(found)
         return self._above(now, index, self._ratios), self._above(now, index, ODD_RATIOS)
 
-    def close(self) -> None:
-        """Let go of the mask."""
-        self._static = np.zeros(0, dtype=bool)
-
     def _above(self, now: Counts, index: Index, ratios: Sequence[float]) -> Index:
         """Those of some pixels whose counts are above ``ratios`` to each set of neighbours."""
         around = self._canvas.around(index)
@@ -118,12 +111,15 @@ class SharpCounts:
             total, n = _sums(beside)
             is_sharp |= exceeds(now[index], ratio, total) & (n >= MIN_SHARE * beside.shape[1])
         # beside an overload the largest neighbour is missing: nothing can be said
-        is_sharp &= ~((values < 0) & self._static[ring]).any(axis=1)
+        has_gap = np.flatnonzero(is_sharp & (values < 0).any(axis=1))
+        is_missing = values[has_gap] < 0
+        is_missing &= self._canvas.flags_at(self._usable, ring[has_gap])
+        is_sharp[has_gap] = ~is_missing.any(axis=1)
         return index[is_sharp]
 
 
 class SpikeFilter:
-    """Reads frames in order and takes the spikes out of them.
+    """Reads frames in order, and puts :data:`SPIKE` in place of the spikes in them.
 
     Parameters
     ----------
@@ -140,8 +136,6 @@ class SpikeFilter:
 
     Attributes
     ----------
-    is_spike : ndarray, (canvas.size,) bool
-        Of the loaded frame.
     odd : ndarray, (K,) int64
         Flat indices of counts of the loaded frame that are too sharp for background.
     n_spikes : int
@@ -170,7 +164,6 @@ class SpikeFilter:
         self._spikes, self._taken = NONE, np.zeros(0, dtype=np.int32)
         self._sharp: list[Index] = []  # of each frame
         self.n_spikes = 0
-        self.is_spike = np.zeros(canvas.size, dtype=bool)
         self.odd = NONE
 
     def load(self, frame: int) -> None:
@@ -189,23 +182,19 @@ class SpikeFilter:
             self._now[self._spikes] = self._taken
         self._before, now = self._now, self._ahead
         self._now, self._ahead = now, next(self._reader, (0, self._nothing))[1]
-        self.is_spike[self._spikes] = False
         sharp, self.odd = self._sharp_counts.find(now)
         self._spikes = sharp[~self._are_supported(sharp)]
-        self.is_spike[self._spikes] = True
         if frame in self._kept:
             self._sharp.append(sharp)
             self.n_spikes += len(self._spikes)
         self._taken = now[self._spikes]
-        now[self._spikes] = INVALID
+        now[self._spikes] = SPIKE
         self._canvas.counts = now
 
     def close(self) -> None:
         """Stop reading, and let go of the frames."""
         self._reader.close()
         self._before = self._now = self._ahead = self._canvas.counts = self._nothing
-        self.is_spike = np.zeros(0, dtype=bool)
-        self._sharp_counts.close()
 
     @property
     def sharp(self) -> Index:

@@ -20,6 +20,7 @@ from pathlib import Path
 from braggflux.pipelines.config.flags import add_config_arguments, config_from_args
 from braggflux.pipelines.config.run import RunConfig
 from braggflux.pipelines.workspace import log
+from braggflux.pipelines.workspace.runtime import importing
 
 FLAGS = {
     "--d-min": "extraction.d_min",
@@ -46,13 +47,14 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(RunConfig, args, FLAGS, fixed)
     expt, refl = config.require("expt", "refl")
 
-    import torch
+    with importing():
+        import torch
 
-    from braggflux.integrator.processes import Processes
-    from braggflux.pipelines.integration.checks import check_pair
-    from braggflux.pipelines.integration.extraction import extract
-    from braggflux.pipelines.workspace.lock import one_writer_of_file
-    from braggflux.pipelines.workspace.outputs import require_free_file
+        from braggflux.integrator.processes import Processes
+        from braggflux.pipelines.integration.checks import check_pair
+        from braggflux.pipelines.integration.extraction import extract
+        from braggflux.pipelines.workspace.lock import one_writer_of_file
+        from braggflux.pipelines.workspace.outputs import require_free_file
 
     require_free_file(args.out)
     check_pair(expt, refl)

@@ -27,6 +27,7 @@ import logging
 from braggflux.merge.config import MergeConfig
 from braggflux.pipelines.config.flags import MERGE_FLAGS, add_config_arguments, config_from_args
 from braggflux.pipelines.inputs.arguments import add_input_arguments, inputs_from_args
+from braggflux.pipelines.workspace.runtime import importing
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(MergeConfig, args, MERGE_FLAGS, fixed)
     inputs = inputs_from_args(args)
 
-    from braggflux.pipelines.deposition.files import show_table_one, write_deposition
-    from braggflux.pipelines.merging.merge import merge
+    with importing():
+        from braggflux.pipelines.deposition.files import show_table_one, write_deposition
+        from braggflux.pipelines.merging.merge import merge
 
     merged = merge(inputs, config)
     if not merged:  # one of several processes, of which the first has written

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
 from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.workspace.runtime import importing
 
 STEPS = ("import", "find_spots", "index", "refine", "integrate", "scale", "merge")
 FLAGS = {
@@ -58,10 +59,11 @@ def run(args: argparse.Namespace) -> None:
         fixed["dials.has_reference"] = False
     config = config_from_args(RunConfig, args, FLAGS, fixed)
 
-    from braggflux.integrator.errors import UserError
-    from braggflux.integrator.processes import Processes
-    from braggflux.pipelines.config.run_settings import say_idle_of_run
-    from braggflux.pipelines.dials.process import process
+    with importing():
+        from braggflux.integrator.errors import UserError
+        from braggflux.integrator.processes import Processes
+        from braggflux.pipelines.config.run_settings import say_idle_of_run
+        from braggflux.pipelines.dials.process import process
 
     if (size := Processes.of_environment().size) > 1:
         raise UserError(

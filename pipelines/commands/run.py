@@ -36,6 +36,7 @@ from pathlib import Path
 
 from braggflux.pipelines.config.flags import RUN_FLAGS, add_config_arguments, config_from_args
 from braggflux.pipelines.config.run import RunConfig
+from braggflux.pipelines.workspace.runtime import importing
 
 FLAGS = {**RUN_FLAGS, "--parents": "parents"}
 
@@ -62,10 +63,11 @@ def run(args: argparse.Namespace) -> None:
     config = config_from_args(RunConfig, args, FLAGS, fixed)
     config.require("expt", "refl", "out")
 
-    from braggflux.integrator.processes import Processes
-    from braggflux.pipelines.config.run_settings import say_idle_of_run
-    from braggflux.pipelines.dials.process import finish
-    from braggflux.pipelines.integration.run import run as run_pipeline
+    with importing():
+        from braggflux.integrator.processes import Processes
+        from braggflux.pipelines.config.run_settings import say_idle_of_run
+        from braggflux.pipelines.dials.process import finish
+        from braggflux.pipelines.integration.run import run as run_pipeline
 
     say_idle_of_run(config)
     directory = run_pipeline(config, resume=args.resume)

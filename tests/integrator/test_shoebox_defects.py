@@ -7,7 +7,7 @@ import pytest
 from scipy.special import erf
 
 from braggflux.integrator.shoebox.background import mean_image
-from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.canvas import SPIKE, FrameCanvas
 from braggflux.integrator.shoebox.defects import (
     BoxGeometry,
     Defects,
@@ -44,7 +44,7 @@ class Frames:
 
 
 def filtered(frames: Frames, sigma=SIGMA, **options) -> tuple[SpikeFilter, np.ndarray]:
-    """Filter, and the frames that it lets through (n, slow, fast), -1 for spikes."""
+    """Filter, and the frames that it lets through (n, slow, fast), SPIKE for spikes."""
     canvas = FrameCanvas(frames.panel_shapes, 4)
     source = SpikeFilter(frames, canvas, sigma, **options)
     seen = []
@@ -125,7 +125,7 @@ def test_beside_gaps_and_overloads_nothing_is_said():
     images[1, 20, 30] = 3000  # beside the gap: a spike all the same
     images[1, 40, 10:12] = (50_000, -1)  # beside an overload: part of a strong spot
     _, seen = filtered(Frames(images, bad))
-    assert seen[1, 20, 30] == -1
+    assert seen[1, 20, 30] == SPIKE
     assert seen[1, 40, 10] == 50_000
 
 
@@ -137,7 +137,7 @@ def test_hot_pixels_are_those_that_are_always_sharp():
     source, seen = filtered(Frames(images))
     canvas = FrameCanvas([SHAPE], 4)
     assert np.argwhere(canvas.panel_view(source.hot_pixels(), 0)).tolist() == [[15, 15]]
-    assert seen[3, 40, 40] == -1
+    assert seen[3, 40, 40] == SPIKE
     short, _ = filtered(Frames(images[: HOT_FRAMES - 1]))
     assert not short.hot_pixels().any()
 

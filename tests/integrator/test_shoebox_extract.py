@@ -405,8 +405,8 @@ def test_user_errors_leave_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-BYTES_PER_PIXEL = 33.0
-"""On 2026-11-30: 30.0 of numpy's arrays, five buffers of 2 bytes for frames among them."""
+BYTES_PER_PIXEL = 32.0
+"""On 2026-11-30: 29.0 of numpy's arrays, four buffers of 2 bytes for frames among them."""
 
 
 def peak_bytes(tmp_path, side: int, n_images: int) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.io.shoebox_store import ShoeboxWriter
 from braggflux.integrator.prediction.rocking import frame_sigma, frames_per_layer, min_zeta
 from braggflux.integrator.shoebox.background import BackgroundAccumulator, where_spots_are_known
-from braggflux.integrator.shoebox.canvas import FrameCanvas
+from braggflux.integrator.shoebox.canvas import SPIKE, FrameCanvas
 from braggflux.integrator.shoebox.cutting.open_boxes import OpenBoxes
 from braggflux.integrator.shoebox.defects import ROWS, BoxGeometry, remove_from_boxes, report
 from braggflux.integrator.shoebox.extent import SpotExtent
@@ -166,13 +166,13 @@ class SweepCutter:
         recorded, is_found, n_spikes = fill_boxes(
             canvas.counts,
             self._map.nearest,
-            self._source.is_spike,
             canvas.first(spots.panel[rows], corner[:, 1], corner[:, 2]),
             (boxes.slots(rows), layer, in_layer == 0, is_recorded),
             (fast, slow, along),
             (np.exp(-0.5 * fast), np.exp(-0.5 * slow), np.exp(-0.5 * along)),
             (foreground, overlap, core, shared),
             (MaskBit.VALID, MaskBit.BACKGROUND, MaskBit.FOREGROUND, MaskBit.OVERLAPPED),
+            SPIKE,
             boxes.counts,
             boxes.mask,
         )

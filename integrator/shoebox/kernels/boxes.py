@@ -60,13 +60,13 @@ def draw_spots(
 def fill_boxes(
     counts: Integers,
     nearest: Floats,
-    is_spike: NDArray[np.bool_],
     windows: tuple[Index, Index],
     places: tuple[Index, Index, NDArray[np.bool_], NDArray[np.bool_]],
     terms: tuple[Floats, Floats, Floats],
     weights: tuple[Floats, Floats, Floats],
     limits: tuple[np.float32, np.float32, np.float32, np.float32],
     bits: tuple[int, int, int, int],
+    spike: int,
     box_counts: NDArray[np.int32],
     box_mask: NDArray[np.uint8],
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_], int]:
@@ -77,8 +77,8 @@ def fill_boxes(
 
     Parameters
     ----------
-    counts, nearest, is_spike : ndarray, (size,)
-        The frame, squared distance to the nearest spot, and counts that were taken out.
+    counts, nearest : ndarray, (size,)
+        The frame, and squared distance to the nearest spot.
     windows : (first, stride), ndarray, (K,) each
         First pixel of each box in the flat array, and length of the rows there.
     places : (slot, layer, is_first, is_recorded), ndarray, (K,) each
@@ -91,6 +91,8 @@ def fill_boxes(
     limits : (foreground, overlap, core, shared)
         Squared.
     bits : (valid, background, foreground, overlapped)
+    spike : int
+        In place of counts that were taken out.
     box_counts, box_mask : ndarray, (n_slots, D, H, W)
 
     Returns
@@ -137,7 +139,7 @@ def fill_boxes(
                     is_found[k, 2] = True
                     if own > shared:
                         mask |= overlapped_bit
-                if counts[i] < 0 and is_spike[i]:
+                if counts[i] == spike:
                     n_spikes += 1
                     is_found[k, 0] |= own <= foreground
                 old = box_mask[slot[k], layer[k], y, x]
