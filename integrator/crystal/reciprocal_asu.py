@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +18,8 @@ from braggflux.integrator.errors import UserError
 MANY_INDICES = 10_000
 #: if it has at most so many entries (64 MB).
 LARGEST_SPHERE = 1 << 24
+#: Unique reflections that no table is made of: each takes some hundred bytes.
+TOO_MANY = 100_000_000
 
 
 class ReciprocalAsu:
@@ -54,7 +57,7 @@ class ReciprocalAsu:
     Raises
     ------
     UserError
-        When no reflection is inside ``d_min`` or ``d_min`` is not positive.
+        When no reflection is inside ``d_min``, or far too many are, or ``d_min`` is not positive.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class ReciprocalAsu:
     ) -> None:
         if not d_min > 0.0:
             raise UserError(f"d_min is {d_min}; it must be a positive number of Angstroms")
+        _require_few(cell, space_group, d_min)
         unique = gemmi.make_miller_array(cell, space_group, d_min)
         if not len(unique):
             raise UserError(
@@ -158,3 +162,15 @@ class ReciprocalAsu:
         n = 2 * self._limit + 1
         h, k, l = np.asarray(asu_index, dtype=np.int64).T + self._limit
         return (h * n + k) * n + l
+
+
+def _require_few(cell: gemmi.UnitCell, space_group: gemmi.SpaceGroup, d_min: float) -> None:
+    """Refuse limits at which the table would not fit, before anything is counted out."""
+    # lattice points in the sphere over those that the Laue group makes of each
+    equivalents = 2 * len(space_group.operations())
+    smallest = (4 / 3 * math.pi * cell.volume / (equivalents * TOO_MANY)) ** (1 / 3)
+    if d_min < smallest:
+        raise UserError(
+            f"d_min is {d_min:g} A; the cell {cell.parameters} in {space_group.xhm()} has more "
+            f"than {TOO_MANY:,} unique reflections below {smallest:.2g} A; choose a larger one"
+        )

@@ -11,6 +11,9 @@ from torch import Tensor
 from braggflux.integrator.io.hdf5.columns import read_columns
 from braggflux.integrator.types import Neighbours
 
+#: Columns, and whether they hold numbers that are no integers.
+_IS_REAL = {"row": False, "offset": True, "zeta": True, "experiment": False, "store_row": False}
+
 
 @dataclass(frozen=True)
 class NeighbourPairs:
@@ -29,12 +32,36 @@ class NeighbourPairs:
             return None
         group = handle["neighbours"]
         columns = {k: torch.from_numpy(v) for k, v in read_columns(group).items()}
+        kinds = {name: values.is_floating_point() for name, values in columns.items()}
+        if kinds != _IS_REAL:
+            raise ValueError(f"neighbours have the columns {', '.join(sorted(kinds))}, or types")
         row = columns.pop("row")
         if len(row) and not (0 <= int(row[0]) and int(row[-1]) < n_rows):
             raise ValueError(f"neighbours are of rows {int(row[0])} to {int(row[-1])} of {n_rows}")
         if bool((row.diff() < 0).any()):
             raise ValueError("neighbours are not in the order of their boxes")
         return cls(torch.searchsorted(row, torch.arange(n_rows + 1)), columns)
+
+    def check(self, n_sweeps: int) -> None:
+        """Refuse pairs that no extraction writes, of a store of so many sweeps.
+
+        Raises
+        ------
+        ValueError
+        """
+        limits = {
+            "offset": (-1e5, 1e5),
+            "zeta": (1e-4, 1e4),
+            "experiment": (0, n_sweeps - 1),
+            "store_row": (-1, len(self.start) - 2),
+        }
+        for name, (low, high) in limits.items():
+            values = self.pairs[name]
+            if len(values) and not (values.min() >= low and values.max() <= high):
+                raise ValueError(
+                    f"{name} of neighbours is {values.min()} to {values.max()}, {low:g} to "
+                    f"{high:g} are possible"
+                )
 
     def of(self, rows: Tensor | slice) -> Neighbours | None:
         """Neighbours of some boxes; None where none has any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,19 @@ def check_boxes(counts: h5py.Dataset, mask: h5py.Dataset, n_rows: int) -> None:
         raise ValueError(f"chunks {counts.chunks} are not of whole boxes")
 
 
+def check_photons(counts: NDArray[Any], most: int) -> None:
+    """Refuse counts below zero, or more than the file announces.
+
+    Raises
+    ------
+    ValueError
+    """
+    if counts.size and not (counts.min() >= 0 and counts.max() <= most):
+        raise ValueError(
+            f"counts of {counts.min()} to {counts.max()}, at most {most} are announced"
+        )
+
+
 def open_checked(path: Path) -> h5py.File:
     """Open a file of a version that is read.
 
@@ -86,37 +99,16 @@ def open_checked(path: Path) -> h5py.File:
     return handle
 
 
-def check_rows(columns: Mapping[str, NDArray[Any]], n_panels: Sequence[int]) -> None:
-    """Refuse rows that point to boxes, sweeps or panels that are not there.
-
-    Parameters
-    ----------
-    columns : mapping of str to (N, ...) array
-    n_panels : sequence of int
-        Panels of each sweep.
-
-    Raises
-    ------
-    ValueError
-    """
-    names = ("refl_row", "experiment", "panel")
-    row, sweep, panel = (columns[name].astype(np.int64) for name in names)
-    if (row != np.arange(len(row))).any():
-        raise ValueError("refl_row does not number the boxes from 0 on")
-    if len(sweep) and not (sweep.min() >= 0 and sweep.max() < len(n_panels)):
-        raise ValueError(f"rows of sweep {sweep.max()}, {len(n_panels)} are described")
-    if ((panel < 0) | (panel >= np.asarray(n_panels)[sweep])).any():
-        raise ValueError(f"rows of panel {panel.max()}, sweeps have {max(n_panels)}")
-
-
 def held(name: str, values: NDArray[Any]) -> NDArray[Any]:
     """Give a column as it is held: numbers that are no integers in single precision.
 
     Raises
     ------
     ValueError
-        They have become integers.
+        Measures have become integers, or integers something else.
     """
+    if name in (*INTEGER_COLUMNS, "flags") and values.dtype.kind not in "iu":
+        raise ValueError(f"column {name} holds no integers ({values.dtype})")
     if name not in SINGLE:
         return values
     if values.dtype.kind != "f":

@@ -36,7 +36,7 @@ from torch import Tensor
 from braggflux.integrator.atomic import require_room
 from braggflux.integrator.errors import UserError, reading
 from braggflux.integrator.io.boxes_in_memory import BoxesInMemory, shoebox_batch
-from braggflux.integrator.io.dials.sweeps import check_complete, checked_records
+from braggflux.integrator.io.dials.sweeps import checked_records
 from braggflux.integrator.io.hdf5.checked import (
     CHECKSUM,
     read_attributes,
@@ -55,6 +55,7 @@ from braggflux.integrator.io.hdf5.columns import (
 from braggflux.integrator.io.hdf5.filters import bitshuffle
 from braggflux.integrator.io.neighbour_pairs import NeighbourPairs
 from braggflux.integrator.io.new_hdf5 import NewFile
+from braggflux.integrator.io.shoebox_checks import check_for_run
 from braggflux.integrator.io.shoebox_format import (
     FORMAT,
     REMEDY,
@@ -62,7 +63,7 @@ from braggflux.integrator.io.shoebox_format import (
     UNITS,
     VERSION,
     check_boxes,
-    check_rows,
+    check_photons,
     held,
     metadata_of,
     open_checked,
@@ -256,9 +257,9 @@ class ShoeboxStore:
         UserError
         """
         with reading(self.path, REMEDY):
-            check_complete(self.experiments)
-            sweeps = range(len(self.experiments))
-            check_rows(self._columns, [len(self._handle[f"background/{k}"]) - 1 for k in sweeps])
+            check_for_run(self._handle, self.attributes, self.experiments, self._columns)
+            if self.pairs is not None:
+                self.pairs.check(len(self.experiments))
 
     @classmethod
     def open(cls, path: str | Path) -> ShoeboxStore:
@@ -394,4 +395,6 @@ class ShoeboxStore:
 
     def _read_rows(self, rows: slice) -> tuple[NDArray[Any], NDArray[np.uint8]]:
         with reading(self.path, REMEDY):
-            return self._counts[rows], self._mask[rows]
+            counts = self._counts[rows]
+            check_photons(counts, self.attributes["max_count"])
+            return counts, self._mask[rows]

@@ -33,18 +33,20 @@ def main() -> int:
     print(
         f"{'reader':14s}{'cases':>8s}"
         + "".join(f"{k:>12s}" for k in BAD)
-        + f"{'read':>8s}{'s':>7s}"
+        + f"{'read':>8s}{'s':>7s}{'slowest':>9s}"
     )
     for reader in chosen:
-        began, count = time.monotonic(), Counter()
+        began, count, slowest = time.monotonic(), Counter(), (0.0, 0)
         for outcome in run_cases(reader, range(args.first, args.first + per_reader)):
             count[outcome.kind] += 1
+            slowest = max(slowest, (outcome.cpu_s, outcome.case))
             if outcome.kind in BAD:
                 faults.setdefault((reader.name, outcome.fault), []).append(outcome)
         figures = "".join(f"{count[kind]:12d}" for kind in BAD)
         seconds = time.monotonic() - began
         print(
-            f"{reader.name:14s}{count.total():8d}{figures}{count['read']:8d}{seconds:7.1f}",
+            f"{reader.name:14s}{count.total():8d}{figures}{count['read']:8d}{seconds:7.1f}"
+            f"{slowest[0]:7.1f} s, case {slowest[1]}",
             flush=True,
         )
     for (name, fault), outcomes in sorted(faults.items()):

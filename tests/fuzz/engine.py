@@ -12,6 +12,7 @@ import multiprocessing
 import re
 import resource
 import signal
+import time
 import traceback
 import warnings
 import zlib
@@ -28,8 +29,10 @@ from readers import Reader
 
 from braggflux.integrator.errors import UserError
 
-SILENCE_S = 60.0
-"""Without a word; half of it for a case. Long, since other programs may be running."""
+CPU_S = 30.0
+"""Of one case; more is a hang."""
+SILENCE_S = 120.0
+"""Without a word of the process. Long, since other programs may be running."""
 MEMORY_BYTES = 2 << 30
 """That a reader of a file of some kilobytes may take beside what the process has."""
 GOOD = ("read", "refused")
@@ -48,12 +51,15 @@ class Outcome(NamedTuple):
     detail : str
         Message, or place of the fault.
     edits : list
+    cpu_s : float
+        That reading took.
     """
 
     case: int
     kind: str
     detail: str
     edits: list[Edit]
+    cpu_s: float = 0.0
 
     @property
     def fault(self) -> str:
@@ -127,15 +133,16 @@ def _work(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for case, given in todo:
         edits = edits_of(reader, case) if given is None else given
-        kind, detail = _outcome(reader, edits, folder)
-        pipe.send(Outcome(case, kind, detail, edits))
+        paths = reader.write(edits, folder)
+        began = time.process_time()
+        kind, detail = _outcome(reader, paths)
+        pipe.send(Outcome(case, kind, detail, edits, time.process_time() - began))
 
 
-def _outcome(reader: Reader, edits: list[Edit], folder: Path) -> tuple[str, str]:
+def _outcome(reader: Reader, paths: list[Path]) -> tuple[str, str]:
     """What the reader makes of one damaged file; the boundary of the command line is UserError."""
-    paths = reader.write(edits, folder)
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.setitimer(signal.ITIMER_REAL, SILENCE_S / 2)
+    signal.signal(signal.SIGPROF, _too_long)
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)
     try:
         wrong = reader.read(paths)
     except UserError as error:
@@ -147,7 +154,7 @@ def _outcome(reader: Reader, edits: list[Edit], folder: Path) -> tuple[str, str]
     except Exception as error:  # noqa: BLE001 - a traceback to the user, whatever its kind
         return "traceback", _place(error)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return ("impossible", "; ".join(wrong[:3])) if wrong else ("read", "")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import possible
 import seeds
+import torch
 from edits import Edit
 from hdf5_edits import edit_hdf5, hdf5_edits, objects_of
 from readers import Paths, Reader, n_edits
@@ -126,14 +127,17 @@ class Shoeboxes(_Hdf5):
 
 
 class ShoeboxesOfRun(Shoeboxes):
-    """Shoebox store: the model of a run built on it."""
+    """Shoebox store: the model of a run built on it, and boxes integrated."""
 
     name = "shoeboxes-run"
 
     def read(self, paths: Paths) -> list[str]:
         with ShoeboxStore.open(paths[0]) as store:
-            problem = build(store, RunConfig())
-            return possible.finite(problem.model.state_dict())
+            model = build(store, RunConfig()).model
+            boxes = store.read(slice(0, 64))
+            with torch.no_grad():
+                _, table = model.integrate(boxes, sample=False, use_expected=False)
+            return possible.finite(model.state_dict()) + possible.finite(table.columns())
 
 
 class PhotonCounts(_Hdf5):

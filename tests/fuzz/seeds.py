@@ -26,7 +26,7 @@ from braggflux.integrator.io.dials import (
 )
 from braggflux.integrator.io.dials.sweeps import describe_experiment
 from braggflux.integrator.io.intensity_file import write_intensities
-from braggflux.integrator.io.shoebox_store import ShoeboxStore
+from braggflux.integrator.io.shoebox_store import GZIP, ShoeboxStore
 from braggflux.integrator.types import IntensityTable
 from braggflux.merge.io.formats.unmerged_mtz import UnmergedTable, write_unmerged_mtz
 from braggflux.pipelines.config.run import RunConfig
@@ -45,6 +45,7 @@ def folder() -> Path:
     extract(
         RunConfig(expt=path / "tiny.expt", refl=path / "tiny.refl"), path / "shoeboxes.h5"
     ).close()
+    _add_neighbours(path / "shoeboxes.h5")
     _write_table(path)
     _write_lists(path)
     _write_intensities(path)
@@ -62,6 +63,22 @@ def path_of_reference() -> Path:
     from braggflux.pipelines.config import run
 
     return Path(run.__file__).with_name("reference_full.yaml")
+
+
+def _add_neighbours(store: Path) -> None:
+    """Give the store pairs of overlapping spots, which so small a crystal has not."""
+    rng = np.random.default_rng(2)
+    columns = {
+        "row": np.arange(N_ROWS) // 2,
+        "offset": rng.uniform(-4.0, 4.0, (N_ROWS, 3)).astype(np.float32),
+        "zeta": np.full(N_ROWS, 0.8, np.float32),
+        "experiment": np.zeros(N_ROWS, np.int64),
+        "store_row": np.arange(N_ROWS) - 1,
+    }
+    with h5py.File(store, "r+") as file:
+        for name, values in columns.items():
+            del file["neighbours"][name]
+            file["neighbours"].create_dataset(name, data=values, **GZIP)
 
 
 def _write_table(path: Path) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Annotated, Any
 
 import gemmi
 import numpy as np
-from msgspec import Struct
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.geometry import Experiment
 from braggflux.integrator.errors import UserError
-from braggflux.integrator.io.schema import CellParameters, ImageNumber, Real, Wavelength, converted
+from braggflux.integrator.io.dials.blocks import Degrees, PanelSize, PixelSize
+from braggflux.integrator.io.schema import CellParameters, ImageNumber, Wavelength, converted
 
 SAME_LATTICE = 0.01
 """Two lattices are one where the indices of one are those of the other to within this share.
@@ -148,6 +149,10 @@ def describe_experiment(experiment: Experiment) -> dict[str, object]:
     }
 
 
+NARROWEST_DEG = 1e-6
+"""Of frames; narrower ones turn by less than any goniometer does."""
+
+
 class SweepRecord(Struct):
     """Schema of :func:`describe_experiment`; files of earlier versions lack some of it."""
 
@@ -156,11 +161,11 @@ class SweepRecord(Struct):
     wavelength: Wavelength | None = None
     n_images: ImageNumber | None = None
     image_range: tuple[ImageNumber, ImageNumber] | None = None
-    oscillation_deg: tuple[Real, Real] | None = None
+    oscillation_deg: tuple[Degrees, Degrees] | None = None
     unit_cell: CellParameters | None = None
     space_group: str | None = None
-    panel_shapes: list[tuple[ImageNumber, ImageNumber]] | None = None
-    pixel_size_mm: list[tuple[Real, Real]] | None = None
+    panel_shapes: list[tuple[PanelSize, PanelSize]] | None = None
+    pixel_size_mm: list[tuple[PixelSize, PixelSize]] | None = None
     images: list[str] | None = None
 
 
@@ -169,20 +174,23 @@ class CompleteRecord(Struct):
 
     wavelength: Wavelength
     image_range: tuple[ImageNumber, ImageNumber]
-    oscillation_deg: tuple[Real, Real]
+    oscillation_deg: tuple[Degrees, Degrees]
     unit_cell: CellParameters
     space_group: str
-    panel_shapes: list[tuple[ImageNumber, ImageNumber]]
+    panel_shapes: Annotated[list[tuple[PanelSize, PanelSize]], Meta(min_length=1)]
+    pixel_size_mm: Annotated[list[tuple[PixelSize, PixelSize]], Meta(min_length=1)]
 
 
-def check_complete(records: Sequence[dict[str, Any]]) -> None:
+def check_complete(records: Sequence[Mapping[str, Any]]) -> None:
     """Make sure that a run finds what it needs of each sweep.
 
     Raises
     ------
     ValueError
     """
-    converted(list(records), list[CompleteRecord])
+    for number, record in enumerate(converted(list(records), list[CompleteRecord])):
+        if len(record.pixel_size_mm) != len(record.panel_shapes):
+            raise ValueError(f"sweep {number} has pixel sizes of other panels than it has")
 
 
 def checked_records(found: Any) -> list[dict[str, Any]]:
@@ -199,5 +207,7 @@ def checked_records(found: Any) -> list[dict[str, Any]]:
             raise ValueError(f"sweep {number} has the unknown space group {name!r}")
         if record.image_range is not None and record.image_range[0] > record.image_range[1]:
             raise ValueError(f"sweep {number} has the image range {record.image_range}")
+        if record.oscillation_deg is not None and abs(record.oscillation_deg[1]) < NARROWEST_DEG:
+            raise ValueError(f"sweep {number} has frames of {record.oscillation_deg[1]} deg")
     records: list[dict[str, Any]] = found
     return records

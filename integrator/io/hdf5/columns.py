@@ -24,6 +24,10 @@ LIMITS: Mapping[str, tuple[float, float]] = {
     "exposure": (0.0, 1.0 + 1e-3),
     "sigma": (0.0, 1e30),
     "wavelength": (0.01, 200.0),
+    # of the background: photons and frames of a pixel, and the level of a frame over the mean
+    "sum": (0.0, 1e15),
+    "count": (0.0, 1e7),
+    "frame_ratio": (0.0, 1e6),
 }
 _LARGEST = 1e30
 """Of numbers that are added and squared in single precision."""
