@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ import torch
 
 # Small tensors gain nothing from threads, and on a busy machine lose a factor of ten.
 torch.set_num_threads(1)
+
+# A shell that puts the suite into the background lets it ignore Ctrl-C, and so every command that
+# a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
