@@ -47,8 +47,8 @@ FLARE_SHARE = 0.3
 """Of the square of all its counts in the sum of their squares: 1 / n for n equal frames."""
 NOTABLE = 1e-3
 """Share of the voxels that no sound sweep loses."""
-ROWS = 4096
-"""Boxes worked on at a time."""
+ROWS = 1024
+"""Boxes worked on at a time, about."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,9 @@ def remove_from_boxes(
     """
     n = len(boxes.corner)
     lost, flags, n_gone = np.zeros(n), np.zeros(n, dtype=np.int64), 0
-    for first in range(0, n if defects else 0, ROWS):
-        rows = slice(first, min(first + ROWS, n))
+    step = max(ROWS // writer.chunk_rows, 1) * writer.chunk_rows  # no chunk is packed twice
+    for first in range(0, n if defects else 0, step):
+        rows = slice(first, min(first + step, n))
         bad = boxes.bad_voxels(defects, canvas, rows)
         if not bad.any():
             continue

@@ -302,6 +302,41 @@ def test_a_signal_leaves_nothing(shared, tmp_path, end, code, n):
     assert list(tmp_path.iterdir()) == []
 
 
+#: What each rank runs: its exit code is left in a file, the launcher does not pass it on.
+RANK = """
+import os, sys
+from pathlib import Path
+from braggflux.pipelines.cli import main
+code = main(sys.argv[1:])
+Path(f"code_{os.environ['RANK']}").write_text(str(code))
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "code"), [("SIGINT", "130"), ("SIGTERM", "143")])
+def test_a_signal_to_the_launcher_ends_every_rank(shared, tmp_path, end, code):
+    """``torchrun`` passes it on; what it says itself, after all ranks have ended, is its own."""
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "out").mkdir()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    extract = command(shared, tmp_path / "out/s.h5", "--d-min", "3.0")[3:]
+    run = [*launcher, "--nproc-per-node", "2", "rank.py", *extract]
+    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    while not any(tmp_path.glob("out/.s.h5.*/*")) and process.poll() is None:
+        time.sleep(0.05)  # until a rank cuts boxes
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(getattr(signal, end))
+    _, stderr = process.communicate(timeout=60)
+    assert [(tmp_path / f"code_{k}").read_text() for k in range(2)] == [code] * 2
+    assert stderr.count("braggflux: error: ") == 2
+    before = stderr[: stderr.rindex("braggflux: error: ")]
+    assert "Traceback" not in before
+    assert len(ranks) == 2
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_frames_too_large_for_the_memory_are_told(experiment, table, tmp_path, monkeypatch):
     def none_left(self):
         raise MemoryError
