@@ -155,7 +155,7 @@ def test_reciprocal_asu_of_lysozyme_has_the_number_of_gemmi():
     assert split.refl_id([[0, 0, 1], [200, 0, 0], [0, 0, 0]]).tolist() == [-1, -1, -1]
 
 
-@pytest.mark.parametrize("d_min", [0.0, -1.0, float("nan"), 1000.0])
+@pytest.mark.parametrize("d_min", [0.0, -1.0, float("nan"), 1000.0, 1e-3, 1e-300])
 def test_reciprocal_asu_refuses_useless_resolution(d_min):
     with pytest.raises(UserError, match="d_min"):
         ReciprocalAsu(TRICLINIC, gemmi.SpaceGroup("P1"), d_min, anomalous=True)
