@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.errors import UserError
 
+LENGTH_BYTES = 8
+"""Of a request's length, which stands before it."""
 CPU_SECONDS = 60
 """That opening a file, or reading one frame, may take; it takes a few at most."""
 
@@ -50,7 +52,7 @@ class Apart:
         Parameters
         ----------
         request : any
-            Becomes a line of JSON.
+            Becomes JSON.
         array : ndarray, optional
             Filled with the bytes of the answer.
 
@@ -71,7 +73,8 @@ class Apart:
         to, source = self._process.stdin, self._process.stdout
         assert to is not None
         assert source is not None
-        to.write(json.dumps(request).encode() + b"\n")
+        text = json.dumps(request).encode()
+        to.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         to.flush()
         line = source.readline()
         if not line:
@@ -144,7 +147,7 @@ def asked_apart(request: dict[str, Any], source: object) -> dict[str, Any]:
     Parameters
     ----------
     request : dict
-        A line of the table in ``server.py``.
+        A row of the table in ``server.py``.
     source : object
         The file, in words.
 

@@ -1,14 +1,14 @@
 """The process that reads HDF5 files of others, and may crash: ``python -m ...server``.
 
-It takes requests as lines of JSON. Each is worked on by a process that it forks, which answers
-with a line of JSON, empty where all is well; when that process crashes, this one says how.
+It takes requests as JSON, each after its length. Each is worked on by a process that it forks,
+which answers with a line of JSON, empty where all is well; when that process crashes, this one
+says how.
 
 ==============================================  ================================================
 ``{"kind": PATH}``                               name the kind of the file
 ``{"open": PATH, "names", "shapes", "needed"}``  open frames, send which pixels are good
-``{"stack": PATH, "needed"}``                    open frames; then, for each line with a number,
-                                                 answer, and send the bytes of that frame; the end
-                                                 at a line with ``null``
+``{"stack": PATH, "needed"}``                    open frames; then, for each number, answer, and
+                                                 send the bytes of that frame; the end at ``null``
 ==============================================  ================================================
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from braggflux.integrator.io.decoding.apart import LENGTH_BYTES
 from braggflux.integrator.io.file_kinds import hdf5_kind
 from braggflux.integrator.io.hdf5.frames import FrameStack
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
@@ -34,7 +35,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks decides when it is the end
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody asks any more
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for request in _lines():
+    for request in _requests():
         child = os.fork()
         if child == 0:
             try:
@@ -50,14 +51,18 @@ def main() -> None:
             _answer({"end": f"crashed the HDF5 library (exit code {code})"})
 
 
-def _lines() -> Iterator[Any]:
-    """Read requests byte by byte: what is read ahead would be lost to the forked process."""
-    line = b""
-    while byte := os.read(0, 1):
-        line += byte
-        if byte == b"\n":
-            yield json.loads(line)
-            line = b""
+def _requests() -> Iterator[Any]:
+    """Read requests, no byte ahead: that would be lost to the forked process."""
+    while length := _read(LENGTH_BYTES):
+        yield json.loads(_read(int.from_bytes(length, "little")))
+
+
+def _read(size: int) -> bytes:
+    """Read so many bytes; fewer where nobody asks any more."""
+    content = bytearray()
+    while len(content) < size and (part := os.read(0, size - len(content))):
+        content += part
+    return bytes(content)
 
 
 def _answer(answer: dict[str, str | None], content: NDArray[np.uint8] | None = None) -> None:
@@ -95,7 +100,7 @@ def _work(request: dict[str, Any]) -> None:
         _answer({"error": str(error)})
         return
     _answer({})
-    for number in _lines():
+    for number in _requests():
         if number is None:
             _answer({})
             return
