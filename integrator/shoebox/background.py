@@ -79,15 +79,15 @@ class BackgroundAccumulator:
         for panel, watched in enumerate(is_watched):
             canvas.panel_view(self._is_watched, panel)[...] = watched
         self._n_frames = 0
+        self._side = _tile_side(canvas)
         # sums of counts n and of n (n - 1), and frames on which a pixel was not seen
-        fits = highest * n_images <= np.iinfo(np.int32).max
+        fits = highest * max(n_images, self._side) <= np.iinfo(np.int32).max
         self._total: Counts = np.zeros(canvas.size, dtype=np.int32 if fits else np.int64)
         self._excess = np.zeros(canvas.size, dtype=np.float32)
         few = n_images <= np.iinfo(np.uint16).max
         self._unseen: NDArray[np.unsignedinteger[Any]] = np.zeros(
             canvas.size, dtype=np.uint16 if few else np.uint32
         )
-        self._side = _tile_side(canvas)
         self._grids = [(-(-a // self._side), -(-b // self._side)) for a, b in canvas.panel_shapes]
         n_tiles = sum(rows * columns for rows, columns in self._grids)
         self._lit = np.ones(n_tiles)  # share of the background that shadows let through
@@ -265,15 +265,16 @@ def within_resolution(
 
 
 def where_spots_are_known(sweep: Sweep) -> list[NDArray[np.bool_]]:
-    """Pixels inside of the resolution limit of all known spots, per panel."""
+    """Usable pixels inside of the resolution limit of all known spots, per panel."""
     known = sweep.prediction if sweep.neighbours is None else sweep.neighbours
     d_min = float(torch.cat([known.d, sweep.prediction.d]).min())
     images = []
-    for panel, geometry in enumerate(sweep.experiment.panels):
-        image = np.empty(geometry.shape, dtype=bool)
+    for panel, usable in enumerate(sweep.frames.static_mask()):
+        image = np.empty(usable.shape, dtype=bool)
         for first in range(0, len(image), INV_D_ROWS):
             rows = slice(first, first + INV_D_ROWS)
             image[rows] = within_resolution(sweep.experiment, panel, d_min / 0.97, rows)
+        image &= usable  # the others would be counted as unseen on every frame
         images.append(image)
     return images
 

@@ -50,7 +50,7 @@ def add_background(
         Of the panel; side of its tiles.
     total, excess, unseen : ndarray, (size,)
         Sums of counts n, of n (n - 1), and number of frames without a count: most counts are 0
-        or 1, so that only the first is touched by many.
+        or 1, so that only the first is touched by many. The first holds a tile's column too.
     tile_total, tile_unseen : ndarray, (n_tiles of the panel,)
     """
     base, stride, slow, fast, side = place
@@ -58,7 +58,7 @@ def add_background(
     notable = _words_with(~1, counts.itemsize)
     columns = (fast + side - 1) // side
     nothing = total.dtype.type(0)
-    of_columns = np.zeros(fast, dtype=np.int64)
+    of_columns = np.zeros(fast, dtype=total.dtype)
     for y in range(slow):
         first = base + y * stride
         row, watched = counts[first : first + fast], is_watched[first : first + fast]
