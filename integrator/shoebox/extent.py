@@ -367,9 +367,10 @@ def _profile_sigma(at: Array, marginal: Array, sigma: float, scale: Array, cut: 
     density = marginal / np.maximum(total, 1e-6)[:, None]
     n_bins = int(np.clip(inside.sum() // 50, 7, 49))
     edges = np.linspace(-cut * sigma, cut * sigma, n_bins + 1)
-    which = np.digitize(at[inside], edges[1:-1])
-    values = density[inside]
-    of_bins = (values[which == b] for b in range(n_bins))
+    which = np.digitize(at[inside], edges[1:-1]).astype(np.int16)
+    order = np.argsort(which, kind="stable")
+    ends = np.searchsorted(which[order], np.arange(1, n_bins))
+    of_bins = np.split(density[inside][order], ends)
     profile = np.array([_trimmed_mean(v) if len(v) else 0.0 for v in of_bins]).clip(0)
     centres = 0.5 * (edges[1:] + edges[:-1])
     if profile.sum() <= 0:
