@@ -41,7 +41,7 @@ def photons_of_stored(
     limit, lowest = (2**16 - 3, -2) if bits == 16 else (2**31 - 1, -(2**31))
     last = min(last, limit)
     photons = signed if in_place else np.empty_like(signed)
-    highest, n_overloads = _take_counts(signed, usable, last, limit, lowest, photons)
+    highest, n_overloads = _take_counts(signed, usable, last, limit, lowest, photons, in_place)
     if highest > np.iinfo(signed.dtype).max:
         photons = np.where(stored <= last, stored, NO_COUNT).astype(np.int32)
     return photons, n_overloads
@@ -49,7 +49,13 @@ def photons_of_stored(
 
 @compiled
 def _take_counts(
-    signed: Signed, usable: NDArray[np.bool_], last: int, limit: int, lowest: int, photons: Signed
+    signed: Signed,
+    usable: NDArray[np.bool_],
+    last: int,
+    limit: int,
+    lowest: int,
+    photons: Signed,
+    in_place: bool,
 ) -> tuple[int, int]:
     """Fill ``photons``; return the highest count, and how many usable pixels exceed ``last``.
 
@@ -66,8 +72,9 @@ def _take_counts(
             largest = max(largest, row[x])
         if smallest >= lowest and largest <= last:
             highest = max(highest, int(largest))
-            for x in range(len(row)):
-                out[x] = max(row[x], photons.dtype.type(-1))
+            if not in_place or smallest < -1:  # else they are the photons as they stand
+                for x in range(len(row)):
+                    out[x] = max(row[x], photons.dtype.type(-1))
             continue
         for x in range(len(row)):
             value = int(row[x])
