@@ -157,13 +157,17 @@ class RunDirectory:
                 sessions = record["sessions"]
                 if record.pop(KEY, None):  # what follows changes the files
                     run._write_provenance(record)
-        for folder in (run.path, run.checkpoints, run.mtz_folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
-        log.attach_file(run.log_file)
-        run._write_config(config)
         sessions.append(provenance.session_record())
-        run._write_provenance({"sessions": sessions, "inputs": inputs, "notes": {}})
+        try:
+            for folder in (run.path, run.checkpoints, run.mtz_folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                remove_leftovers(folder)
+            log.attach_file(run.log_file)
+            run._write_config(config)
+            run._write_provenance({"sessions": sessions, "inputs": inputs, "notes": {}})
+        except (UserError, OSError):
+            run.abandon()
+            raise
         return run
 
     @classmethod
@@ -332,14 +336,15 @@ class RunDirectory:
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.mtz_folder):
             shutil.rmtree(folder, ignore_errors=True)
-        if {p.name for p in self.path.iterdir()} <= {self.log_file.name, LOCK}:
+        if {p.name for p in self.path.glob("*")} <= {self.log_file.name, LOCK}:
             self.log_file.unlink(missing_ok=True)  # the lock goes with its holder
 
     def _clear(self) -> None:
         """Remove what an earlier configuration has left before its first checkpoint."""
-        records = [self.metrics_file, self.stage_times, *self.path.glob("*peaks.csv")]
-        records += self.path.glob("*statistics.csv")
-        for path in (self.shoeboxes, self.intensities, *records):
+        records = [self.metrics_file, self.stage_times, self.shoeboxes, self.intensities]
+        for kind in ("peaks.csv", "peaks_by_epoch.csv", "statistics.csv", "half_sets.mtz"):
+            records += self.path.glob(f"*{kind}")
+        for path in records:
             path.unlink(missing_ok=True)
 
     def _write_config(self, config: RunConfig) -> None:

@@ -57,6 +57,24 @@ def test_every_writer_at_many_sizes(kind, tmp_path):
     assert all(case["again"] for case in found if "again" in case), "whole once there is room"
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_once_there_is_room(tmp_path):
+    """The script fills the disk in every stage; here before the first checkpoint and after it."""
+    script = f"{sys.executable} {TESTS / 'full_disk_run.py'} {tmp_path} 0.14 0.6"
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS.parent / '.src'}"}
+    words = [*MOUNT, f"{small_disk(tmp_path, '64m')}; {script}"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert len(found) == 2
+    for case in found:
+        assert case["code"] == 2, case
+        assert re.fullmatch(f"cannot write .*: {ROOM}.*{REMEDY}", case["message"]), case
+        assert case["left"] == [], case
+        assert case["again"] == [0, ""], case
+        assert case["is_equal"], case
+
+
 def test_a_quota_is_told_as_such(tmp_path):
     """No quota can be set in a test; the system's number stands for it."""
     full = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))

@@ -14,8 +14,8 @@ from braggflux.integrator.torch_file import save_torch
 from braggflux.pipelines.config.run import RunConfig, schema
 from braggflux.pipelines.integration.run import restore
 from braggflux.pipelines.maps.anomalous_peaks import COUPLED, SitePeak
-from braggflux.pipelines.workspace import log
-from braggflux.pipelines.workspace.rundir import RunDirectory
+from braggflux.pipelines.workspace import log, rundir
+from braggflux.pipelines.workspace.rundir import RunDirectory, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +103,26 @@ def test_a_run_that_failed_before_its_first_checkpoint_starts_again(config, resu
     config.model.write_text("the right model")
     RunDirectory.create(config, resume=resume)
     assert not run.shoeboxes.exists(), "boxes of other input"
+
+
+def test_nothing_is_left_of_a_run_whose_settings_or_first_checkpoint_find_no_room(
+    config, monkeypatch
+):
+    def full(path, text):
+        if path.name == "config.diff.yaml":
+            raise UserError("no room")
+        write_text(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_text", full)
+        with pytest.raises(UserError, match="no room"):
+            RunDirectory.create(config)
+    assert list(config.out.iterdir()) == []
+    run = RunDirectory.create(config, resume=True)
+    for path in (run.half_sets, run.peaks_by_epoch, run.epoch_mtz(0), run.peaks_file):
+        path.write_text("of epoch 0")
+    run.abandon()
+    assert list(config.out.iterdir()) == []
 
 
 def test_resume_without_a_run_starts_one(config):
