@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from braggflux.integrator.compiled import compiled
 
+BLOCK = 32
+"""Words of eight bytes that are looked at together."""
+
 Bools = NDArray[np.bool_]
 Integers = NDArray[np.signedinteger[Any]]
 Index = NDArray[np.int64]
@@ -82,6 +85,20 @@ def add_background(
             for x in range(fast):
                 tile_total[(y // side) * columns + x // side] += of_columns[x]
                 of_columns[x] = 0
+
+
+@compiled
+def _has_bits(words: NDArray[np.uint64], start: int, stop: int, bits: np.uint64) -> bool:
+    """Whether any of some words, :data:`BLOCK` at most, has one of the bits."""
+    found = np.uint64(0)
+    if stop - start == BLOCK:  # a length that the compiler knows: vectors without a branch
+        block = words[start:stop]
+        for k in range(BLOCK):
+            found |= block[k]
+    else:
+        for k in range(start, stop):
+            found |= words[k]
+    return (found & bits) != 0
 
 
 @compiled
@@ -179,14 +196,19 @@ def sharp_candidates(
     notable = _words_with(~(bits - 1), counts.itemsize)  # a larger count has one of these
     for y in range(slow):
         first, end = base + y * stride, base + y * stride + fast
-        for word in range(first // per_word, (end + per_word - 1) // per_word):
-            if words[word] & notable == 0:
+        end_word = (end + per_word - 1) // per_word
+        for start in range(first // per_word, end_word, BLOCK):
+            stop = min(start + BLOCK, end_word)
+            if not _has_bits(words, start, stop, notable):
                 continue
-            for i in range(max(word * per_word, first), min((word + 1) * per_word, end)):
-                if counts[i] >= least and _is_candidate(
-                    counts, i, ring, ratios, left_out, min_share
-                ):
-                    found.append(i)
+            for word in range(start, stop):
+                if words[word] & notable == 0:
+                    continue
+                for i in range(max(word * per_word, first), min((word + 1) * per_word, end)):
+                    if counts[i] >= least and _is_candidate(
+                        counts, i, ring, ratios, left_out, min_share
+                    ):
+                        found.append(i)
     return np.array(found, dtype=np.int64)
 
 
