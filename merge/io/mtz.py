@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.atomic import replacing
 from braggflux.integrator.crystal.reciprocal_asu import ReciprocalAsu
 from braggflux.integrator.crystal.symmetry import is_in_asu
-from braggflux.integrator.errors import UserError
+from braggflux.integrator.errors import UserError, reading
 from braggflux.merge.io.dataset_labels import DatasetNames
 from braggflux.merge.io.formats.unmerged_mtz import (
     UnmergedMtz,
@@ -237,7 +237,11 @@ def read_merged_mtz(path: str | Path) -> MergedMtz:
     UserError
         Not a readable MTZ file, unmerged, or without the columns; the message names those found.
     """
-    mtz = load_mtz(path)
+    with reading(path, "write it again or give another"):
+        return _merged(load_mtz(path), path)
+
+
+def _merged(mtz: gemmi.Mtz, path: str | Path) -> MergedMtz:
     if mtz.batches or "M/ISYM" in mtz.column_labels() or "M_ISYM" in mtz.column_labels():
         raise UserError(
             f"{path} is an unmerged MTZ file (it has batches or M/ISYM); merged data are needed: "

@@ -10,7 +10,7 @@ import gemmi
 import numpy as np
 from numpy.typing import NDArray
 
-from braggflux.integrator.errors import UserError, brief
+from braggflux.integrator.errors import UserError, reading
 
 Array = NDArray[np.float64]
 
@@ -61,19 +61,20 @@ def read_model(path: str | Path) -> gemmi.Structure:
     """
     if not Path(path).is_file():
         raise UserError(f"model {path} does not exist; give a PDB or mmCIF file")
-    try:
+    with reading(f"model {path}", "give a PDB or mmCIF file"):
         structure = gemmi.read_structure(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = brief(error)
-        raise UserError(
-            f"model {path} cannot be read ({reason}); give a PDB or mmCIF file"
-        ) from error
+        _require_possible(structure, path)
+    structure.setup_entities()
+    return structure
+
+
+def _require_possible(structure: gemmi.Structure, path: str | Path) -> None:
     if len(structure) == 0 or structure[0].count_atom_sites() == 0:
         raise UserError(f"model {path} has no atoms; give a PDB or mmCIF file with coordinates")
     *sides, alpha, beta, gamma = structure.cell.parameters
     # NaN is neither
     is_cell = all(1 <= side < LARGEST for side in sides) and all(
-        0 < angle < 180 for angle in (alpha, beta, gamma)
+        1 <= angle <= 179 for angle in (alpha, beta, gamma)
     )
     if not is_cell or not structure.cell.is_crystal() or structure.find_spacegroup() is None:
         raise UserError(
@@ -82,8 +83,6 @@ def read_model(path: str | Path) -> gemmi.Structure:
             "add its CRYST1 record"
         )
     _require_finite_atoms(structure, path)
-    structure.setup_entities()
-    return structure
 
 
 def _require_finite_atoms(structure: gemmi.Structure, path: str | Path) -> None:
@@ -91,8 +90,9 @@ def _require_finite_atoms(structure: gemmi.Structure, path: str | Path) -> None:
     for found in structure[0].all():
         atom = found.atom
         numbers = [*atom.pos.tolist(), atom.b_iso, atom.occ, *atom.aniso.elements_pdb()]
+        # of every atom: names that are no text are noticed here
+        place = f"{found.chain.name}/{found.residue.name}{found.residue.seqid}:{atom.name}"
         if not all(abs(number) < LARGEST for number in numbers):  # NaN neither
-            place = f"{found.chain.name}/{found.residue.name}{found.residue.seqid}:{atom.name}"
             raise UserError(
                 f"model {path}: atom {place} has the position, B factor or occupancy "
                 f"{', '.join(f'{number:g}' for number in numbers[:5])}; all must be numbers below "

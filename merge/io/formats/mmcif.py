@@ -103,7 +103,7 @@ def read_mmcif(
     path = Path(path)
     try:
         document = cif.read(str(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of whatever a decoder raises
         raise UserError(
             f"{path} is not a readable CIF file ({brief(error)}); give another"
         ) from error

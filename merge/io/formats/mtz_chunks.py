@@ -75,7 +75,7 @@ def mtz_chunks(path: Path, folder: Path, rows_at_a_time: int) -> Iterator[Unmerg
 def _header(path: Path) -> gemmi.Mtz:
     try:
         mtz = gemmi.read_mtz_file(str(path), with_data=False)
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of whatever a decoder raises
         raise UserError(
             f"{path} is not a complete MTZ file ({brief(error)}); write it again or give another"
         ) from error

@@ -85,7 +85,7 @@ def load_mtz(path: str | Path) -> gemmi.Mtz:
         raise UserError(f"MTZ file {path} does not exist; check the path")
     try:
         mtz = gemmi.read_mtz_file(os.fspath(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of whatever a decoder raises
         reason = brief(error)
         raise UserError(
             f"{path} is not a complete MTZ file ({reason}); write it again or give another"
