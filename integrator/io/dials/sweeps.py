@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import gemmi
 import numpy as np
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 from numpy.typing import NDArray
 
 from braggflux.integrator.crystal.geometry import Experiment
@@ -154,19 +154,22 @@ NARROWEST_DEG = 1e-6
 
 
 class SweepRecord(Struct):
-    """Schema of :func:`describe_experiment`; files of earlier versions lack some of it."""
+    """Schema of :func:`describe_experiment`; files of earlier versions lack some of it.
+
+    What is there is a value: null is none.
+    """
 
     identifier: str = ""
     dataset: str = ""
-    wavelength: Wavelength | None = None
-    n_images: ImageNumber | None = None
-    image_range: tuple[ImageNumber, ImageNumber] | None = None
-    oscillation_deg: tuple[Degrees, Degrees] | None = None
-    unit_cell: CellParameters | None = None
-    space_group: str | None = None
-    panel_shapes: list[tuple[PanelSize, PanelSize]] | None = None
-    pixel_size_mm: list[tuple[PixelSize, PixelSize]] | None = None
-    images: list[str] | None = None
+    wavelength: Wavelength | UnsetType = UNSET
+    n_images: ImageNumber | UnsetType = UNSET
+    image_range: tuple[ImageNumber, ImageNumber] | UnsetType = UNSET
+    oscillation_deg: tuple[Degrees, Degrees] | UnsetType = UNSET
+    unit_cell: CellParameters | UnsetType = UNSET
+    space_group: str | UnsetType = UNSET
+    panel_shapes: list[tuple[PanelSize, PanelSize]] | UnsetType = UNSET
+    pixel_size_mm: list[tuple[PixelSize, PixelSize]] | UnsetType = UNSET
+    images: list[str] | UnsetType = UNSET
 
 
 class CompleteRecord(Struct):
@@ -203,11 +206,11 @@ def checked_records(found: Any) -> list[dict[str, Any]]:
     """
     for number, record in enumerate(converted(found, list[SweepRecord])):
         name = record.space_group
-        if name is not None and gemmi.find_spacegroup_by_name(name) is None:
+        if name is not UNSET and gemmi.find_spacegroup_by_name(name) is None:
             raise ValueError(f"sweep {number} has the unknown space group {name!r}")
-        if record.image_range is not None and record.image_range[0] > record.image_range[1]:
+        if record.image_range is not UNSET and record.image_range[0] > record.image_range[1]:
             raise ValueError(f"sweep {number} has the image range {record.image_range}")
-        if record.oscillation_deg is not None and abs(record.oscillation_deg[1]) < NARROWEST_DEG:
+        if record.oscillation_deg is not UNSET and abs(record.oscillation_deg[1]) < NARROWEST_DEG:
             raise ValueError(f"sweep {number} has frames of {record.oscillation_deg[1]} deg")
     records: list[dict[str, Any]] = found
     return records
