@@ -31,6 +31,7 @@ from braggflux.merge.io.formats.unmerged_mtz import (
     read_unmerged_mtz,
     write_unmerged_mtz,
 )
+from braggflux.merge.io.observations import LARGEST, check_cell, check_indices
 from braggflux.merge.output.half_sets import HalfSet, friedel_rows, mean_of_mates
 from braggflux.merge.output.merged_table import DIFFERENCE, MergedTable, merged_table
 
@@ -247,6 +248,8 @@ def _merged(mtz: gemmi.Mtz, path: str | Path) -> MergedMtz:
             f"{path} is an unmerged MTZ file (it has batches or M/ISYM); merged data are needed: "
             "give a merged file, or merge this one first with `braggflux merge`"
         )
+    check_cell(mtz.cell)
+    check_indices(mtz.make_miller_array())
     mtz.ensure_asu()
     found = _Columns(mtz)
     has_f, has_i = found.has_mates("F"), found.has_mates("I")
@@ -279,11 +282,14 @@ def _merged(mtz: gemmi.Mtz, path: str | Path) -> MergedMtz:
 
 
 class _Columns:
-    """Columns of a merged file by label, missing ones as NaN."""
+    """Columns of a merged file by label; missing ones, and numbers beyond all, are NaN."""
 
     def __init__(self, mtz: gemmi.Mtz) -> None:
         self._length = mtz.nreflections
-        self.data = {c.label: np.array(c, dtype=np.float64) for c in mtz.columns}
+        self.data = {}
+        for column in mtz.columns:
+            values = np.array(column, dtype=np.float64)
+            self.data[column.label] = np.where(np.abs(values) < LARGEST, values, np.nan)
 
     def get(self, label: str) -> Array:
         return self.data.get(label, np.full(self._length, np.nan))

@@ -139,11 +139,7 @@ def check_possible(data: UnmergedData) -> None:
     ValueError
         Says what, its value and what is allowed.
     """
-    index = data.miller_index
-    if len(data) and (index.min() < -LARGEST_INDEX or index.max() > LARGEST_INDEX):
-        raise ValueError(
-            f"indices are from {index.min()} to {index.max()}, {LARGEST_INDEX} is the most"
-        )
+    check_indices(data.miller_index)
     columns = {"intensity": data.intensity, "sigma": data.sigma}
     columns |= {name: c for name, c in data.metadata.items() if name in (*PLACES, "BATCH")}
     for name, column in columns.items():
@@ -155,11 +151,7 @@ def check_possible(data: UnmergedData) -> None:
     wave, (low, high) = data.labels.wavelength, WAVELENGTHS
     if wave is not None and not low <= wave <= high:
         raise ValueError(f"the wavelength is {wave:g} A, {low:g} to {high:g} are possible")
-    a, b, c, *angles = data.cell.parameters
-    if not (1.0 <= min(a, b, c) <= max(a, b, c) <= 1e5 and 1.0 <= min(angles)):
-        raise ValueError(f"the cell is {data.cell.parameters}")
-    if not (max(angles) <= 179.0 and data.cell.volume > 1e-3 * a * b * c):
-        raise ValueError(f"the cell {data.cell.parameters} has no volume")
+    check_cell(data.cell)
 
 
 def make_unmerged(
@@ -355,3 +347,30 @@ def common_name(first: str, second: str) -> str:
     if len(words[0]) != len(words[1]):
         return first
     return "_".join(a for a, b in zip(*words, strict=True) if a == b) or first
+
+
+def check_indices(index: NDArray[np.integer[Any]]) -> None:
+    """Refuse Miller indices (N, 3) that no crystal has.
+
+    Raises
+    ------
+    ValueError
+    """
+    if len(index) and (index.min() < -LARGEST_INDEX or index.max() > LARGEST_INDEX):
+        raise ValueError(
+            f"indices are from {index.min()} to {index.max()}, {LARGEST_INDEX} is the most"
+        )
+
+
+def check_cell(cell: gemmi.UnitCell) -> None:
+    """Refuse sides outside of 1 to 10^5 A, angles outside of 1 to 179 degrees, and no volume.
+
+    Raises
+    ------
+    ValueError
+    """
+    a, b, c, *angles = cell.parameters
+    if not (1.0 <= min(a, b, c) <= max(a, b, c) <= 1e5 and 1.0 <= min(angles)):
+        raise ValueError(f"the cell is {cell.parameters}")
+    if not (max(angles) <= 179.0 and cell.volume > 1e-3 * a * b * c):
+        raise ValueError(f"the cell {cell.parameters} has no volume")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import possible
 from format_seeds import SHAPE
-from readers import BytesReader, Paths, TextReader
+from readers import BytesReader, Mtz, Paths, TextReader
 
 from braggflux.integrator.crystal.geometry import ExternalLookup
 from braggflux.integrator.io.dials.lookup import read_lookup
+from braggflux.merge.io.mtz import read_merged_mtz
 from braggflux.pipelines.maps.atomic_model import read_model
 
 
@@ -66,3 +67,19 @@ class GainMap(Mask):
     """Pickled map of gains."""
 
     name, seed, kind = "gain-map", "gain.pickle", "gain"
+
+
+class MergedAmplitudes(Mtz):
+    """Merged MTZ, given as reference, as prior or for its test set."""
+
+    name, seed = "merged-mtz", "merged.mtz"
+
+    def read(self, paths: Paths) -> list[str]:
+        merged = read_merged_mtz(paths[0])
+        wrong = possible.cell(merged.cell.parameters)
+        if np.abs(merged.table.miller_index).max(initial=0) > 32767:
+            wrong.append("index beyond 32767")
+        for name, column in vars(merged.table).items():
+            if np.abs(np.nan_to_num(column, posinf=1e300)).max(initial=0) > 1e30:
+                wrong.append(f"{name} beyond 1e30")
+        return wrong

@@ -111,11 +111,26 @@ _diffrn_refln.pdbx_scan_angle
 """
 
 
+def _write_merged_mtz(path: Path) -> None:
+    """Amplitudes of 60 reflections to 8 A, Bijvoet mates apart."""
+    mtz = gemmi.Mtz(with_base=True)
+    mtz.spacegroup = gemmi.SpaceGroup("P 43 21 2")
+    mtz.set_cell_for_all(gemmi.UnitCell(79.3, 79.3, 37.8, 90, 90, 90))
+    mtz.add_dataset("a").wavelength = 1.0
+    for label, kind in zip(("F(+)", "SIGF(+)", "F(-)", "SIGF(-)"), "GLGL", strict=True):
+        mtz.add_column(label, kind)
+    index = gemmi.make_miller_array(mtz.cell, mtz.spacegroup, 8.0)[:60]
+    rng = np.random.default_rng(3)
+    mtz.set_data(np.column_stack([index, rng.uniform(5.0, 90.0, (len(index), 4))]))
+    mtz.write_to_file(str(path))
+
+
 def write_formats(path: Path) -> None:
     """Write them into a folder that has ``model.pdb``, a model of many atoms."""
     (path / "a.sca").write_text(SCALEPACK)
     (path / "integrate.HKL").write_text(INTEGRATE)
     (path / "a.cif").write_text(CIF)
+    _write_merged_mtz(path / "merged.mtz")
     structure = gemmi.read_structure(str(path / "model.pdb"))
     chain = structure[0][0]
     while len(chain) > 12:

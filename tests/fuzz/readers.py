@@ -276,7 +276,5 @@ def readers() -> tuple[Reader, ...]:
     frames = (hdf5.Master, hdf5.FrameData, hdf5.BloscFrames, hdf5.Tiles)
     stores = (hdf5.Shoeboxes, hdf5.ShoeboxesOfRun, hdf5.PhotonCounts, hdf5.Unmerged)
     trained = (parameters.Checkpoint, parameters.ScaleModel, parameters.TrainedIntegrator)
-    return tuple(
-        kind()
-        for kind in (*kinds, *texts, *others, *frames, *stores, *trained, run_readers.RunOnDisk)
-    )
+    kinds = (*kinds, formats.MergedAmplitudes, *texts, *others, *frames, *stores, *trained)
+    return tuple(kind() for kind in (*kinds, run_readers.RunOnDisk))
