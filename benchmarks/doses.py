@@ -282,6 +282,7 @@ def curves(rows: list[dict[str, Any]]) -> dict[str, dict[int, tuple[float, float
         "braggflux, F(+) - F(-)": ("joint", "unweighted", "CC"),
         "staged, F(+) - F(-)": ("staged", "unweighted", "CC"),
         "DIALS as it comes": ("dials", "unweighted", "CC"),
+        "DIALS tuned": ("dials-tuned", "unweighted", "CC"),
         "DIALS as it comes, weighted": ("dials", "weighted", "CC"),
         "DIALS tuned, weighted": ("dials-tuned", "weighted", "CC"),
     }
@@ -329,11 +330,14 @@ def show_dose_needed(rows: list[dict[str, Any]]) -> None:
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Heights and correlations against dose."""
     figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.6), layout="constrained")
-    styles = ("o-", "s-", "x:", "^--", "^:", "v--")
-    for (label, points), style in zip(curves(rows).items(), styles, strict=False):
+    styles = ("o-", "s-", "x:", "^--", "v--", "^:", "v:")
+    for k, (label, points) in enumerate(curves(rows).items()):
         doses = [1 / dose for dose in points]
-        for axis, values in zip(axes, zip(*points.values(), strict=True), strict=True):
-            axis.plot(doses, values, style, label=label, markersize=4)
+        heights, correlations_of = zip(*points.values(), strict=True)
+        look: dict[str, Any] = {"label": label, "color": f"C{k}", "markersize": 4}
+        axes[0].plot(doses, heights, styles[k], **look)
+        if not label.endswith(", weighted"):  # weights change the map alone
+            axes[1].plot(doses, correlations_of, styles[k], **look)
     for axis in axes:
         axis.set_xscale("log")
         axis.set_xlabel("dose (share of the photons)")
