@@ -36,3 +36,26 @@ def test_dose_needed_is_the_shift_between_the_curves(doses):
     half_as_good = {dose: (10 - np.log(2 * dose), 0.0) for dose in (1, 8, 256)}
     needed = doses.dose_needed(quality, half_as_good, 0)
     assert needed == pytest.approx({1: 0.5, 8: 0.5})  # 1/256 is below all that was measured
+
+
+def test_weights_change_heights_and_not_correlations(doses, tmp_path):
+    heights = {"weighted": 2.0, "unweighted": 1.0, "DANO": 3.0}
+    common = {"CC": [0.5, 0.3], "CC of DANO": [0.6, 0.4]}
+    rows = [
+        {"row": name, "dose": dose, "seed": 0} | heights | common
+        for name in ("joint", "staged", "dials", "dials-tuned")
+        for dose in (1, 8)
+    ]
+    doses.draw(rows, tmp_path / "dose.svg")
+    left, right = doses.plt.gcf().axes
+    by_label = {line.get_label(): line for line in left.lines}
+    assert list(by_label["DIALS tuned"].get_ydata()) == [1.0, 1.0]
+    assert list(by_label["DIALS tuned, weighted"].get_ydata()) == [2.0, 2.0]
+    # one line a program: weights have no part in the correlation
+    assert [line.get_label() for line in right.lines] == [
+        label for label in by_label if not label.endswith(", weighted")
+    ]
+    assert [line.get_color() for line in right.lines] == [
+        by_label[line.get_label()].get_color() for line in right.lines
+    ]
+    doses.plt.close("all")
