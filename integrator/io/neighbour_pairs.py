@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import h5py
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,10 +32,13 @@ class NeighbourPairs:
         if "neighbours" not in handle:
             return None
         group = handle["neighbours"]
-        columns = {k: torch.from_numpy(v) for k, v in read_columns(group).items()}
-        kinds = {name: values.is_floating_point() for name, values in columns.items()}
-        if kinds != _IS_REAL:
-            raise ValueError(f"neighbours have the columns {', '.join(sorted(kinds))}, or types")
+        found = read_columns(group)
+        if {name: values.dtype.kind == "f" for name, values in found.items()} != _IS_REAL:
+            raise ValueError(f"neighbours have the columns {', '.join(sorted(found))}, or types")
+        columns = {
+            name: torch.from_numpy(values.astype(np.float32 if _IS_REAL[name] else np.int64))
+            for name, values in found.items()
+        }
         row = columns.pop("row")
         if len(row) and not (0 <= int(row[0]) and int(row[-1]) < n_rows):
             raise ValueError(f"neighbours are of rows {int(row[0])} to {int(row[-1])} of {n_rows}")

@@ -376,8 +376,8 @@ class ShoeboxStore:
             if not panels:
                 raise ValueError(f"background of sweep {experiment} has no panel")
             return BackgroundField(
-                [read_array(p, "sum", 2) for p in panels],
-                [read_array(p, "count", 2) for p in panels],
+                [read_array(p, "sum", 2).astype(np.float32, copy=False) for p in panels],
+                [read_array(p, "count", 2).astype(np.float32, copy=False) for p in panels],
                 read_array(group, "frame_ratio", 1),
             )
 
