@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from braggflux.integrator.io.decoding.apart import LENGTH_BYTES
-from braggflux.integrator.io.file_kinds import hdf5_kind
 from braggflux.integrator.io.hdf5.frames import FrameStack
 from braggflux.integrator.io.hdf5.nxmx import NxmxFrames
 
@@ -80,6 +79,9 @@ def _work(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # last words of a crash
     _allow(request["seconds"])
     if "kind" in request:
+        # what it imports, the start of every command that opens frames would pay for
+        from braggflux.integrator.io.file_kinds import hdf5_kind
+
         _answer({"kind": hdf5_kind(request["kind"])})
         return
     needed = request["needed"]
