@@ -147,7 +147,7 @@ CASES = {
         "no FRACTIONCALC to sum them by",
     ),
     "missing file": (lambda f: [f.path / "none.mtz"], "does not exist"),
-    "folder": (lambda f: [f.path], "does not exist"),
+    "folder": (lambda f: [f.path], "is a folder; give a file of unmerged reflections"),
     "unknown kind": (lambda f: [f.text("a.csv", "h,k,l")], "is none of the files"),
     "refl without expt": (lambda f: [f.text("a.refl")], "each .refl needs the .expt"),
     "refl is text": (lambda f: [f.text("a.refl", "x"), f.text("a.expt", "{}")], "a."),
