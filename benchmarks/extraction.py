@@ -53,11 +53,13 @@ def measured(command: list[str], cores: set[int]) -> Cost:
     """Run a command on some cores."""
     start = time.perf_counter()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    if command[0].startswith("dials."):
+    is_dials = command[0].startswith("dials.")
+    if is_dials:
         environment["HDF5_PLUGIN_PATH"] = hdf5plugin.PLUGINS_PATH
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             command,
+            cwd=folder if is_dials else None,  # it leaves its logs where it is run
             stdout=log,
             stderr=log,
             env=environment,

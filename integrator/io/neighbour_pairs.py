@@ -55,7 +55,7 @@ class NeighbourPairs:
         """
         limits = {
             "offset": (-1e5, 1e5),
-            "zeta": (1e-4, 1e4),
+            "zeta": (1e-7, 1e4),  # of one that grazes the axis near 0
             "experiment": (0, n_sweeps - 1),
             "store_row": (-1, len(self.start) - 2),
         }

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from braggflux.integrator.crystal.cell import d_spacing
 from braggflux.integrator.io.dials.sweeps import check_complete
 from braggflux.integrator.io.schema import converted
+from braggflux.integrator.types import Flag
 
 #: Column -> lowest and highest value of what a run integrates. The variance of a frame is 1/12.
 OF_SPOTS: Mapping[str, tuple[float, float]] = {
@@ -131,8 +132,10 @@ def check_rows(
     ------
     ValueError
     """
+    # those that graze the axis have a zeta near 0, and are not integrated
+    is_used = columns["flags"] & Flag.REJECTED == 0
     for name, (low, high) in OF_SPOTS.items():
-        values = columns[name]
+        values = columns[name][is_used]
         if len(values) and not (values.min() >= low and values.max() <= high):
             raise ValueError(
                 f"column {name} has values from {values.min()} to {values.max()}, "
