@@ -24,7 +24,7 @@ OF_SPOTS: Mapping[str, tuple[float, float]] = {
     "zeta": (1e-3, 1.001),
     "frame_sigma": (0.28, 1e5),
     "frames_per_layer": (1, 1e6),
-    "lp": (1e-6, 1e3),
+    "lp": (1e-9, 1e9),  # large at 90 degrees in the plane of polarization
     "s1": (-200.0, 200.0),
     "s0_crystal": (-1.001, 1.001),
     "s1_crystal": (-1.001, 1.001),
