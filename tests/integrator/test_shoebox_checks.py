@@ -33,7 +33,7 @@ def columns_of(zeta, flags):
 
 
 def test_a_row_that_grazes_the_axis_is_no_fault():
-    # of two million spots one in five scans has a zeta below .001; it is not integrated
+    # of two million spots half of one has a zeta below .001 on average; it is not integrated
     check_rows(columns_of([0.9, 1e-5, 0.5], [0, Flag.REJECTED, 0]), RECORDS, BOX)
 
 
